@@ -1,0 +1,40 @@
+"""Measure the normalized step length alpha of any torch optimizer, and set learning rates by it."""
+
+from alpha_optim.alpha import AlphaMeasurement, measure_alpha
+from alpha_optim.diagnosis import Diagnosis
+from alpha_optim.history import AlphaHistory
+from alpha_optim.optimizer import AlphaGuided
+from alpha_optim.policies import (
+    Bounded,
+    CalibrateThenAnneal,
+    Hold,
+    OvershootBackoff,
+    TargetAlpha,
+    WithWarmup,
+)
+from alpha_optim.quadratic_fit import fit_quadratic
+from alpha_optim.records import AlphaStatus, GuardEvent, Observation, QuadraticFit
+from alpha_optim.scheduler import AlphaScheduler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlphaGuided",
+    "AlphaHistory",
+    "AlphaMeasurement",
+    "AlphaScheduler",
+    "AlphaStatus",
+    "Bounded",
+    "CalibrateThenAnneal",
+    "Diagnosis",
+    "GuardEvent",
+    "Hold",
+    "Observation",
+    "OvershootBackoff",
+    "QuadraticFit",
+    "TargetAlpha",
+    "WithWarmup",
+    "__version__",
+    "fit_quadratic",
+    "measure_alpha",
+]

@@ -1,0 +1,41 @@
+"""Hooks that leave no trace: a copied or pickled module carries nothing of the wrapper with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def inert(*_args: Any, **_kwargs: Any) -> None:
+    """Do nothing; what a hook becomes in a copied or unpickled module."""
+
+
+class Hook:
+    """A forward hook bound to one module.
+
+    Copies of the module (an EMA model, a checkpoint of the whole module) would otherwise drag the
+    optimizer along and report calls of the copy as calls of the original.
+    """
+
+    def __init__(self, call: Callable[..., Any], owner: nn.Module) -> None:
+        """Bind ``call`` to ``owner``."""
+        self._call = call
+        self._owner = owner
+
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
+        """Forward the call if it comes from the module that was hooked."""
+        return self._call(module, *args) if module is self._owner else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        """Become inert in a deep copy."""
+        return inert
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Become inert in a pickle."""
+        return (_make_inert, ())
+
+
+def _make_inert() -> Callable[..., None]:
+    return inert

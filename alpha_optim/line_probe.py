@@ -1,0 +1,378 @@
+"""Pairs the start and the end of one step, from the user's own passes.
+
+One iteration may be the end of the pair (n-1, n) and the start of the pair (n, n+1). The end is
+complete when `step` is called, the start only after it, when the direction is known. Between the two
+iterations only the direction and a few numbers are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from alpha_optim.alpha import AlphaMeasurement, measure_alpha
+from alpha_optim.direction import (
+    Direction,
+    change_since,
+    copy_parameters,
+    inner_product,
+    is_plain_sgd,
+    parameters_of,
+    plain_sgd_direction,
+)
+from alpha_optim.gradient_watch import GradientWatch, fingerprint
+from alpha_optim.losses import LossTap
+from alpha_optim.passes import LossCall, PassLog
+from alpha_optim.projections.base import Backend, SampleSlopes
+from alpha_optim.projections.statistics import sample_mean, sample_variance
+from alpha_optim.records import Observation
+
+NAN = math.nan
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of an iteration over all its backward passes.
+
+    Attributes:
+        mean: Mean loss ``[]``, or None if not observed.
+        variance: Variance of one sample's loss ``[]`` (ddof=1), or None.
+        samples: N, 0 if not known.
+    """
+
+    mean: Tensor | None
+    variance: Tensor | None
+    samples: int
+
+
+@dataclass(frozen=True)
+class EndPoint:
+    """What was seen at one end of a step; numbers stay on the device.
+
+    Attributes:
+        numbers: loss, its variance, <d, gradient of the mean loss>, variance of one sample's <d, gradient>;
+            float64 ``[4]``, nan where not observed.
+        samples: N, 0 if not known.
+        observed: Which of loss, its variance and the slope variance were observed.
+    """
+
+    numbers: Tensor
+    samples: int
+    observed: tuple[bool, bool, bool]
+
+
+@dataclass(frozen=True)
+class PendingStart:
+    """A step that was made and waits for its end.
+
+    Attributes:
+        iteration: Iteration n of the start.
+        direction: Parameter change of the step.
+        squared_length: Its squared length, float64 ``[]``.
+        point: What was seen at the start.
+        fingerprint: Norms of the parameters as the step left them ``[L]``.
+        lr: Learning rates of the step, one per group.
+    """
+
+    iteration: int
+    direction: Direction
+    squared_length: Tensor
+    point: EndPoint
+    fingerprint: Tensor
+    lr: tuple[float | Tensor, ...]
+
+
+@dataclass(frozen=True)
+class PendingPair:
+    """Both ends of a step; becomes a measurement when somebody reads."""
+
+    iteration: int
+    numbers: Tensor  # squared length, moved, edited, then four numbers of the start, four of the end
+    start: EndPoint
+    end: EndPoint
+    lr: tuple[float | Tensor, ...]
+
+    def resolve(self) -> AlphaMeasurement | str:
+        """Fetch the numbers and measure; or the reason why the pair has to be dropped."""
+        squared, moved, edited, *rest = self.numbers.tolist()
+        if edited:
+            return "parameters_changed"
+        length = math.sqrt(squared) if squared >= 0.0 else NAN
+        length = length if moved or not math.isfinite(length) else 0.0
+        start = _observation(rest[:4], self.start, length)
+        end = _observation(rest[4:], self.end, length)
+        return measure_alpha(self.iteration, length, start, end, tuple(float(rate) for rate in self.lr))
+
+
+class LineProbe:
+    """Watches iterations and turns pairs of them into measurements."""
+
+    def __init__(self, loss_fn: nn.Module | None) -> None:
+        """Prepare; nothing is hooked before `begin`.
+
+        Args:
+            loss_fn: Loss function of the user, if it was given.
+        """
+        self._params: list[Tensor] = []
+        self.log = PassLog(lambda: self.watch.gradients_gone(self._params))
+        self.losses = LossTap(loss_fn, self.log.forward_started, self.log.anchor)
+        self.watch = GradientWatch(self._accumulated)
+        self.pending: PendingStart | None = None
+        self._backend: Backend | None = None
+        self._touched = False
+
+    # ---------------------------------------------------------------- hooks
+
+    def begin(self, optimizer: Optimizer, backend: Backend | None, start: bool, loss: bool) -> None:
+        """Hook what the coming iteration needs.
+
+        Args:
+            optimizer: The wrapped optimizer.
+            backend: Backend of the iteration; None if it is in no pair.
+            start: Whether it is the start of a pair.
+            loss: Whether its loss is wanted even if it is in no pair.
+        """
+        self.close()
+        self._params = parameters_of(optimizer)
+        self._backend = backend
+        if backend is not None:
+            end_of = self.pending.direction if self.pending is not None else None
+            backend.begin(end_of, start, self._params)
+        if backend is not None or loss:
+            self.watch.attach(self._params)
+            self.losses.attach()
+
+    def close(self) -> None:
+        """Remove every hook and forget the iteration."""
+        if self._backend is not None:
+            self._backend.close()
+        self._backend = None
+        self.watch.detach()
+        self.losses.detach()
+        self.log.clear()
+        self._touched = False
+
+    def mute(self) -> None:
+        """Remove every hook; what was seen stays."""
+        if self._backend is not None:
+            self._backend.mute()
+        self.watch.mute()
+        self.losses.detach()
+
+    def discard(self) -> None:
+        """Gradients were cleared: passes of this iteration that led to no step do not count."""
+        self.log.discard()
+        self._after_discard()
+
+    def _after_discard(self) -> None:
+        if self.log.discarded and not self._touched:
+            self._touched = True
+            self.watch.forget()
+            if self._backend is not None:
+                self._backend.discard()
+
+    def _accumulated(self, param: Tensor) -> None:
+        entry = self.log.current()
+        self._after_discard()
+        entry.reached = True
+        if self._backend is not None:
+            self._backend.accumulated(param)
+
+    # ---------------------------------------------------------------- observing
+
+    @torch.no_grad()
+    def batch_loss(self, fallback: Tensor | float | None) -> BatchLoss:
+        """Put the losses of the iteration's passes together.
+
+        Args:
+            fallback: A closure's loss, used if no other was seen.
+        """
+        seen = [entry for entry in self.log.reached if entry.calls]
+        calls: list[tuple[Tensor, Tensor | None, int]] = []
+        if self.log.recorded:
+            calls = [(call.mean, call.individual, call.samples or 0) for call in self.log.recorded]
+        for entry in seen if not calls else []:
+            mean, individual = entry.losses()
+            assert mean is not None
+            calls.append((mean, individual, entry.samples or 0))
+        if calls:
+            return _together(calls)
+        samples = sum(entry.samples or 0 for entry in self.log.reached)
+        mean = None if fallback is None else torch.as_tensor(fallback).detach()
+        return BatchLoss(mean, None, samples)
+
+    def _point(
+        self,
+        direction: Direction,
+        gradients: Sequence[Tensor | None],
+        slopes: SampleSlopes | None,
+        loss: BatchLoss,
+    ) -> EndPoint:
+        passes = self.log.reached
+        slope = inner_product(direction.changes, gradients)
+        gammas = [entry.gamma for entry in passes if entry.gamma is not None]
+        if slopes is not None and slopes.complete and len(passes) > 1:
+            slope = sample_mean(slopes.values)  # passes may carry different weights
+        elif gammas:
+            slope = slope / torch.stack([g.double().to(slope.device) for g in gammas]).sum()
+        variance = None if slopes is None else sample_variance(slopes.values)
+        parts = [loss.mean, loss.variance, slope, variance]
+        observed = (loss.mean is not None, loss.variance is not None, variance is not None)
+        return EndPoint(_stack(parts, slope.device), loss.samples, observed)
+
+    @torch.no_grad()
+    def finish(self, gradients: Sequence[Tensor | None] | None, loss: BatchLoss) -> PendingPair | str | None:
+        """Complete the pair that ends in this iteration; called before the optimizer steps.
+
+        Args:
+            gradients: Gradients of the loss, one per parameter; None if they are lost.
+            loss: Loss of the iteration.
+
+        Returns:
+            The pair, the reason why it is dropped, or None if there is none.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return None
+        if self.log.discarded:
+            return "step_skipped"
+        if gradients is None:
+            return "gradients_modified"
+        if not self.watch.saw_backward(self._params):
+            return "no_backward"
+        if len(pending.direction.changes) != len(self._params):
+            return "parameters_changed"
+        assert self._backend is not None
+        slopes = self._backend.end_slopes(pending.direction)
+        point = self._point(pending.direction, gradients, slopes, loss)
+        device = point.numbers.device
+        now = fingerprint(self._params)
+        edited = ~torch.isclose(now, pending.fingerprint, rtol=0.0, atol=0.0, equal_nan=True).all()
+        head = _stack([pending.squared_length, pending.direction.moved, edited], device)
+        numbers = torch.cat([head, pending.point.numbers.to(device), point.numbers])
+        return PendingPair(pending.iteration, numbers, pending.point, point, pending.lr)
+
+    def start_obstacle(self, gradients: Sequence[Tensor | None] | None) -> str | None:
+        """Say why this iteration cannot start a pair, or None; called before the optimizer steps."""
+        if self.log.discarded:
+            return "step_skipped"
+        if gradients is None:
+            return "gradients_modified"
+        if not self.watch.saw_backward(self._params):
+            return "no_backward"
+        if self.watch.params_edited(self._params):
+            return "parameters_changed"
+        return None
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer) -> Direction | list[Tensor]:
+        """Return the direction if it is known before the step, else copies of the parameters."""
+        if is_plain_sgd(optimizer):
+            return plain_sgd_direction(optimizer)
+        return copy_parameters(self._params)
+
+    @torch.no_grad()
+    def after_step(
+        self,
+        iteration: int,
+        before: Direction | list[Tensor],
+        gradients: Sequence[Tensor | None],
+        loss: BatchLoss,
+        lr: tuple[float | Tensor, ...],
+    ) -> None:
+        """Reduce the start along the step just made and wait for its end."""
+        direction = before if isinstance(before, Direction) else change_since(before, self._params)
+        assert self._backend is not None
+        slopes = self._backend.start_slopes(direction, gradients)
+        point = self._point(direction, gradients, slopes, loss)
+        self.pending = PendingStart(
+            iteration, direction, direction.squared_length(), point, fingerprint(self._params), lr
+        )
+
+    # ---------------------------------------------------------------- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: the pending step, and whether gradients are copied."""
+        state: dict[str, Any] = {"keep_copies": self.watch.keep_copies, "pending": None}
+        if self.pending is not None:
+            pending = self.pending
+            state["pending"] = {
+                "iteration": pending.iteration,
+                "changes": [None if c is None else c.clone() for c in pending.direction.changes],
+                "moved": pending.direction.moved,
+                "squared_length": pending.squared_length,
+                "numbers": pending.point.numbers,
+                "samples": pending.point.samples,
+                "observed": list(pending.point.observed),
+                "fingerprint": pending.fingerprint,
+                "lr": [rate.clone() if isinstance(rate, Tensor) else rate for rate in pending.lr],
+            }
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
+        """Take over a state; its tensors move to the devices of ``params``."""
+        self.watch.keep_copies = bool(state["keep_copies"])
+        self.pending = None
+        saved = state["pending"]
+        if saved is None or len(saved["changes"]) != len(params):
+            return
+        changes = [
+            None if change is None else change.to(param.device)
+            for change, param in zip(saved["changes"], params, strict=True)
+        ]
+        device = params[0].device
+        a, b, c = saved["observed"]
+        self.pending = PendingStart(
+            int(saved["iteration"]),
+            Direction(changes, saved["moved"].to(device)),
+            saved["squared_length"].to(device),
+            EndPoint(saved["numbers"].to(device), int(saved["samples"]), (bool(a), bool(b), bool(c))),
+            saved["fingerprint"].to(device),
+            tuple(saved["lr"]),
+        )
+
+
+def _together(calls: list[tuple[Tensor, Tensor | None, int]]) -> BatchLoss:
+    """Losses of several micro-batches as those of one batch."""
+    samples = sum(count for _, _, count in calls)
+    parts = [individual for _, individual, _ in calls if individual is not None]
+    if len(parts) == len(calls):
+        values = torch.cat([part.flatten() for part in parts])
+        return BatchLoss(sample_mean(values), sample_variance(values), samples)
+    weights = [count if samples else 1 for _, _, count in calls]
+    means = torch.stack([mean.double() for mean, _, _ in calls])
+    shares = torch.tensor(weights, dtype=torch.float64, device=means.device)
+    return BatchLoss((means * shares).sum() / shares.sum(), None, samples)
+
+
+def _stack(parts: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """One small float64 tensor, nan for what is missing."""
+    return torch.stack(
+        [torch.full((), NAN, dtype=torch.float64, device=device) if part is None
+         else part.detach().to(device, torch.float64) for part in parts]
+    )  # fmt: skip
+
+
+def _observation(numbers: list[float], point: EndPoint, length: float) -> Observation:
+    loss, loss_variance, product, variance = numbers
+    has_loss, has_loss_variance, has_slope_variance = point.observed
+    slope = product / length if length > 0.0 else NAN
+    slope_variance = variance / length / length if length > 0.0 else NAN
+    # A direction that is no multiple of the gradient leaves a nan here, the slope itself is right.
+    usable = has_slope_variance and not (math.isnan(slope_variance) and math.isfinite(slope))
+    return Observation(
+        samples=point.samples,
+        slope=slope,
+        slope_variance=slope_variance if usable else None,
+        loss=loss if has_loss else None,
+        loss_variance=loss_variance if has_loss_variance else None,
+    )
+
+
+__all__ = ["BatchLoss", "EndPoint", "LineProbe", "LossCall", "PendingPair", "PendingStart"]

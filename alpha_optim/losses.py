@@ -1,0 +1,172 @@
+"""Sees the losses of the samples and the factor between loss and backward pass.
+
+A loss function with reduction "mean" or "sum" returns one number. The losses of the samples come
+from evaluating a copy of it with reduction "none", without graph and without touching random
+numbers or buffers, at the moment of the user's own call.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from alpha_optim.hooks import Hook
+from alpha_optim.passes import LossCall
+
+_WEIGHTED = (nn.CrossEntropyLoss, nn.NLLLoss)
+
+
+class LossTap:
+    """Hooks on one loss function; reports each call when its backward pass starts."""
+
+    def __init__(
+        self,
+        loss_fn: nn.Module | None,
+        on_forward: Callable[[], None],
+        on_backward: Callable[[LossCall], None],
+    ) -> None:
+        """Prepare; nothing is hooked before `attach`.
+
+        Args:
+            loss_fn: The loss function, or None if losses are only handed over.
+            on_forward: Called before each of its calls.
+            on_backward: Called with the loss when its backward pass starts.
+        """
+        self._loss_fn = loss_fn
+        self._on_forward = on_forward
+        self._on_backward = on_backward
+        self._handle: RemovableHandle | None = None
+        self._warned = False
+
+    def attach(self) -> None:
+        """Hook the loss function."""
+        if self._loss_fn is not None and self._handle is None:
+            hook = Hook(self._seen, owner=self._loss_fn)
+            self._handle = self._loss_fn.register_forward_hook(hook, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Remove the hook."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def watch(self, losses: Tensor, explicit: bool) -> None:
+        """Report ``losses`` (``[N]`` or ``[N, ...]`` with graph) when its backward pass starts."""
+        values = losses.detach()
+        samples = values.shape[0]
+
+        def weighted(weights: Tensor) -> None:
+            total = weights.sum()
+            individual = (weights * values).reshape(samples, -1).sum(1) * (samples / total)
+            self._on_backward(LossCall(individual.mean(), individual, samples, total, explicit))
+
+        losses.register_hook(weighted)
+
+    def _seen(self, loss_fn: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+            return
+        self._on_forward()
+        if output.dim() > 0:
+            self.watch(output, explicit=False)
+            return
+        reduction = getattr(loss_fn, "reduction", None)
+        individual = individual_losses(loss_fn, args, kwargs, output.detach())
+        if individual is None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(loss_fn).__name__} gives no losses of single samples (it needs an attribute "
+                "'reduction' that accepts 'none'), so alpha uses the slopes only. Use "
+                "optimizer.backward(losses) with losses of shape [N] for the full fit.",
+                stacklevel=2,
+            )
+        samples = None if individual is None else individual.shape[0]
+        mean = output.detach() if individual is None or reduction != "sum" else individual.mean()
+        call = LossCall(mean, individual, samples)
+        scale = samples if reduction == "sum" and samples is not None else 1
+
+        def start(gradient: Tensor) -> None:
+            self._on_backward(replace(call, gamma=gradient.detach() * scale))
+
+        output.register_hook(start)
+
+
+@torch.no_grad()
+def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tensor) -> Tensor | None:
+    """Evaluate the losses of the samples for one call of a loss function.
+
+    Args:
+        loss_fn: Loss function that has just returned one number.
+        args: Positional arguments of that call.
+        kwargs: Keyword arguments of that call.
+        reduced: What it returned ``[]``.
+
+    Returns:
+        Losses ``[N]`` whose mean is the mean-reduced loss: weights and ignored targets are taken into
+        account. None if the function cannot give them.
+    """
+    reduction = getattr(loss_fn, "reduction", None)
+    if reduction not in ("mean", "sum", "batchmean") or not args and not kwargs:
+        return None
+    first = args[0] if args else next(iter(kwargs.values()))
+    if not isinstance(first, Tensor) or first.dim() == 0:
+        return None
+    samples = first.shape[0]
+    single = copy.copy(loss_fn)
+    single.reduction = "none"
+    try:
+        with _unchanged(loss_fn):
+            values = single.forward(*args, **kwargs)
+    except (ValueError, RuntimeError, NotImplementedError):
+        return None  # a loss that knows no "none"; told once by the caller
+    if not isinstance(values, Tensor) or values.dim() == 0 or values.shape[0] != samples:
+        return None
+    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    sums = values.reshape(samples, -1).sum(1)
+    if reduction == "batchmean":
+        return sums
+    if isinstance(loss_fn, _WEIGHTED) and reduction == "mean":
+        return sums * (samples / _total_weight(loss_fn, args, kwargs, values))
+    if type(loss_fn).__module__.startswith("torch.nn."):
+        return sums * (samples / values.numel())
+    # A loss of unknown make: whatever it divides by, the mean has to come out.
+    mean = sums.mean()
+    if reduction == "sum":
+        return sums
+    return torch.where(mean == 0, sums, sums * (reduced.to(sums.dtype) / mean))
+
+
+def _total_weight(loss_fn: nn.Module, args: Any, kwargs: Any, values: Tensor) -> Tensor | float:
+    """What the mean of (weighted) cross entropy divides by."""
+    target = args[1] if len(args) > 1 else kwargs.get("target")
+    if not isinstance(target, Tensor) or target.is_floating_point():
+        return float(values.numel())
+    kept = target != loss_fn.ignore_index
+    weight = loss_fn.weight
+    if not isinstance(weight, Tensor):
+        return kept.sum()
+    return (weight[target.clamp_min(0).clamp_max(len(weight) - 1)] * kept).sum()
+
+
+@contextmanager
+def _unchanged(loss_fn: nn.Module) -> Iterator[None]:
+    """Leave random number generators and buffers of a loss function as they were."""
+    buffers = list(loss_fn.buffers())
+    if type(loss_fn).__module__.startswith("torch.nn."):
+        yield  # torch's own losses draw no random numbers and write no buffers
+        return
+    kept = [buffer.clone() for buffer in buffers]
+    devices = {buffer.device for buffer in buffers} | {param.device for param in loss_fn.parameters()}
+    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
+        try:
+            yield
+        finally:
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)

@@ -1,0 +1,351 @@
+"""`AlphaGuided`: any torch optimizer, and alpha of every step it makes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from alpha_optim.diagnosis import Diagnosis, diagnose
+from alpha_optim.direction import parameters_of
+from alpha_optim.history import AlphaHistory
+from alpha_optim.records import GuardEvent
+from alpha_optim.session import VERSION, Every, Session, named_parameters
+
+KEY = "alpha_guided"
+"""Key of everything of ours in a state dict."""
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class AlphaGuided(Optimizer):
+    """Wraps an optimizer and measures the normalized step length alpha while training runs.
+
+    The training loop stays as it is. Without an `AlphaScheduler` nothing is changed: parameters,
+    buffers and random numbers stay bit for bit what the bare optimizer gives.
+
+    Alpha says where a step ended on a parabola fitted along it: below 0 short of the minimum, 0 in it,
+    above 0 beyond it. What it is computed from depends on what is given: the optimizer alone gives the
+    ratio of two slopes, the model adds their noise, the loss function makes the fit complete.
+
+    Attributes:
+        optimizer: The wrapped optimizer; ``param_groups``, ``state`` and ``defaults`` are its own.
+
+    Example:
+        >>> import torch
+        >>> model, loss_fn = torch.nn.Linear(3, 1), torch.nn.MSELoss()
+        >>> optimizer = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     loss_fn(model(torch.randn(8, 3)), torch.randn(8, 1)).backward()
+        ...     optimizer.step()
+        >>> len(optimizer.alpha_history), optimizer.alpha_history[-1].information
+        (2, 'full')
+
+    References:
+        Schneider, Dangel and Hennig (2021), Cockpit, https://arxiv.org/abs/2102.06604
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module | None = None,
+        loss_fn: nn.Module | None = None,
+        *,
+        every: Every = 1,
+        backend: str = "auto",
+        variance: str = "sampled",
+    ) -> None:
+        """Wrap ``optimizer``.
+
+        Args:
+            optimizer: Any `torch.optim.Optimizer`.
+            model: The model it trains; gives slopes of single samples.
+            loss_fn: The loss function as a module; its own calls give the losses of single samples.
+                Functional losses go through `backward` or `record_losses`.
+            every: Measure the steps n with ``n % every == 0``, or those for which ``every(n)`` is true;
+                None: the scheduler's policy decides.
+            backend: How slopes of single samples are computed: ``"auto"`` or a name from
+                `alpha_optim.projections.BACKENDS`.
+            variance: ``"sampled"``: variances of the slopes from a bounded number of samples;
+                ``"exact"``: from all of them. Means always use all samples.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If it cannot work: already wrapped, parameters that are not the model's, an
+                impossible backend, ``every`` below 1.
+        """
+        _check_arguments(optimizer, model, loss_fn, every, variance)
+        self.optimizer = optimizer
+        for name in _HOOKS:
+            setattr(self, name, OrderedDict())
+        self._zero_grad_profile_name = "Optimizer.zero_grad#AlphaGuided.zero_grad"
+        self._session = Session(optimizer, model, loss_fn, every, backend, variance)
+
+    # ---------------------------------------------------------------- the wrapped optimizer's own
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override] # - torch has a plain attribute
+        """The wrapped optimizer's param groups, always the same object."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override] # - torch has a plain attribute
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override] # - torch has a plain attribute
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        """Find on the wrapped optimizer what the wrapper lacks (``train`` and ``eval``, say)."""
+        # A fused optimizer unscales gradients itself when it has this flag; the scaler would hand the
+        # scale to the wrapper, where the fused kernel does not look for it.
+        if name == "_step_supports_amp_scaling" or name in ("optimizer", "_session") or name in _HOOKS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer; see `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: If its parameters do not belong to the model.
+        """
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        _check_membership(params, self._session.model, self._session.loss_fn, "the new group")
+        self.optimizer.add_param_group({**param_group, "params": params})
+        self._session.begin()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; see `torch.optim.Optimizer.zero_grad`."""
+        self._session.gradients_cleared()
+        self.optimizer.zero_grad(set_to_none)
+
+    # ---------------------------------------------------------------- training
+
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:  # type: ignore[override] # - one signature for both of torch's overloads
+        """Finish the measurement of the last step and make the next.
+
+        Args:
+            closure: As torch's. Its first evaluation is the end of the last step and the start of this.
+            **kwargs: Passed on to the wrapped optimizer.
+
+        Returns:
+            What the wrapped optimizer returns.
+        """
+        for pre_hook in tuple(self._optimizer_step_pre_hooks.values()):
+            changed = pre_hook(self, (closure,), kwargs)
+            if changed is not None:
+                (closure,), kwargs = changed
+        result = self._session.step(closure, kwargs)
+        for post_hook in tuple(self._optimizer_step_post_hooks.values()):
+            post_hook(self, (closure,), kwargs)
+        return result
+
+    # torch wraps `step` of every optimizer class to run hooks; the wrapped one's runs the global ones,
+    # and ours above run once.
+    step.hooked = True  # type: ignore[attr-defined] # - the mark torch looks for
+
+    def backward(self, losses: Tensor) -> Tensor:
+        """Run the backward pass of the mean of some losses, and take note of them.
+
+        Args:
+            losses: Losses of the samples with graph ``[N]`` or ``[N, ...]``.
+
+        Returns:
+            Their mean ``[]``, detached.
+        """
+        return self._session.backward(losses)
+
+    def record_losses(self, losses: Tensor) -> None:
+        """Take note of losses in a loop in which something else runs the backward pass.
+
+        Args:
+            losses: The mini-batch loss ``[]``, or losses of the samples ``[N]`` or ``[N, ...]``.
+        """
+        self._session.record_losses(losses)
+
+    # ---------------------------------------------------------------- what was measured
+
+    @property
+    def alpha_history(self) -> AlphaHistory:
+        """Measurements so far, oldest first."""
+        return self._session.history
+
+    @property
+    def guard_events(self) -> tuple[GuardEvent, ...]:
+        """Steps that the scheduler's guard took back or did not let happen."""
+        return tuple(self._session.events)
+
+    @property
+    def iteration(self) -> int:
+        """Number of executed steps; the iteration in progress."""
+        return self._session.iteration
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        return self._session.choice.name
+
+    def diagnose(self) -> Diagnosis:
+        """Say what alpha says so far: a record whose ``str`` is advice in plain words."""
+        return diagnose(self._session.history, self._session.events)
+
+    def __repr__(self) -> str:
+        """Show backend, reason and the wrapped optimizer."""
+        name, reason = self._session.choice
+        return f"AlphaGuided(backend={name!r}: {reason}; iteration {self.iteration})\n{self.optimizer!r}"
+
+    # ---------------------------------------------------------------- leaving
+
+    def detach(self) -> None:
+        """Remove every hook; model and wrapped optimizer are as before, `step` passes through."""
+        self._session.detach()
+
+    def __enter__(self) -> AlphaGuided:
+        """Return the optimizer; leaving the block detaches it."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Detach."""
+        self.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state dict with everything of ours under one more key."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state: dict[str, Any] = {**self.optimizer.state_dict(), KEY: self._session.state_dict()}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state)
+            state = state if replaced is None else replaced
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state dict of a wrapped or of a bare optimizer (that starts at iteration 0).
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: If it was written by a newer version of the package.
+        """
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        ours = state_dict.get(KEY)
+        if ours is not None and ours["version"] > VERSION:
+            raise ValueError(
+                f"this state dict has version {ours['version']} of alpha_optim's state, this package reads "
+                f"up to {VERSION}: update alpha_optim, or delete its key {KEY!r} to start measuring anew"
+            )
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        self._session.load_state_dict(ours)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything needed to build the wrapper anew; hooks are not part of it."""
+        session = self._session
+        return {
+            "optimizer": self.optimizer,
+            "arguments": (session.model, session.loss_fn, session.every, session.wanted, session.variance),
+            "ours": session.state_dict(),
+            "active": session.active,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Build the wrapper anew around a copied or unpickled optimizer."""
+        self.optimizer = state["optimizer"]
+        for name in _HOOKS:
+            setattr(self, name, OrderedDict())
+        self._zero_grad_profile_name = "Optimizer.zero_grad#AlphaGuided.zero_grad"
+        self._session = Session(self.optimizer, *state["arguments"])
+        self._session.load_state_dict(state["ours"])
+        if not state["active"]:
+            self._session.detach()
+
+
+def _check_arguments(
+    optimizer: Any, model: Any, loss_fn: Any, every: Any, variance: Any
+) -> None:
+    """Refuse what cannot work, before anything is touched."""
+    if isinstance(optimizer, AlphaGuided):
+        raise ValueError(
+            "this optimizer is already wrapped in AlphaGuided; wrap the bare one (its .optimizer) only once"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be an instance of torch.optim.Optimizer, got {_kind(optimizer)}; "
+            "for example AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1))"
+        )
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {_kind(model)}")
+    if loss_fn is not None and not isinstance(loss_fn, nn.Module):
+        raise TypeError(
+            f"loss_fn must be a torch.nn.Module such as nn.CrossEntropyLoss(), got {_kind(loss_fn)}; "
+            "for functional losses leave it out and call optimizer.backward(losses)"
+        )
+    if not (every is None or callable(every)) and (
+        isinstance(every, bool) or not isinstance(every, int) or every < 1
+    ):
+        raise ValueError(
+            f"every must be a whole number of at least 1, a function n -> bool, or None; got {every!r}"
+        )
+    if variance not in ("exact", "sampled"):
+        raise ValueError(f"variance must be 'exact' or 'sampled', got {variance!r}")
+    _check_membership(parameters_of(optimizer), model, loss_fn, "the optimizer")
+
+
+def _check_membership(
+    params: list[Tensor], model: nn.Module | None, loss_fn: nn.Module | None, holder: str
+) -> None:
+    """Refuse parameters that are not the model's.
+
+    Raises:
+        ValueError: Naming them.
+    """
+    if model is None:
+        return
+    names = named_parameters(model, loss_fn)
+    foreign = [
+        f"parameter {index} of shape {list(param.shape)}"
+        for index, param in enumerate(params)
+        if id(param) not in names
+    ]
+    if foreign:
+        raise ValueError(
+            f"{holder} has parameters that belong neither to model ({type(model).__name__}) nor to loss_fn: "
+            f"{', '.join(foreign)}. Pass the model whose parameters the optimizer trains."
+        )
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

@@ -1,0 +1,148 @@
+"""The backward passes of one iteration: which there were, with how many samples and which losses.
+
+An iteration may have several backward passes (gradient accumulation). Each is opened by an anchor,
+a hook on the loss value or on the model's output, which fires before any layer's. Passes that never
+reach a parameter of the optimizer (another network, a gradient of the input) do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """One evaluation of the loss whose backward pass is running.
+
+    Attributes:
+        mean: The mini-batch loss, detached ``[]``.
+        individual: Losses of the samples ``[N]``, normalised so that their mean is ``mean``; None
+            if only the mean is known.
+        samples: N, or None if it is not known.
+        gamma: Factor between the mini-batch loss and what was sent backward ``[]``, or None.
+        explicit: Whether the user handed the losses over; then loss_fn's own calls are ignored.
+    """
+
+    mean: Tensor
+    individual: Tensor | None
+    samples: int | None
+    gamma: Tensor | None = None
+    explicit: bool = False
+
+
+@dataclass(eq=False)
+class BackwardPass:
+    """What is known about one backward pass."""
+
+    samples: int | None = None
+    calls: list[LossCall] = field(default_factory=list)
+    reached: bool = False
+
+    def add(self, call: LossCall) -> None:
+        """Add a term of the loss; a term that the user handed over replaces those seen."""
+        if call.explicit:
+            self.calls = [call]
+        elif not any(seen.explicit for seen in self.calls):
+            self.calls.append(call)
+        if self.calls and self.calls[0].samples is not None:
+            self.samples = self.calls[0].samples
+
+    @property
+    def gamma(self) -> Tensor | None:
+        """Factor between the mean loss and what was sent backward, None if not seen."""
+        return self.calls[0].gamma if self.calls else None
+
+    def losses(self) -> tuple[Tensor | None, Tensor | None]:
+        """Mean loss ``[]`` and individual losses ``[N]`` of the pass, terms added up."""
+        if not self.calls:
+            return None, None
+        first = self.calls[0]
+        mean, individual = first.mean, first.individual
+        for other in self.calls[1:]:
+            if first.gamma is None or other.gamma is None:
+                continue
+            weight = (other.gamma / first.gamma).to(mean.device)
+            mean = mean + weight * other.mean
+            same_samples = individual is not None and other.individual is not None
+            if same_samples and other.samples == first.samples:
+                individual = individual + weight * other.individual  # type: ignore[operator] # - both checked
+            else:
+                individual = None
+        return mean, individual
+
+
+class PassLog:
+    """Collects the backward passes of the current iteration."""
+
+    def __init__(self, gradients_cleared: Callable[[], bool]) -> None:
+        """Start with no pass.
+
+        Args:
+            gradients_cleared: Says whether the gradients of earlier passes are gone.
+        """
+        self._gradients_cleared = gradients_cleared
+        self.forward_samples: int | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything; called between iterations."""
+        self._passes: list[BackwardPass] = []
+        self._by_task: dict[int, BackwardPass] = {}
+        self._anchored: BackwardPass | None = None
+        self.recorded: list[LossCall] = []
+        self.forward_samples = None
+        self.discarded = False
+
+    @property
+    def reached(self) -> list[BackwardPass]:
+        """Passes that reached a parameter, in order."""
+        return [entry for entry in self._passes if entry.reached]
+
+    def forward_started(self, samples: int | None = None) -> None:
+        """A forward pass ends the reach of the last anchor (not: a recomputation in backward)."""
+        if torch._C._current_graph_task_id() == -1:
+            self._anchored = None
+            self.forward_samples = samples if samples is not None else self.forward_samples
+
+    def anchor(self, call: LossCall | None = None, samples: int | None = None) -> None:
+        """Open the running backward pass, or add a term of the loss to it.
+
+        Args:
+            call: The loss whose backward pass starts.
+            samples: Number of samples, if the anchor is the model's output.
+        """
+        task = torch._C._current_graph_task_id()
+        entry = self._by_task.get(task)
+        if entry is None:
+            entry = self._open(task)
+        self._anchored = entry
+        if call is not None:
+            entry.add(call)
+        elif entry.samples is None:
+            entry.samples = samples
+
+    def current(self) -> BackwardPass:
+        """Return the running backward pass; a nested one (checkpointing) belongs to its anchor."""
+        task = torch._C._current_graph_task_id()
+        entry = self._by_task.get(task)
+        if entry is None and self._anchored is not None:
+            entry = self._by_task[task] = self._anchored
+        return entry if entry is not None else self._open(task)
+
+    def discard(self) -> None:
+        """The gradients of the passes so far were thrown away without a step."""
+        if self.reached:
+            self.discarded = True
+            self._passes, self._by_task, self._anchored, self.recorded = [], {}, None, []
+
+    def _open(self, task: int) -> BackwardPass:
+        if self.reached and self._gradients_cleared():
+            self.discard()
+        entry = BackwardPass()
+        self._passes.append(entry)
+        self._by_task[task] = entry
+        return entry

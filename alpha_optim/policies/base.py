@@ -1,0 +1,80 @@
+"""What a policy is: any callable that turns a measurement into a factor.
+
+A plain function is a policy. The optional methods are looked for by name, so nothing has to be
+inherited:
+
+- ``envelope(iteration) -> float >= 0``: multiplied in at every step (warm-up, annealing; may be 0).
+- ``wants(iteration) -> bool``: whether to measure, asked when the optimizer has ``every=None``.
+- ``on_event(event)``: told when the guard took a step back.
+- ``state_dict() / load_state_dict(state)``: what it remembers, as plain values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from alpha_optim.alpha import AlphaMeasurement
+from alpha_optim.records import GuardEvent
+
+
+class Policy(Protocol):
+    """The one method every policy has."""
+
+    def __call__(self, measurement: AlphaMeasurement) -> float:
+        """Return the factor for the learning rate's scale; finite and > 0, 1 leaves it.
+
+        Called once per new measurement, in order.
+        """
+
+
+def factor_of(policy: Policy, measurement: AlphaMeasurement) -> float:
+    """Ask a policy for its factor.
+
+    Raises:
+        ValueError: If it is not a finite number > 0.
+    """
+    answer: Any = policy(measurement)
+    try:
+        factor = float(answer)
+    except (TypeError, ValueError):
+        factor = math.nan
+    if not (math.isfinite(factor) and factor > 0.0):
+        name = getattr(policy, "__name__", type(policy).__name__)
+        raise ValueError(
+            f"policy {name} returned {answer!r} for iteration {measurement.iteration}; expected a finite "
+            "factor > 0 for the learning rate's scale (1 leaves it as it is)"
+        )
+    return factor
+
+
+def envelope_of(policy: Any, iteration: int) -> float:
+    """Ask a policy for its envelope at an iteration; 1 if it has none."""
+    method = getattr(policy, "envelope", None)
+    return 1.0 if method is None else float(method(iteration))
+
+
+def wants_of(policy: Any) -> Callable[[int], bool] | None:
+    """Return the question whether to measure an iteration, or None."""
+    return getattr(policy, "wants", None)
+
+
+def tell_event(policy: Any, event: GuardEvent) -> None:
+    """Tell a policy what the guard did, if it listens."""
+    method = getattr(policy, "on_event", None)
+    if method is not None:
+        method(event)
+
+
+def state_of(policy: Any) -> dict[str, Any]:
+    """Return what a policy remembers; empty for one that remembers nothing."""
+    method = getattr(policy, "state_dict", None)
+    return {} if method is None else method()
+
+
+def restore(policy: Any, state: dict[str, Any]) -> None:
+    """Give a policy back what it remembered."""
+    method = getattr(policy, "load_state_dict", None)
+    if method is not None:
+        method(state)

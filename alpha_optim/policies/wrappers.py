@@ -1,0 +1,113 @@
+"""Policies around a policy: bounds and warm-up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alpha_optim.alpha import AlphaMeasurement
+from alpha_optim.policies import base
+from alpha_optim.records import GuardEvent
+
+
+class Bounded:
+    """Keeps the accumulated factor of another policy between two bounds."""
+
+    def __init__(self, policy: base.Policy, lowest: float = 0.1, highest: float = 10.0) -> None:
+        """Wrap a policy.
+
+        Args:
+            policy: The policy.
+            lowest: Smallest product of all factors, > 0 and at most 1.
+            highest: Largest product, at least 1.
+
+        Raises:
+            TypeError: If ``policy`` is not callable.
+            ValueError: If the bounds do not contain 1.
+        """
+        _check_policy(policy)
+        if not 0.0 < lowest <= 1.0 <= highest:
+            raise ValueError(
+                f"the bounds must contain 1, where every run starts: 0 < lowest <= 1 <= highest, "
+                f"got lowest={lowest}, highest={highest}"
+            )
+        self.policy, self.lowest, self.highest = policy, lowest, highest
+        self._product = 1.0
+
+    def __call__(self, measurement: AlphaMeasurement) -> float:
+        """Return the inner factor, cut so that the product stays within the bounds."""
+        wanted = self._product * base.factor_of(self.policy, measurement)
+        product = min(self.highest, max(self.lowest, wanted))
+        factor, self._product = product / self._product, product
+        return factor
+
+    def envelope(self, iteration: int) -> float:
+        """Return the inner envelope."""
+        return base.envelope_of(self.policy, iteration)
+
+    def wants(self, iteration: int) -> bool:
+        """Ask the inner policy."""
+        question = base.wants_of(self.policy)
+        return True if question is None else question(iteration)
+
+    def on_event(self, event: GuardEvent) -> None:
+        """Tell the inner policy."""
+        base.tell_event(self.policy, event)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the product and the inner state."""
+        return {"product": self._product, "policy": base.state_of(self.policy)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
+        self._product = float(state["product"])
+        base.restore(self.policy, state["policy"])
+
+
+class WithWarmup:
+    """Lets the rate of another policy grow linearly from 0 over the first steps."""
+
+    def __init__(self, policy: base.Policy, steps: int) -> None:
+        """Wrap a policy.
+
+        Args:
+            policy: The policy.
+            steps: Length of the warm-up in optimizer steps, at least 1.
+
+        Raises:
+            TypeError: If ``policy`` is not callable.
+            ValueError: If ``steps`` is less than 1.
+        """
+        _check_policy(policy)
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.policy, self.steps = policy, steps
+
+    def __call__(self, measurement: AlphaMeasurement) -> float:
+        """Return the inner factor once the warm-up is over, 1 before."""
+        return self.policy(measurement) if measurement.iteration >= self.steps else 1.0
+
+    def envelope(self, iteration: int) -> float:
+        """Return the warm-up times the inner envelope."""
+        return min(1.0, (iteration + 1) / self.steps) * base.envelope_of(self.policy, iteration)
+
+    def wants(self, iteration: int) -> bool:
+        """Ask the inner policy."""
+        question = base.wants_of(self.policy)
+        return True if question is None else question(iteration)
+
+    def on_event(self, event: GuardEvent) -> None:
+        """Tell the inner policy."""
+        base.tell_event(self.policy, event)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner state."""
+        return {"policy": base.state_of(self.policy)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
+        base.restore(self.policy, state["policy"])
+
+
+def _check_policy(policy: Any) -> None:
+    if not callable(policy):
+        raise TypeError(f"a policy must be callable (measurement -> factor), got {type(policy).__name__}")

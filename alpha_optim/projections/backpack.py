@@ -1,0 +1,140 @@
+"""Plain SGD: projections inside the backward pass, on BackPACK's individual gradients.
+
+For plain SGD the step is known before it is made: -lr times the gradient. As soon as the gradient of
+a parameter is complete, its individual gradients are projected onto it (start) and onto the previous
+step (end) and freed. Kept are numbers per sample and parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from alpha_optim.direction import Direction, inner_product
+from alpha_optim.passes import BackwardPass, PassLog
+from alpha_optim.projections.base import Names, SampleSlopes
+from alpha_optim.projections.recorder import SampleRecorder, project
+
+PARALLEL = 1e-4
+"""Relative squared distance up to which a clipped gradient counts as a multiple of the gradient."""
+
+_Projections = dict[BackwardPass, dict[int, Tensor]]
+
+
+class BackpackBackend:
+    """Projects individual gradients while the backward pass runs."""
+
+    name = "backpack"
+
+    def __init__(self, model: nn.Module, names: Names, log: PassLog, sampled: bool) -> None:
+        """Prepare; see `SampleRecorder` for the arguments."""
+        self._recorder = SampleRecorder(model, names, log, sampled)
+        self._log = log
+        self._params: Sequence[Tensor] = ()
+        self._changes: dict[int, Tensor | None] = {}
+        self._start = False
+        self.unaccounted = self._recorder.unaccounted
+        self.discard()
+
+    def begin(self, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
+        """Hook the model."""
+        self.discard()
+        self._params, self._start = params, start
+        changes = end_of.changes if end_of is not None else [None] * len(params)
+        self._changes = dict(zip(map(id, params), changes, strict=True))
+        self._is_end = end_of is not None
+        self._recorder.begin(params, self._store)
+
+    def accumulated(self, param: Tensor) -> None:
+        """Project and free the individual gradients of a parameter whose gradient is complete."""
+        entry = self._recorder.accumulated(param)
+        gradients = self._buffers.get(entry, {}).pop(id(param), None)
+        if gradients is None or param.grad is None:
+            return
+        key = id(param)
+        change = self._changes.get(key)
+        self._at_end.setdefault(entry, {})
+        if self._is_end and change is not None:
+            self._at_end[entry][key] = project(gradients, change)
+        if self._start:
+            self._at_start.setdefault(entry, {})[key] = project(gradients, param.grad)
+        self._projected.setdefault(entry, set()).add(key)
+
+    def discard(self) -> None:
+        """Forget the passes so far."""
+        self._buffers: _Projections = {}
+        self._at_end: _Projections = {}
+        self._at_start: _Projections = {}
+        self._projected: dict[BackwardPass, set[int]] = {}
+        self._recorder.discard()
+
+    def end_slopes(self, direction: Direction) -> SampleSlopes | None:
+        """Per-sample slopes along the previous step."""
+        parts, taken = [], 0
+        for entry in self._log.reached:
+            if not self._recorder.taken.get(entry):
+                continue
+            if self._recorder.missing(entry, self._projected.get(entry, set())):
+                return None
+            values = list(self._at_end.get(entry, {}).values())
+            if values:
+                parts.append(torch.stack(values).sum(0) * self._recorder.scale(entry))
+                taken += self._recorder.taken[entry]
+        if not parts:
+            return None
+        return SampleSlopes(torch.cat(parts), complete=taken == self._recorder.total_samples())
+
+    def start_slopes(
+        self, direction: Direction, gradients: Sequence[Tensor | None]
+    ) -> SampleSlopes | None:
+        """Per-sample slopes along the step just made, from projections on the gradient.
+
+        With several backward passes the gradient was not complete when the first was projected; those
+        measurements keep the slopes of the gradients.
+        """
+        reached = self._log.reached
+        if len(reached) != 1 or not self._recorder.taken.get(reached[0]):
+            return None
+        entry = reached[0]
+        if self._recorder.missing(entry, self._projected.get(entry, set())):
+            return None
+        total: Tensor | None = None
+        for param, change, gradient in zip(self._params, direction.changes, gradients, strict=True):
+            projections = self._at_start.get(entry, {}).get(id(param))
+            if projections is None or change is None or gradient is None:
+                continue
+            part = _multiple(change, gradient).to(projections.device) * projections
+            total = part if total is None else total + part.to(total.device)
+        if total is None:
+            return None
+        complete = self._recorder.taken[entry] == self._recorder.total_samples()
+        return SampleSlopes(total * self._recorder.scale(entry), complete)
+
+    def mute(self) -> None:
+        """Remove every hook; what was collected stays."""
+        self._recorder.mute()
+
+    def close(self) -> None:
+        """Remove every hook and free the numbers."""
+        self.discard()
+        self._recorder.close()
+
+    def _store(self, entry: BackwardPass, param: Tensor, gradients: Tensor) -> None:
+        cache = self._buffers.setdefault(entry, {})
+        earlier = cache.get(id(param))
+        cache[id(param)] = gradients if earlier is None else earlier + gradients
+
+
+def _multiple(change: Tensor, gradient: Tensor) -> Tensor:
+    """Factor between a gradient and the step made of it; nan if it is not a multiple.
+
+    It is -lr, times a common factor after clipping by norm. Clipping by value turns the direction; then
+    the projections on the gradient are not those on the step.
+    """
+    along, squared = inner_product([change], [gradient]), inner_product([gradient], [gradient])
+    length = inner_product([change], [change])
+    factor = torch.where(squared == 0, 0.0, along / squared)
+    aside = length - factor * along
+    return torch.where(aside <= PARALLEL * length, factor, torch.nan)

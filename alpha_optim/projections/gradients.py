@@ -1,0 +1,45 @@
+"""Slopes from gradients alone: no hook on the model, no number per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from alpha_optim.direction import Direction
+from alpha_optim.projections.base import SampleSlopes, Unaccounted
+
+
+class GradientsBackend:
+    """Leaves the slopes to the two inner products every measurement takes anyway."""
+
+    name = "gradients"
+
+    def __init__(self) -> None:
+        """Nothing to prepare."""
+        self.unaccounted = Unaccounted()
+
+    def begin(self, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
+        """Hook nothing."""
+
+    def accumulated(self, param: Tensor) -> None:
+        """Note nothing."""
+
+    def discard(self) -> None:
+        """Forget nothing."""
+
+    def end_slopes(self, direction: Direction) -> SampleSlopes | None:
+        """Return None: not known."""
+        return None
+
+    def start_slopes(
+        self, direction: Direction, gradients: Sequence[Tensor | None]
+    ) -> SampleSlopes | None:
+        """Return None: not known."""
+        return None
+
+    def mute(self) -> None:
+        """Unhook nothing."""
+
+    def close(self) -> None:
+        """Free nothing."""

@@ -1,0 +1,229 @@
+"""Gradients of single samples with respect to the parameters of one layer.
+
+From BackPACK's layer derivatives where they cover the layer, else by ``torch.func.vmap`` over the
+vector-Jacobian product of that one module. Works on a stand-in: the user's modules and parameters
+get no attribute, and BackPACK's process-wide context is not needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from alpha_optim.projections.layers import LayerCall, tensors_in
+
+if TYPE_CHECKING:
+    from backpack.core.derivatives.basederivatives import BaseParameterDerivatives
+
+NEEDS_OUTPUT = (nn.RNN, nn.LSTM)
+"""Layers for which BackPACK's rule uses the output."""
+
+
+class UnsupportedLayer(Exception):
+    """The individual gradients of this call cannot be had; the text says why."""
+
+
+@lru_cache(maxsize=1)
+def _backpack_rules() -> dict[type[nn.Module], BaseParameterDerivatives]:
+    from backpack.core.derivatives.batchnorm_nd import BatchNormNdDerivatives
+    from backpack.core.derivatives.conv1d import Conv1DDerivatives
+    from backpack.core.derivatives.conv2d import Conv2DDerivatives
+    from backpack.core.derivatives.conv3d import Conv3DDerivatives
+    from backpack.core.derivatives.conv_transpose1d import ConvTranspose1DDerivatives
+    from backpack.core.derivatives.conv_transpose2d import ConvTranspose2DDerivatives
+    from backpack.core.derivatives.conv_transpose3d import ConvTranspose3DDerivatives
+    from backpack.core.derivatives.linear import LinearDerivatives
+    from backpack.core.derivatives.lstm import LSTMDerivatives
+    from backpack.core.derivatives.rnn import RNNDerivatives
+
+    # Not Embedding: BackPACK loops over the vocabulary there, and knows float32 only.
+    batch_norm = BatchNormNdDerivatives()
+    return {
+        nn.Linear: LinearDerivatives(),
+        nn.Conv1d: Conv1DDerivatives(),
+        nn.Conv2d: Conv2DDerivatives(),
+        nn.Conv3d: Conv3DDerivatives(),
+        nn.ConvTranspose1d: ConvTranspose1DDerivatives(),
+        nn.ConvTranspose2d: ConvTranspose2DDerivatives(),
+        nn.ConvTranspose3d: ConvTranspose3DDerivatives(),
+        nn.BatchNorm1d: batch_norm,
+        nn.BatchNorm2d: batch_norm,
+        nn.BatchNorm3d: batch_norm,
+        nn.RNN: RNNDerivatives(),
+        nn.LSTM: LSTMDerivatives(),
+    }
+
+
+def backpack_covers(module: nn.Module) -> bool:
+    """Whether BackPACK's derivatives (with our rule for BatchNorm in training) cover a layer."""
+    if type(module) not in _backpack_rules():
+        return False
+    if isinstance(module, (nn.RNN, nn.LSTM)):
+        return (
+            module.batch_first
+            and module.num_layers == 1
+            and bool(module.bias)
+            and not module.bidirectional
+            and module.proj_size == 0
+            and getattr(module, "nonlinearity", "tanh") == "tanh"
+        )
+    plain_padding = not isinstance(getattr(module, "padding", 0), str)
+    return getattr(module, "padding_mode", "zeros") == "zeros" and plain_padding
+
+
+@torch.no_grad()
+def individual_gradients(call: LayerCall, samples: int, first: int) -> dict[str, Tensor]:
+    """Compute the gradients of single samples for one call of a layer.
+
+    Args:
+        call: Call of a layer with the gradient of its output.
+        samples: Number of samples N of the batch; dimension 0 of the layer's output is N or k N, then
+            k consecutive rows belong to one sample.
+        first: Compute only those of the first n samples.
+
+    Returns:
+        Parameter name -> gradients ``[n, *param.shape]`` of what was sent backward, split over the
+        samples (they sum to the layer's gradient if n = N).
+
+    Raises:
+        UnsupportedLayer: If they cannot be had; the text says why.
+    """
+    module, gradient = call.layer.module, call.output_gradient
+    if gradient.dim() == 0 or gradient.shape[0] % samples or gradient.shape[0] == 0:
+        raise UnsupportedLayer(
+            f"dimension 0 of its output (shape {list(gradient.shape)}) is neither the number of "
+            f"samples {samples} nor a multiple of it"
+        )
+    per_sample = gradient.shape[0] // samples
+    rows = min(first, samples) * per_sample
+    if not any(_has_rows(value, gradient.shape[0]) for value in tensors_in((call.args, call.kwargs))):
+        raise UnsupportedLayer("none of its inputs has the samples along dimension 0")
+    if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+        per_row = _batch_norm_shares(call, rows)
+    elif backpack_covers(module) and call.output_index == 0 and not call.kwargs:
+        per_row = _from_backpack(call, rows, per_sample)
+        per_sample = 1 if isinstance(module, nn.Linear) else per_sample
+    else:
+        per_row = _from_vmap(call, rows)
+    if per_sample == 1:
+        return per_row
+    return {
+        name: value.reshape(-1, per_sample, *value.shape[1:]).sum(1) for name, value in per_row.items()
+    }
+
+
+def _from_backpack(call: LayerCall, rows: int, per_sample: int) -> dict[str, Tensor]:
+    module = call.layer.module
+    dtype = _working_dtype(next(iter(call.layer.params.values())).dtype)
+    standin = copy.copy(module)
+    standin.input0 = call.args[0][:rows].to(dtype)
+    gradient = call.output_gradient[:rows].to(dtype)
+    if isinstance(module, nn.Linear) and per_sample > 1:  # rows of a sample are summed on the way
+        standin.input0 = standin.input0.reshape(-1, per_sample, *standin.input0.shape[1:])
+        gradient = gradient.reshape(-1, per_sample, *gradient.shape[1:])
+    standin.output = gradient if call.output is None else call.output[:rows].to(dtype)
+    rule = _backpack_rules()[type(module)]
+    try:
+        return {
+            name: rule.param_mjp(name, standin, (), (gradient,), gradient, sum_batch=False)
+            for name in call.layer.params
+        }
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise UnsupportedLayer(f"BackPACK has no individual gradients for it ({error})") from error
+
+
+def _batch_norm_shares(call: LayerCall, rows: int) -> dict[str, Tensor]:
+    """BatchNorm on batch statistics: what flows through the position of each sample.
+
+    A sample's loss then depends on all samples, so there is no individual gradient in the strict
+    sense; these shares sum to the gradient.
+    """
+    module, gradient = call.layer.module, call.output_gradient
+    assert isinstance(module, _BatchNorm)
+    dtype = _working_dtype(gradient.dtype)
+    normalised = torch.nn.functional.batch_norm(
+        call.args[0].to(dtype), None, None, None, None, True, 0.0, module.eps
+    )
+    gradient = gradient[:rows].to(dtype)
+    spatial = list(range(2, gradient.dim()))
+    shares = {"weight": gradient * normalised[:rows], "bias": gradient}
+    return {
+        name: shares[name].sum(spatial) if spatial else shares[name].clone() for name in call.layer.params
+    }
+
+
+def _from_vmap(call: LayerCall, rows: int) -> dict[str, Tensor]:
+    """Individual gradients by ``torch.func.vmap`` over one module."""
+    module, batch = call.layer.module, call.output_gradient.shape[0]
+    params = {name: param.detach() for name, param in call.layer.params.items()}
+    standin = copy.copy(module)
+    # Own dictionaries: user hooks do not fire, and buffers written by the module stay as they are.
+    standin._forward_hooks, standin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    standin._parameters = dict(module._parameters)
+    standin._buffers = {
+        name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
+    }
+    leaves: list[Tensor] = []
+    args = tuple(_split(value, batch, rows, leaves) for value in call.args)
+    kwargs = {name: _split(value, batch, rows, leaves) for name, value in call.kwargs.items()}
+
+    def one_sample(gradient: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
+        def forward(values: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            rebuilt_args = tuple(_rebuild(value, inputs) for value in args)
+            rebuilt_kwargs = {name: _rebuild(value, inputs) for name, value in kwargs.items()}
+            output = torch.func.functional_call(standin, values, rebuilt_args, rebuilt_kwargs)
+            return tuple(tensors_in(output))
+
+        outputs, pull_back = torch.func.vjp(forward, params)
+        seeds = tuple(
+            gradient.unsqueeze(0).to(value.dtype) if index == call.output_index else torch.zeros_like(value)
+            for index, value in enumerate(outputs)
+        )
+        pulled: dict[str, Tensor] = pull_back(seeds)[0]
+        return pulled
+
+    try:
+        # A module that draws random numbers would draw others here: vmap raises, and so do we.
+        return torch.func.vmap(one_sample, randomness="error")(call.output_gradient[:rows], *leaves)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UnsupportedLayer(f"torch.func.vmap cannot differentiate it per sample ({reason})") from error
+
+
+class _Slot:
+    """Stands for a batched tensor among the arguments."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def _split(value: Any, batch: int, rows: int, leaves: list[Tensor]) -> Any:
+    """Replace tensors with one row per sample by slots and collect their rows."""
+    if _has_rows(value, batch):
+        leaves.append(value[:rows])
+        return _Slot(len(leaves) - 1)
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_split(entry, batch, rows, leaves) for entry in value)
+    return value
+
+
+def _rebuild(value: Any, inputs: tuple[Tensor, ...]) -> Any:
+    if isinstance(value, _Slot):
+        return inputs[value.index].unsqueeze(0)
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_rebuild(entry, inputs) for entry in value)
+    return value
+
+
+def _has_rows(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -1,0 +1,102 @@
+"""Frozen records that pass between the stages, and the status of a measurement.
+
+Imports nothing of the package, so that every stage may import it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class AlphaStatus(str, Enum):
+    """What a measured alpha means; the first that applies, in this order."""
+
+    NOT_FINITE = "not_finite"
+    NO_STEP = "no_step"
+    DEGENERATE = "degenerate"
+    CONCAVE = "concave"
+    ASCENT = "ascent"
+    MEASURED = "measured"
+
+    def __str__(self) -> str:
+        """Return the plain value, e.g. ``"measured"``."""
+        return self.value
+
+    @property
+    def explanation(self) -> str:
+        """One sentence for users: what happened, and what alpha is then."""
+        return _EXPLANATIONS[self]
+
+
+_EXPLANATIONS = {
+    AlphaStatus.NOT_FINITE: "A loss, slope or variance was not finite; alpha is nan.",
+    AlphaStatus.NO_STEP: "The optimizer did not move the parameters; alpha is -1.",
+    AlphaStatus.DEGENERATE: "The fitted start slope is zero; alpha is undefined (nan).",
+    AlphaStatus.CONCAVE: "The loss is concave along the step, it still falls; alpha is -1.",
+    AlphaStatus.ASCENT: "The fit says that the step went uphill from its start.",
+    AlphaStatus.MEASURED: "The parabola has a minimum along the step.",
+}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one mini-batch says about one end of a step.
+
+    Attributes:
+        samples: Number of samples N in the batch.
+        slope: Mean slope of the loss along the step direction, in loss per parameter distance.
+        slope_variance: Variance of one sample's slope (ddof=1), or None if not observed.
+        loss: Mean loss, or None if not observed.
+        loss_variance: Variance of one sample's loss (ddof=1), or None if not observed.
+    """
+
+    samples: int
+    slope: float
+    slope_variance: float | None = None
+    loss: float | None = None
+    loss_variance: float | None = None
+
+
+@dataclass(frozen=True)
+class QuadraticFit:
+    """A parabola along one step, told by its slopes at both ends.
+
+    The two slopes determine the parabola up to a constant, and alpha is minus their ratio.
+
+    Attributes:
+        step_length: Length t of the step, in parameter distance.
+        slope_start: Fitted slope at the start f'(0) = w1, in loss per parameter distance.
+        slope_end: Fitted slope at the end f'(t) = w1 + 2 w2 t, same unit.
+        covariance: (var of slope_start, covariance, var of slope_end), squared unit of a slope;
+            nan where the noise is not known.
+    """
+
+    step_length: float
+    slope_start: float
+    slope_end: float
+    covariance: tuple[float, float, float]
+
+    @property
+    def half_curvature(self) -> float:
+        """The coefficient w2 of f(x) = w0 + w1 x + w2 x^2, in loss per squared distance."""
+        return (self.slope_end - self.slope_start) / (2.0 * self.step_length)
+
+
+@dataclass(frozen=True)
+class GuardEvent:
+    """A step that the guard took back or did not let happen.
+
+    Attributes:
+        iteration: The iteration whose step was not executed.
+        reason: ``"loss_not_finite"``, ``"loss_rose"`` or ``"gradient_not_finite"``.
+        loss_before: Loss before the step that was judged (nan if not observed).
+        loss_after: Loss after it.
+        restored: Whether parameters and buffers were put back to the point before that step.
+    """
+
+    iteration: int
+    reason: str
+    loss_before: float
+    loss_after: float
+    restored: bool

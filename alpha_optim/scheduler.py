@@ -1,0 +1,282 @@
+"""`AlphaScheduler`: the only code that writes learning rates.
+
+Effective rate = scheduled rate x scale x envelope. The scheduled rate is the user's own, or what a torch
+scheduler makes of it; the scale is the product of a policy's factors; the envelope is a policy's
+annealing or warm-up. The schedule is stepped on the scheduled rates, so its curve is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from alpha_optim.optimizer import AlphaGuided
+from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
+from alpha_optim.records import GuardEvent
+
+VERSION = 1
+LOWER_ONCE = 0.5
+LOWER_AGAIN = 0.1
+SOON = 10
+"""The guard lowers the scale by `LOWER_ONCE`, and by `LOWER_AGAIN` within `SOON` iterations of the last."""
+
+
+class AlphaScheduler(LRScheduler):
+    """Sets learning rates from measured alphas; stepped once per optimizer step.
+
+    Example:
+        >>> import torch
+        >>> from alpha_optim import AlphaGuided
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        >>> scheduler = AlphaScheduler(optimizer, lambda m: 0.5 if m.alpha > 1.0 else 1.0)
+        >>> scheduler.get_last_lr()
+        [0.1]
+    """
+
+    def __init__(
+        self,
+        optimizer: AlphaGuided,
+        policy: base.Policy | None = None,
+        *,
+        total_steps: int | None = None,
+        schedule: LRScheduler | ReduceLROnPlateau | None = None,
+        min_lr: float = 0.0,
+        max_lr: float = math.inf,
+        guard: bool = True,
+    ) -> None:
+        """Take over the learning rates of ``optimizer``.
+
+        Args:
+            optimizer: The wrapped optimizer.
+            policy: Callable, measurement -> factor of the scale. Default: `CalibrateThenAnneal` if
+                ``total_steps`` is given (without annealing if ``schedule`` is), else `TargetAlpha`.
+            total_steps: Number of optimizer steps of the whole run.
+            schedule: A torch scheduler; AlphaScheduler steps it, do not step it yourself.
+            min_lr: No rate falls below it; groups keep their ratios.
+            max_lr: No rate rises above it; wins over ``min_lr``.
+            guard: Take a step back when the loss after it is not finite or has risen beyond its noise,
+                and skip steps with a gradient that is not finite.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If arguments contradict each other.
+        """
+        _check_arguments(optimizer, policy, total_steps, schedule, min_lr, max_lr)
+        if policy is None:
+            policy = TargetAlpha() if total_steps is None else CalibrateThenAnneal(
+                total_steps, anneal=schedule is None
+            )  # fmt: skip
+        self.policy, self.schedule = policy, schedule
+        self.min_lr, self.max_lr = float(min_lr), float(max_lr)
+        self.scale = 1.0
+        self._warned_foreign = False
+        self._last_event = -SOON - 1
+        self._scheduled = [float(group["lr"]) for group in optimizer.param_groups]
+        self._written = list(self._scheduled)
+        self._seen_iteration = optimizer.iteration
+        self._seen_measurement = optimizer.iteration - 1
+        super().__init__(optimizer)
+        optimizer._session.steered(base.wants_of(policy), guard, self._guard_acted)
+
+    def _initial_step(self) -> None:
+        """Write the first effective rates; torch's constructor calls this."""
+        self._step_count = 1
+        self.last_epoch = self.optimizer.iteration  # type: ignore[attr-defined] # - an AlphaGuided
+        self._write()
+
+    # ---------------------------------------------------------------- stepping
+
+    def step(self, metrics: Any = None) -> None:  # type: ignore[override] # - torch's argument is a deprecated epoch
+        """Show the policy what was measured, advance the schedule and write the rates.
+
+        Args:
+            metrics: What `ReduceLROnPlateau` wants to see, if that is the schedule.
+        """
+        optimizer = self.optimizer
+        assert isinstance(optimizer, AlphaGuided)
+        self._step_count += 1
+        self._take_over_foreign_rates()
+        scale = self.scale
+        for measurement in self._new_measurements(optimizer):
+            scale *= base.factor_of(self.policy, measurement)
+            self._seen_measurement = measurement.iteration
+        self.scale = min(1e30, max(1e-30, scale))
+        if optimizer.iteration != self._seen_iteration:  # a skipped step is not progress
+            self._seen_iteration = optimizer.iteration
+            if self.schedule is not None:
+                self._advance_schedule(self.schedule, metrics)
+        self.last_epoch = optimizer.iteration
+        self._write()
+
+    def _new_measurements(self, optimizer: AlphaGuided) -> list[Any]:
+        history, fresh = optimizer.alpha_history, []
+        for index in range(len(history) - 1, -1, -1):
+            if history[index].iteration <= self._seen_measurement:
+                break
+            fresh.append(history[index])
+        return fresh[::-1]
+
+    def _advance_schedule(self, schedule: LRScheduler | ReduceLROnPlateau, metrics: Any) -> None:
+        """Step the schedule on its own rates."""
+        self._set_rates(self._scheduled)
+        try:
+            if isinstance(schedule, ReduceLROnPlateau):
+                if metrics is not None:
+                    schedule.step(metrics)
+            else:
+                schedule.step()
+            self._scheduled = self._rates()
+        finally:
+            self._set_rates(self._written)
+
+    def _take_over_foreign_rates(self) -> None:
+        """A rate changed by someone else since is taken over as a ratio."""
+        ratios = [
+            now / ours if ours != 0.0 else (1.0 if now == ours else math.inf)
+            for now, ours in zip(self._rates(), self._written, strict=True)
+        ] if len(self._written) == len(self.optimizer.param_groups) else None  # fmt: skip
+        if ratios is None:  # a group was added: its rate is a scheduled one
+            added = self._rates()[len(self._written) :]
+            self._scheduled += added
+            self._written += added
+            return
+        if all(ratio == 1.0 for ratio in ratios):
+            return
+        self._scheduled = [
+            rate * ratio if math.isfinite(ratio) else now
+            for rate, ratio, now in zip(self._scheduled, ratios, self._rates(), strict=True)
+        ]
+        if not self._warned_foreign:
+            self._warned_foreign = True
+            warnings.warn(
+                "a learning rate was changed outside AlphaScheduler; the change is taken over as a ratio. "
+                "A scheduler that should work together with it belongs into AlphaScheduler(schedule=...).",
+                stacklevel=3,
+            )
+
+    def _guard_acted(self, event: GuardEvent) -> None:
+        """Lower the scale after a step that was taken back."""
+        if event.restored:
+            again = event.iteration - self._last_event <= SOON
+            self._last_event = event.iteration
+            self.scale *= LOWER_AGAIN if again else LOWER_ONCE
+            self._write()
+        base.tell_event(self.policy, event)
+
+    # ---------------------------------------------------------------- writing
+
+    def _write(self) -> None:
+        iteration = self.optimizer.iteration  # type: ignore[attr-defined] # - an AlphaGuided
+        envelope = base.envelope_of(self.policy, iteration)
+        if not envelope >= 0.0:
+            raise ValueError(
+                f"policy {type(self.policy).__name__} returned envelope({iteration}) = {envelope!r}; "
+                "expected a number >= 0"
+            )
+        largest = max(self._scheduled) * self.scale
+        if largest > self.max_lr:  # also for the scale itself: it must not wind up against the bound
+            self.scale *= self.max_lr / largest
+        wanted = [rate * self.scale * envelope for rate in self._scheduled]
+        positive = [rate for rate in wanted if rate > 0.0]
+        if self.min_lr > 0.0 and not positive:
+            wanted = [self.min_lr] * len(wanted)
+        elif positive and min(positive) < self.min_lr:
+            lift = self.min_lr / min(positive)
+            wanted = [rate * lift for rate in wanted]
+        if max(wanted) > self.max_lr:
+            wanted = [rate * self.max_lr / max(wanted) for rate in wanted]
+        self._set_rates(wanted)
+        self._written = self._rates()
+        self._last_lr = [
+            group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+            for group in self.optimizer.param_groups
+        ]
+
+    def _rates(self) -> list[float]:
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _set_rates(self, rates: list[float]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)  # in place: compiled and capturable steps hold on to it
+            else:
+                group["lr"] = rate
+
+    # ---------------------------------------------------------------- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything the rest of the run depends on, as plain values."""
+        return {
+            "version": VERSION,
+            "scale": self.scale,
+            "scheduled": list(self._scheduled),
+            "written": list(self._written),
+            "seen_iteration": self._seen_iteration,
+            "seen_measurement": self._seen_measurement,
+            "last_event": self._last_event,
+            "step_count": self._step_count,
+            "warned_foreign": self._warned_foreign,
+            "policy": base.state_of(self.policy),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state; call it after the optimizer's `load_state_dict` or before.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: If it was written by a newer version, or with another number of groups.
+        """
+        if state_dict["version"] > VERSION:
+            raise ValueError(
+                f"this scheduler state has version {state_dict['version']}, this package reads up to "
+                f"{VERSION}: update alpha_optim"
+            )
+        if len(state_dict["scheduled"]) != len(self.optimizer.param_groups):
+            raise ValueError(
+                f"this scheduler state is for {len(state_dict['scheduled'])} param groups, the optimizer "
+                f"has {len(self.optimizer.param_groups)}"
+            )
+        self.scale = float(state_dict["scale"])
+        self._scheduled, self._written = list(state_dict["scheduled"]), list(state_dict["written"])
+        self._seen_iteration = int(state_dict["seen_iteration"])
+        self._seen_measurement = int(state_dict["seen_measurement"])
+        self._last_event, self._step_count = int(state_dict["last_event"]), int(state_dict["step_count"])
+        self._warned_foreign = bool(state_dict["warned_foreign"])
+        self.last_epoch = self._seen_iteration
+        base.restore(self.policy, state_dict["policy"])
+        if self.schedule is not None and state_dict["schedule"] is not None:
+            self.schedule.load_state_dict(state_dict["schedule"])
+        self._set_rates(self._written)
+        self._last_lr = list(self._written)
+
+
+def _check_arguments(
+    optimizer: Any, policy: Any, total_steps: Any, schedule: Any, min_lr: float, max_lr: float
+) -> None:
+    if not isinstance(optimizer, AlphaGuided):
+        raise TypeError(
+            f"AlphaScheduler needs an AlphaGuided optimizer, got {type(optimizer).__name__}; "
+            "wrap it first: AlphaGuided(optimizer, model, loss_fn)"
+        )
+    if policy is not None and total_steps is not None:
+        raise ValueError(
+            "give either a policy or total_steps (which chooses CalibrateThenAnneal), not both; "
+            "a policy that needs the horizon takes it itself, e.g. CalibrateThenAnneal(total_steps)"
+        )
+    if policy is not None and (not callable(policy) or isinstance(policy, type)):
+        raise TypeError(f"policy must be callable (measurement -> factor), got {policy!r}")
+    if schedule is not None and not isinstance(schedule, (LRScheduler, ReduceLROnPlateau)):
+        raise TypeError(f"schedule must be a torch learning rate scheduler, got {type(schedule).__name__}")
+    if not 0.0 <= min_lr <= max_lr:
+        raise ValueError(f"expected 0 <= min_lr <= max_lr, got min_lr={min_lr}, max_lr={max_lr}")
+    missing = [index for index, group in enumerate(optimizer.param_groups) if "lr" not in group]
+    if missing:
+        raise ValueError(f"param group {missing[0]} has no 'lr'; AlphaScheduler sets learning rates")

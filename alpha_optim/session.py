@@ -1,0 +1,370 @@
+"""What happens around one optimizer step, in order.
+
+All mutable state of a wrapped optimizer lives in one `Session`, so that proxies of the optimizer
+(Lightning, Accelerate) share it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from alpha_optim.direction import Direction, is_plain_sgd, parameters_of
+from alpha_optim.guard import Guard
+from alpha_optim.history import AlphaHistory
+from alpha_optim.line_probe import BatchLoss, LineProbe
+from alpha_optim.passes import LossCall
+from alpha_optim.projections import BACKENDS, Choice, choose_backend
+from alpha_optim.projections.base import Backend
+from alpha_optim.records import GuardEvent
+
+VERSION = 1
+Every = int | Callable[[int], bool] | None
+
+
+class SkipStep(Exception):
+    """Raised out of a closure to keep the wrapped optimizer from stepping."""
+
+
+class Session:
+    """State of one wrapped optimizer, and the order of events around its step."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module | None,
+        loss_fn: nn.Module | None,
+        every: Every,
+        backend: str,
+        variance: str,
+    ) -> None:
+        """Check the backend and hook iteration 0; arguments as in `AlphaGuided`."""
+        self.optimizer, self.model, self.loss_fn = optimizer, model, loss_fn
+        self.every, self.wanted, self.variance = every, backend, variance
+        self.choice: Choice = choose_backend(backend, optimizer, model)
+        self.history = AlphaHistory()
+        self.iteration = 0
+        self.active = True
+        self.guard: Guard | None = None
+        self.events: list[GuardEvent] = []
+        self._wants: Callable[[int], bool] | None = None
+        self._on_event: Callable[[GuardEvent], None] | None = None
+        self._backends: dict[str, Backend] = {}
+        self._asked: tuple[int, bool] | None = None
+        self._warned: set[str] = set()
+        self._saved_guard: dict[str, Any] | None = None
+        self._reset()
+        self.begin()
+
+    def _reset(self) -> None:
+        """Forget the iteration in progress and the pending step."""
+        self.probe = LineProbe(self.loss_fn)
+        self._backends = {}
+        self._in_step = False
+        self._before: Direction | list[Tensor] | None = None
+        self._gradients: Sequence[Tensor | None] | None = None
+        self._loss = BatchLoss(None, None, 0)
+        self._rates: tuple[float | Tensor, ...] = ()
+
+    # ---------------------------------------------------------------- between steps
+
+    def begin(self) -> None:
+        """Hook what the coming iteration needs."""
+        if not self.active:
+            return
+        self._start = self._wanted_start()
+        backend = self._backend() if self._start or self.probe.pending is not None else None
+        self.probe.begin(self.optimizer, backend, self._start, loss=self.guard is not None)
+
+    def steered(
+        self, wants: Callable[[int], bool] | None, guard: bool, on_event: Callable[[GuardEvent], None]
+    ) -> None:
+        """A scheduler takes over: it is asked what to measure and told what the guard did."""
+        self._wants, self._on_event = wants, on_event
+        self.guard = Guard(self.model) if guard else None
+        if self.guard is not None and self._saved_guard is not None:
+            self.guard.load_state_dict(self._saved_guard, parameters_of(self.optimizer))
+        self._asked = None
+        self.begin()
+
+    def detach(self) -> None:
+        """Remove every hook; from here on the wrapped optimizer steps alone."""
+        self.probe.close()
+        self.probe.pending = None
+        self.active = False
+
+    def gradients_cleared(self) -> None:
+        """``zero_grad`` was called."""
+        if self.active and not self._in_step:
+            self.probe.discard()
+
+    def _wanted_start(self) -> bool:
+        n = self.iteration
+        if isinstance(self.every, int):
+            return n % self.every == 0
+        if self._asked is None or self._asked[0] != n:  # asked once per n
+            question = self.every if self.every is not None else self._wants
+            self._asked = (n, True if question is None else bool(question(n)))
+        return self._asked[1]
+
+    def _backend(self) -> Backend:
+        if self.wanted == "auto" and self.choice.name != "gradients":
+            plain = is_plain_sgd(self.optimizer)
+            if self.choice.name == "backpack" and not plain:
+                self.choice = Choice("cached", "the steps are no longer those of plain SGD")
+        name = self.choice.name
+        if name not in self._backends:
+            names = named_parameters(self.model, self.loss_fn)
+            model = self.model if self.model is not None else nn.Module()
+            sampled = self.variance == "sampled"
+            self._backends[name] = BACKENDS[name](model, names, self.probe.log, sampled)
+        return self._backends[name]
+
+    # ---------------------------------------------------------------- losses handed over
+
+    def backward(self, losses: Tensor) -> Tensor:
+        """Run the backward pass of the mean of ``losses``; see `AlphaGuided.backward`."""
+        check_losses(losses, "backward", self.probe.log.forward_samples, graph=True)
+        mean = losses.mean()
+        if self.active:
+            values = losses.detach()
+            individual = values.reshape(values.shape[0], -1).mean(1)
+            call = LossCall(mean.detach(), individual, len(individual), torch.ones_like(mean), True)
+            mean.register_hook(lambda _gradient: self.probe.log.anchor(call))
+        mean.backward()  # type: ignore[no-untyped-call] # - torch leaves it unannotated
+        return mean.detach()
+
+    def record_losses(self, losses: Tensor) -> None:
+        """Take note of losses; see `AlphaGuided.record_losses`."""
+        check_losses(losses, "record_losses", self.probe.log.forward_samples, graph=False)
+        if not self.active:
+            return
+        values = losses.detach()
+        if values.dim() == 0:
+            call = LossCall(values.clone(), None, None, None, True)
+        else:
+            individual = values.reshape(values.shape[0], -1).mean(1)
+            call = LossCall(individual.mean(), individual, len(individual), None, True)
+        self.probe.log.recorded.append(call)
+        if losses.requires_grad:  # their factor to the backward pass, if it comes through them
+            self.probe.losses.watch(losses if losses.dim() else losses.reshape(1), explicit=True)
+
+    # ---------------------------------------------------------------- the step
+
+    def step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
+        """Measure, guard, step; see `AlphaGuided.step`."""
+        if not self.active:
+            return self.optimizer.step(**_with(closure, kwargs))
+        try:
+            if closure is None or self.probe.log.reached:
+                self._before_step(None)
+            inner = None if closure is None else self._watched(closure)
+            result = self.optimizer.step(**_with(inner, kwargs))
+        except SkipStep as skip:
+            self._begin_again()
+            return skip.args[0]
+        except BaseException:
+            self._lose_iteration("exception")
+            raise
+        self._after_step()
+        return result
+
+    def _watched(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, its first evaluation seen as end of n-1 and start of n."""
+        calls = 0
+
+        def evaluate() -> Any:
+            nonlocal calls
+            calls += 1
+            if self._in_step:
+                if calls == 2:  # later evaluations overwrite the gradients
+                    self._keep_gradients()
+                return closure()
+            loss = closure()
+            self._before_step(loss)
+            return loss
+
+        return evaluate
+
+    @torch.no_grad()
+    def _before_step(self, closure_loss: Any) -> None:
+        """Finish the pair that ends here, let the guard judge, prepare the pair that starts here."""
+        self._in_step = True
+        probe, params = self.probe, parameters_of(self.optimizer)
+        watched = self._start or probe.pending is not None
+        self._gradients = probe.watch.loss_gradients(params) if watched else None
+        if watched or self.guard is not None:
+            scalar = closure_loss if isinstance(closure_loss, (Tensor, float, int)) else None
+            self._loss = probe.batch_loss(scalar)
+        outcome = probe.finish(self._gradients, self._loss)
+        if isinstance(outcome, str):
+            self.history.drop(outcome)
+        elif outcome is not None:
+            self.history.append(outcome)
+        if self.guard is not None:
+            self._judge(self.guard, params, closure_loss)
+        self._before = None
+        if self._start:
+            reason = probe.start_obstacle(self._gradients)
+            if reason is not None:
+                self.history.drop(reason)
+            else:
+                self._before = probe.before_step(self.optimizer)
+                self._rates = tuple(_frozen(group.get("lr", math.nan)) for group in self.optimizer.param_groups)
+
+    def _judge(self, guard: Guard, params: list[Tensor], closure_loss: Any) -> None:
+        """Take the last step back and raise `SkipStep`, or keep this point."""
+        gradients = [param.grad.detach() for param in params if param.grad is not None]
+        event = guard.judge(self.iteration, self._loss, gradients)
+        if event is None:
+            guard.keep(params, self._loss)
+            return
+        if event.restored:
+            guard.restore(params)
+        guard.stepped = False
+        self.probe.pending = None
+        self.optimizer.zero_grad()
+        self.events.append(event)
+        if self._on_event is not None:
+            self._on_event(event)
+        raise SkipStep(closure_loss)
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        """Reduce the start of the pair and move on to the next iteration."""
+        if not self._in_step and (self._start or self.probe.pending is not None):
+            # The optimizer never called its closure: nothing was seen of this iteration.
+            self.probe.pending = None
+            self.history.drop("no_backward")
+        if self._before is not None:
+            assert self._gradients is not None
+            self.probe.after_step(self.iteration, self._before, self._gradients, self._loss, self._rates)
+            self._warn_unaccounted()
+            several = len(self.probe.log.reached) > 1
+            if several and self.wanted == "auto" and self.choice.name == "backpack":
+                self.choice = Choice("cached", "several backward passes per step")
+        self.probe.watch.step_done(parameters_of(self.optimizer))
+        self._in_step, self._before, self._gradients = False, None, None
+        self.iteration += 1
+        if self.guard is not None:
+            self.guard.stepped = True
+        self.begin()
+
+    def _keep_gradients(self) -> None:
+        if self._gradients is not None:
+            self._gradients = [None if g is None else g.clone() for g in self._gradients]
+        self.probe.mute()
+
+    def _begin_again(self) -> None:
+        """The step was not executed: the iteration starts anew."""
+        self._in_step, self._before, self._gradients = False, None, None
+        self.begin()
+
+    def _lose_iteration(self, reason: str) -> None:
+        """An exception left the step: nothing seen so far can be paired."""
+        if self.probe.pending is not None or self._before is not None:
+            self.history.drop(reason)
+        self.probe.pending = None
+        self._begin_again()
+
+    def _warn_unaccounted(self) -> None:
+        backend = self._backends[self.choice.name]
+        fresh = {name: why for name, why in backend.unaccounted.reasons.items() if name not in self._warned}
+        if fresh:
+            self._warned |= set(fresh)
+            listed = "; ".join(f"{name}: {why}" for name, why in sorted(fresh.items()))
+            warnings.warn(
+                f"no slopes of single samples with backend={self.choice.name!r} for {listed}. "
+                "Alpha keeps the slopes of the gradients (information='slopes').",
+                stacklevel=4,
+            )
+
+    # ---------------------------------------------------------------- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything of ours as plain values and tensors."""
+        return {
+            "version": VERSION,
+            "iteration": self.iteration,
+            "history": self.history.state_dict(),
+            "probe": self.probe.state_dict(),
+            "guard": self._saved_guard if self.guard is None else self.guard.state_dict(),
+            "choice": list(self.choice),
+            "asked": None if self._asked is None else list(self._asked),
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Continue from a state; None (a bare optimizer's state) starts at iteration 0."""
+        params = parameters_of(self.optimizer)
+        self.probe.close()
+        self._reset()
+        self._asked, self._saved_guard = None, None
+        if state is None:
+            self.iteration = 0
+            self.history.load_state_dict(AlphaHistory().state_dict())
+        else:
+            self.iteration = int(state["iteration"])
+            self.history.load_state_dict(state["history"])
+            self.probe.load_state_dict(state["probe"], params)
+            self._saved_guard = state["guard"]
+            if self.wanted == "auto":
+                self.choice = Choice(*state["choice"])
+            if state["asked"] is not None:
+                self._asked = (int(state["asked"][0]), bool(state["asked"][1]))
+        if self.guard is not None:
+            self.guard = Guard(self.model)
+            if self._saved_guard is not None:
+                self.guard.load_state_dict(self._saved_guard, params)
+        self.begin()
+
+
+def named_parameters(*modules: nn.Module | None) -> dict[int, str]:
+    """Names of all parameters of some modules by ``id``."""
+    return {
+        id(param): name
+        for module in modules
+        if module is not None
+        for name, param in module.named_parameters()
+    }
+
+
+def check_losses(losses: Any, method: str, expected: int | None, graph: bool) -> None:
+    """Refuse losses that cannot be those of the samples.
+
+    Raises:
+        TypeError: If they are no tensor.
+        ValueError: If shape or graph are wrong.
+    """
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"{method}(losses) takes a tensor of shape [N], got {type(losses).__name__}")
+    if losses.dim() == 0 and graph:
+        raise ValueError(
+            f"{method}(losses) needs one loss per sample, shape [N] or [N, ...]; got a single number. "
+            "Use reduction='none', or call .backward() on the mean yourself."
+        )
+    if losses.numel() == 0:
+        raise ValueError(f"{method}(losses) got no losses (shape {list(losses.shape)}); expected [N]")
+    if graph and not losses.requires_grad:
+        raise ValueError(
+            f"{method}(losses) needs losses with a graph; these were detached or computed under "
+            "no_grad. Use record_losses(losses) if something else runs the backward pass."
+        )
+    if losses.dim() > 0 and expected is not None and losses.shape[0] != expected:
+        raise ValueError(
+            f"{method}(losses) got {losses.shape[0]} losses, but the model's batch has {expected} "
+            f"samples; expected shape [{expected}] or [{expected}, ...]"
+        )
+
+
+def _with(closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return kwargs if closure is None else {"closure": closure, **kwargs}
+
+
+def _frozen(rate: float | Tensor) -> float | Tensor:
+    return rate.detach().clone() if isinstance(rate, Tensor) else rate
