@@ -28,7 +28,7 @@ from alpha_optim.direction import (
 )
 from alpha_optim.gradient_watch import GradientWatch, fingerprint
 from alpha_optim.losses import LossTap
-from alpha_optim.passes import LossCall, PassLog
+from alpha_optim.passes import PassLog
 from alpha_optim.projections.base import Backend, SampleSlopes
 from alpha_optim.projections.statistics import sample_mean, sample_variance
 from alpha_optim.records import Observation
@@ -56,7 +56,7 @@ class EndPoint:
     """What was seen at one end of a step; numbers stay on the device.
 
     Attributes:
-        numbers: loss, its variance, <d, gradient of the mean loss>, variance of one sample's <d, gradient>;
+        numbers: loss, its variance, slope of the mean loss along d / |d|, variance of one sample's slope;
             float64 ``[4]``, nan where not observed.
         samples: N, 0 if not known.
         observed: Which of loss, its variance and the slope variance were observed.
@@ -105,8 +105,7 @@ class PendingPair:
             return "parameters_changed"
         length = math.sqrt(squared) if squared >= 0.0 else NAN
         length = length if moved or not math.isfinite(length) else 0.0
-        start = _observation(rest[:4], self.start, length)
-        end = _observation(rest[4:], self.end, length)
+        start, end = _observation(rest[:4], self.start), _observation(rest[4:], self.end)
         return measure_alpha(self.iteration, length, start, end, tuple(float(rate) for rate in self.lr))
 
 
@@ -210,18 +209,21 @@ class LineProbe:
     def _point(
         self,
         direction: Direction,
+        squared_length: Tensor,
         gradients: Sequence[Tensor | None],
         slopes: SampleSlopes | None,
         loss: BatchLoss,
     ) -> EndPoint:
         passes = self.log.reached
-        slope = inner_product(direction.changes, gradients)
+        length = squared_length.sqrt()
+        slope = inner_product(direction.changes, gradients) / length
         gammas = [entry.gamma for entry in passes if entry.gamma is not None]
         if slopes is not None and slopes.complete and len(passes) > 1:
-            slope = sample_mean(slopes.values)  # passes may carry different weights
+            slope = sample_mean(slopes.values / length)  # passes may carry different weights
         elif gammas:
             slope = slope / torch.stack([g.double().to(slope.device) for g in gammas]).sum()
-        variance = None if slopes is None else sample_variance(slopes.values)
+        # Divided by the length first: squares of <d, gradient> overflow in a diverging run.
+        variance = None if slopes is None else sample_variance(slopes.values / length)
         parts = [loss.mean, loss.variance, slope, variance]
         observed = (loss.mean is not None, loss.variance is not None, variance is not None)
         return EndPoint(_stack(parts, slope.device), loss.samples, observed)
@@ -250,7 +252,7 @@ class LineProbe:
             return "parameters_changed"
         assert self._backend is not None
         slopes = self._backend.end_slopes(pending.direction)
-        point = self._point(pending.direction, gradients, slopes, loss)
+        point = self._point(pending.direction, pending.squared_length, gradients, slopes, loss)
         device = point.numbers.device
         now = fingerprint(self._params)
         edited = ~torch.isclose(now, pending.fingerprint, rtol=0.0, atol=0.0, equal_nan=True).all()
@@ -290,10 +292,9 @@ class LineProbe:
         direction = before if isinstance(before, Direction) else change_since(before, self._params)
         assert self._backend is not None
         slopes = self._backend.start_slopes(direction, gradients)
-        point = self._point(direction, gradients, slopes, loss)
-        self.pending = PendingStart(
-            iteration, direction, direction.squared_length(), point, fingerprint(self._params), lr
-        )
+        squared = direction.squared_length()
+        point = self._point(direction, squared, gradients, slopes, loss)
+        self.pending = PendingStart(iteration, direction, squared, point, fingerprint(self._params), lr)
 
     # ---------------------------------------------------------------- resume
 
@@ -359,11 +360,9 @@ def _stack(parts: Sequence[Tensor | None], device: torch.device) -> Tensor:
     )  # fmt: skip
 
 
-def _observation(numbers: list[float], point: EndPoint, length: float) -> Observation:
-    loss, loss_variance, product, variance = numbers
+def _observation(numbers: list[float], point: EndPoint) -> Observation:
+    loss, loss_variance, slope, slope_variance = numbers
     has_loss, has_loss_variance, has_slope_variance = point.observed
-    slope = product / length if length > 0.0 else NAN
-    slope_variance = variance / length / length if length > 0.0 else NAN
     # A direction that is no multiple of the gradient leaves a nan here, the slope itself is right.
     usable = has_slope_variance and not (math.isnan(slope_variance) and math.isfinite(slope))
     return Observation(
@@ -373,6 +372,3 @@ def _observation(numbers: list[float], point: EndPoint, length: float) -> Observ
         loss=loss if has_loss else None,
         loss_variance=loss_variance if has_loss_variance else None,
     )
-
-
-__all__ = ["BatchLoss", "EndPoint", "LineProbe", "LossCall", "PendingPair", "PendingStart"]

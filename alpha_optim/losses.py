@@ -110,7 +110,8 @@ def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tenso
 
     Returns:
         Losses ``[N]`` whose mean is the mean-reduced loss: weights and ignored targets are taken into
-        account. None if the function cannot give them.
+        account. With reduction "sum" a sample's loss is the sum over its elements, and the mean is over
+        samples. None if the function cannot give them.
     """
     reduction = getattr(loss_fn, "reduction", None)
     if reduction not in ("mean", "sum", "batchmean") or not args and not kwargs:
@@ -130,16 +131,14 @@ def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tenso
         return None
     values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
     sums = values.reshape(samples, -1).sum(1)
-    if reduction == "batchmean":
+    if reduction in ("batchmean", "sum"):
         return sums
-    if isinstance(loss_fn, _WEIGHTED) and reduction == "mean":
+    if isinstance(loss_fn, _WEIGHTED):
         return sums * (samples / _total_weight(loss_fn, args, kwargs, values))
     if type(loss_fn).__module__.startswith("torch.nn."):
         return sums * (samples / values.numel())
     # A loss of unknown make: whatever it divides by, the mean has to come out.
     mean = sums.mean()
-    if reduction == "sum":
-        return sums
     return torch.where(mean == 0, sums, sums * (reduced.to(sums.dtype) / mean))
 
 
@@ -151,7 +150,7 @@ def _total_weight(loss_fn: nn.Module, args: Any, kwargs: Any, values: Tensor) ->
     kept = target != loss_fn.ignore_index
     weight = loss_fn.weight
     if not isinstance(weight, Tensor):
-        return kept.sum()
+        return kept.sum().to(values.dtype)
     return (weight[target.clamp_min(0).clamp_max(len(weight) - 1)] * kept).sum()
 
 

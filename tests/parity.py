@@ -12,6 +12,7 @@ import torch
 from alpha_optim import AlphaGuided, AlphaStatus
 from tests.problems import MODELS, OPTIMIZERS, make_problem
 from tests.reference.cockpit_run import run_cockpit
+from tests.reference.exact_fit import exact_alpha
 
 QUANTITIES = (
     "step_length",
@@ -56,6 +57,22 @@ def run_ours(problem, optimizer, lr, sizes, every, backend, dtype):
     return {m.iteration: m for m in guided.alpha_history}
 
 
+def diverged(measured, dtype):
+    """Whether a measurement is not finite, or larger than the root of the largest number."""
+    limit = math.sqrt(torch.finfo(dtype).max)
+    return measured.status is AlphaStatus.NOT_FINITE or any(
+        abs(getattr(measured, name)) > limit for name in QUANTITIES
+    )
+
+
+def rounding(name, row, dtype):
+    """What a variance of numbers of this precision cannot tell: their mean carries an error of eps |mean|."""
+    if "variance" not in name:
+        return 0.0
+    mean = abs(row[name.replace("_variance", "")])
+    return 8 * torch.finfo(dtype).eps * mean * math.sqrt(2.0 * row[name])
+
+
 def deviation(ours, theirs, scale):
     """|ours - theirs| in units of |theirs| plus its standard error."""
     if ours == theirs or (math.isnan(ours) and math.isnan(theirs)):
@@ -75,9 +92,16 @@ def compare(problem, optimizer, lr, size, every, backend, dtype=torch.float64):
     worst = dict.fromkeys((*QUANTITIES, "alpha"), 0.0)
     for iteration, row in theirs.items():
         measured = ours[iteration]
+        if not all(math.isfinite(row[name]) for name in QUANTITIES):
+            # The run has diverged past what their precision can square; ours sums in float64.
+            worst["alpha"] = max(worst["alpha"], 0.0 if diverged(measured, dtype) else math.inf)
+            continue
         for name in QUANTITIES:
+            value = getattr(measured, name)
+            if abs(value - row[name]) <= rounding(name, row, dtype):
+                continue
             error = standard_error(name, row, size)
-            worst[name] = max(worst[name], deviation(getattr(measured, name), row[name], abs(row[name]) + error))
+            worst[name] = max(worst[name], deviation(value, row[name], abs(row[name]) + error))
         worst["alpha"] = max(worst["alpha"], alpha_deviation(measured, row))
     return worst
 
@@ -93,13 +117,24 @@ def standard_error(name, row, size):
 
 
 def alpha_deviation(measured, row):
-    """Deviation of alpha; Cockpit's None and -1 are told apart by our status."""
-    if row["alpha"] is None:
+    """Deviation of alpha from Cockpit's; its None and -1 are told apart by our status.
+
+    Where Cockpit's own float64 solution of its system is off, the exact rational one decides.
+    """
+    if row["step_length"] == 0.0:
+        return 0.0 if measured.status is AlphaStatus.NO_STEP and row["alpha"] == measured.alpha else math.inf
+    theirs, spread = row["alpha"], measured.alpha_std if math.isfinite(measured.alpha_std) else 0.0
+    if theirs is not None:
+        found = deviation(measured.alpha, theirs, abs(theirs) + spread)
+        if found <= TOLERANCE[torch.float64]:
+            return found
+    exact = exact_alpha(
+        row["step_length"],
+        *[[row[f"{name}_start"], row[f"{name}_end"]] for name in ("loss", "slope", "loss_variance", "slope_variance")],
+    )
+    if exact is None:
         return 0.0 if measured.status is AlphaStatus.DEGENERATE else math.inf
-    if measured.status is AlphaStatus.CONCAVE:
-        return deviation(-1.0, row["alpha"], 1.0)
-    spread = measured.alpha_std if math.isfinite(measured.alpha_std) else 0.0
-    return deviation(measured.alpha, row["alpha"], abs(row["alpha"]) + spread)
+    return deviation(measured.alpha, exact, abs(exact) + spread)
 
 
 def main():

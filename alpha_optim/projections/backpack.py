@@ -73,9 +73,7 @@ class BackpackBackend:
     def end_slopes(self, direction: Direction) -> SampleSlopes | None:
         """Per-sample slopes along the previous step."""
         parts, taken = [], 0
-        for entry in self._log.reached:
-            if not self._recorder.taken.get(entry):
-                continue
+        for entry in self._recorder.sampled_passes():
             if self._recorder.missing(entry, self._projected.get(entry, set())):
                 return None
             values = list(self._at_end.get(entry, {}).values())
@@ -94,10 +92,10 @@ class BackpackBackend:
         With several backward passes the gradient was not complete when the first was projected; those
         measurements keep the slopes of the gradients.
         """
-        reached = self._log.reached
-        if len(reached) != 1 or not self._recorder.taken.get(reached[0]):
+        sampled = self._recorder.sampled_passes()
+        if len(sampled) != 1 or len(self._log.reached) != 1:
             return None
-        entry = reached[0]
+        entry = sampled[0]
         if self._recorder.missing(entry, self._projected.get(entry, set())):
             return None
         total: Tensor | None = None

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
-
 import torch
+from torch import Tensor, nn
 
 from alpha_optim.direction import Direction
 from alpha_optim.passes import BackwardPass, PassLog
@@ -26,7 +25,6 @@ class CachedBackend:
     def __init__(self, model: nn.Module, names: Names, log: PassLog, sampled: bool) -> None:
         """Prepare; see `SampleRecorder` for the arguments."""
         self._recorder = SampleRecorder(model, names, log, sampled)
-        self._log = log
         self._gradients: dict[BackwardPass, dict[int, Tensor]] = {}
         self._params: Sequence[Tensor] = ()
         self.unaccounted = self._recorder.unaccounted
@@ -73,10 +71,8 @@ class CachedBackend:
     def _reduce(self, direction: Direction) -> SampleSlopes | None:
         parts, taken = [], 0
         changes = dict(zip(map(id, self._params), direction.changes, strict=True))
-        for entry in self._log.reached:
+        for entry in self._recorder.sampled_passes():
             cache = self._gradients.get(entry, {})
-            if not self._recorder.taken.get(entry):
-                continue
             if self._recorder.missing(entry, set(cache)):
                 return None
             projections = [

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from alpha_optim.projections.layers import LayerCall, tensors_in
@@ -190,7 +191,9 @@ def _from_vmap(call: LayerCall, rows: int) -> dict[str, Tensor]:
 
     try:
         # A module that draws random numbers would draw others here: vmap raises, and so do we.
-        return torch.func.vmap(one_sample, randomness="error")(call.output_gradient[:rows], *leaves)
+        # Attention by plain matrix products: the fused kernels have no rule for vmap.
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.vmap(one_sample, randomness="error")(call.output_gradient[:rows], *leaves)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UnsupportedLayer(f"torch.func.vmap cannot differentiate it per sample ({reason})") from error

@@ -88,6 +88,12 @@ class SampleRecorder:
         """Number of samples in the passes that count."""
         return sum(entry.samples or 0 for entry in self._log.reached)
 
+    def sampled_passes(self) -> list[BackwardPass]:
+        """Passes that carry samples; one that only adds a term without samples (a penalty) does not."""
+        reached = self._log.reached
+        known = [entry for entry in reached if entry.samples is not None]
+        return [entry for entry in known or reached if self.taken.get(entry) != 0]
+
     def missing(self, entry: BackwardPass, have: set[int]) -> bool:
         """Whether a reached parameter has no individual gradients; notes it by name."""
         lost = self.reached.get(entry, set()) - have

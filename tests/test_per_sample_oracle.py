@@ -1,0 +1,241 @@
+"""Every backend against one backward pass per sample, on models of many kinds."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from alpha_optim import AlphaGuided
+from tests import zoo
+from tests.parity import QUANTITIES
+from tests.reference.per_sample_loop import observe_run
+
+SIZES = [6, 6, 4, 6]
+
+
+def train(guided, model, loss_fn, batches):
+    for x, y in batches:
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+    return list(guided.alpha_history)
+
+
+def check(measured, expected, tolerance=1e-9):
+    assert len(measured) == len(expected)
+    for m, row in zip(measured, expected, strict=True):
+        assert m.information == "full"
+        for name in QUANTITIES:
+            assert getattr(m, name) == pytest.approx(row[name], rel=tolerance, abs=tolerance), name
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_models_of_many_kinds(name, optimizer):
+    def build(params):
+        return torch.optim.SGD(params, lr=0.3) if optimizer == "sgd" else torch.optim.Adam(params, lr=0.02)
+
+    model, batches = zoo.make(name, SIZES)
+    twin = copy.deepcopy(model)
+    expected = observe_run(twin, zoo.cross_entropy_of_one, F.cross_entropy, build(twin.parameters()), batches)
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(build(model.parameters()), model, loss_fn, variance="exact")
+    check(train(guided, model, loss_fn, batches), expected)
+
+
+LOSSES = {
+    "cross entropy": (nn.CrossEntropyLoss(), lambda o, y, i: F.cross_entropy(o, y)),
+    "label smoothing": (
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        lambda o, y, i: F.cross_entropy(o, y, label_smoothing=0.1),
+    ),
+    "nll": (nn.NLLLoss(), lambda o, y, i: -o[0, y[0]]),
+    "multi margin": (nn.MultiMarginLoss(), lambda o, y, i: F.multi_margin_loss(o, y)),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name):
+    loss_fn, one = LOSSES[name]
+    model, batches = zoo.make("in-place relu", SIZES)
+    twin = copy.deepcopy(model)
+    expected = observe_run(twin, one, loss_fn, torch.optim.SGD(twin.parameters(), lr=0.1), batches)
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, variance="exact")
+    check(train(guided, model, loss_fn, batches), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", [nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss])
+def test_reductions_give_the_same_slopes_of_the_mean(kind, reduction):
+    model, batches = zoo.make("in-place relu", SIZES)
+    batches = [(x, torch.randn(len(x), 3, dtype=torch.float64)) for x, _ in batches]
+    loss_fn = kind(reduction=reduction)
+    factor = 0.01 / (18 if reduction == "sum" else 1)  # the same steps whatever the reduction
+    twin = copy.deepcopy(model)
+
+    def mean_loss(output, y):
+        loss = loss_fn(output, y)
+        return loss.mean() if reduction == "none" else loss
+
+    def one(output, y, _index):
+        return kind(reduction="sum" if reduction == "sum" else "mean")(output, y)
+
+    expected = observe_run(twin, one, mean_loss, torch.optim.SGD(twin.parameters(), lr=factor), batches)
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=factor), model, loss_fn, variance="exact")
+    check(train(guided, model, mean_loss, batches), expected)
+
+
+@pytest.mark.parametrize("case", ["weights", "ignore_index", "both", "per pixel"])
+def test_weighted_cross_entropy_is_normalised_to_its_mean(case):
+    weight = None if case == "ignore_index" else torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+    ignored = -100 if case == "weights" else 1
+    loss_fn = nn.CrossEntropyLoss(weight=weight, ignore_index=ignored)
+    if case == "per pixel":
+        torch.manual_seed(1)
+        model = nn.Conv2d(2, 3, 3, padding=1).double()
+        batches = [
+            (torch.randn(n, 2, 6, 6, dtype=torch.float64), torch.randint(0, 3, (n, 6, 6))) for n in SIZES
+        ]
+    else:
+        model, batches = zoo.make("in-place relu", SIZES)
+    twin = copy.deepcopy(model)
+    runs = []
+    for batch in range(len(batches)):
+        y = batches[batch][1]
+        kept = (y != ignored).double() * (torch.ones(3, dtype=torch.float64) if weight is None else weight)[y]
+        runs.append((len(y), float(kept.sum())))
+    current = {"batch": -1}
+
+    def one(output, target, index):
+        if index == 0:
+            current["batch"] += 1
+        samples, total = runs[current["batch"]]
+        summed = nn.CrossEntropyLoss(weight=weight, ignore_index=ignored, reduction="sum")(output, target)
+        return summed * samples / total
+
+    expected = observe_run(twin, one, loss_fn, torch.optim.SGD(twin.parameters(), lr=0.1), batches)
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, variance="exact")
+    check(train(guided, model, loss_fn, batches), expected)
+
+
+def test_batch_norm_shares_sum_to_the_gradient():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 3)).double()
+    loss_fn = nn.CrossEntropyLoss()
+    batches = [
+        (torch.randn(8, 2, 6, 6, dtype=torch.float64), torch.randint(0, 3, (8,))) for _ in range(4)
+    ]
+    both = {}
+    for backend in ("backpack", "cached"):
+        net = copy.deepcopy(model)
+        guided = AlphaGuided(
+            torch.optim.SGD(net.parameters(), lr=0.1), net, loss_fn, backend=backend, variance="exact"
+        )
+        both[backend] = train(guided, net, loss_fn, batches)
+    gradients_only = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, backend="gradients")
+    reference = train(gradients_only, model, loss_fn, batches)
+    for a, b, c in zip(both["backpack"], both["cached"], reference, strict=True):
+        assert a.information == b.information == "full"
+        assert a.slope_end == pytest.approx(c.slope_end, rel=1e-9)
+        assert a.slope_variance_start == pytest.approx(b.slope_variance_start, rel=1e-9)
+        assert a.slope_variance_start > 0.0
+
+
+def test_eval_mode_batch_norm_equals_the_loop():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+    _, batches = zoo.make("in-place relu", SIZES)
+    twin, loss_fn = copy.deepcopy(model), nn.CrossEntropyLoss()
+    expected = observe_run(
+        twin, zoo.cross_entropy_of_one, F.cross_entropy, torch.optim.SGD(twin.parameters(), lr=0.1), batches
+    )
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, variance="exact")
+    assert guided.backend == "backpack"
+    check(train(guided, model, loss_fn, batches), expected)
+
+
+@pytest.mark.parametrize("backend", ["backpack", "cached"])
+def test_sampled_variances_come_from_the_first_16_samples_and_means_from_all(backend):
+    model, batches = zoo.make("in-place relu", [40] * 3)
+    twin = copy.deepcopy(model)
+    loss_fn = nn.CrossEntropyLoss()
+    exact = train(
+        AlphaGuided(torch.optim.SGD(twin.parameters(), lr=0.1), twin, loss_fn, variance="exact"), twin, loss_fn, batches
+    )
+    first, x16 = copy.deepcopy(model), [(x[:16], y[:16]) for x, y in batches]
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, backend=backend)
+    sampled = train(guided, model, loss_fn, batches)
+    for a, b in zip(sampled, exact, strict=True):
+        assert a.slope_start == pytest.approx(b.slope_start, rel=1e-9)
+        assert a.loss_variance_start == pytest.approx(b.loss_variance_start, rel=1e-12)
+        assert (a.samples_start, a.information) == (40, "full")
+    # The end of the first pair is seen at parameters both runs share: compare with the loop.
+    params = list(first.parameters())
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    before = torch.cat([p.detach().flatten() for p in params])
+    F.cross_entropy(first(batches[0][0]), batches[0][1]).backward()
+    optimizer.step()
+    d = torch.cat([p.detach().flatten() for p in params]) - before
+    from tests.reference.per_sample_loop import gradients_of_samples
+
+    _, rows = gradients_of_samples(first, zoo.cross_entropy_of_one, *x16[1], params)
+    assert sampled[0].slope_variance_end == pytest.approx(float((rows @ d / d.norm()).var()), rel=1e-9)
+
+
+def test_a_layer_that_cannot_be_split_is_named_and_falls_back_to_gradient_slopes():
+    class TimeMajor(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.RNN(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.cell(x.transpose(0, 1))[0][-1])
+
+    torch.manual_seed(0)
+    model, loss_fn = TimeMajor(), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.Adam(model.parameters()), model, loss_fn)
+    batches = [(torch.randn(8, 7, 6), torch.randint(0, 3, (8,))) for _ in range(3)]
+    with pytest.warns(UserWarning, match=r"cell.weight_hh_l0: RNN: dimension 0 of its output .* samples 8"):
+        measured = train(guided, model, loss_fn, batches)
+    assert [m.information for m in measured] == ["slopes", "slopes"]
+    assert all(math.isfinite(m.alpha) and math.isfinite(m.loss_start) for m in measured)
+
+
+def test_a_parameter_used_outside_any_module_call_is_named():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return F.linear(x, self.inner.weight, self.inner.bias)
+
+    model, loss_fn = Functional(), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn)
+    _, batches = zoo.make("in-place relu", SIZES, torch.float32)
+    with pytest.warns(UserWarning, match="inner.weight: it got a gradient outside the calls"):
+        measured = train(guided, model, loss_fn, batches)
+    assert {m.information for m in measured} == {"slopes"}
+
+
+def test_dropout_inside_a_layer_is_refused_by_name():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 3))
+
+        def forward(self, x):
+            return F.dropout(x, 0.5) @ self.weight
+
+    model, loss_fn = Noisy(), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn)
+    _, batches = zoo.make("in-place relu", SIZES, torch.float32)
+    with pytest.warns(UserWarning, match=r"weight: Noisy: torch.func.vmap cannot"), warnings.catch_warnings():
+        warnings.simplefilter("default")
+        measured = train(guided, model, loss_fn, batches)
+    assert {m.information for m in measured} == {"slopes"}
