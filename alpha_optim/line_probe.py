@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -200,9 +200,10 @@ class LineProbe:
             mean, individual = entry.losses()
             assert mean is not None
             calls.append((mean, individual, entry.samples or 0))
-        if calls:
-            return _together(calls)
         samples = sum(entry.samples or 0 for entry in self.log.reached)
+        if calls:
+            together = _together(calls)
+            return together if together.samples else replace(together, samples=samples)
         mean = None if fallback is None else torch.as_tensor(fallback).detach()
         return BatchLoss(mean, None, samples)
 

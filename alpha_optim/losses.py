@@ -45,6 +45,7 @@ class LossTap:
         self._on_backward = on_backward
         self._handle: RemovableHandle | None = None
         self._warned = False
+        self._calls = 0
 
     def attach(self) -> None:
         """Hook the loss function."""
@@ -62,11 +63,13 @@ class LossTap:
         """Report ``losses`` (``[N]`` or ``[N, ...]`` with graph) when its backward pass starts."""
         values = losses.detach()
         samples = values.shape[0]
+        self._calls += 1
+        order = self._calls
 
         def weighted(weights: Tensor) -> None:
             total = weights.sum()
             individual = (weights * values).reshape(samples, -1).sum(1) * (samples / total)
-            self._on_backward(LossCall(individual.mean(), individual, samples, total, explicit))
+            self._on_backward(LossCall(individual.mean(), individual, samples, total, explicit, order))
 
         losses.register_hook(weighted)
 
@@ -89,7 +92,8 @@ class LossTap:
             )
         samples = None if individual is None else individual.shape[0]
         mean = output.detach() if individual is None or reduction != "sum" else individual.mean()
-        call = LossCall(mean, individual, samples)
+        self._calls += 1
+        call = LossCall(mean, individual, samples, order=self._calls)
         scale = samples if reduction == "sum" and samples is not None else 1
 
         def start(gradient: Tensor) -> None:

@@ -25,6 +25,7 @@ class LossCall:
         samples: N, or None if it is not known.
         gamma: Factor between the mini-batch loss and what was sent backward ``[]``, or None.
         explicit: Whether the user handed the losses over; then loss_fn's own calls are ignored.
+        order: When it was called; of several terms the first sets the scale.
     """
 
     mean: Tensor
@@ -32,6 +33,7 @@ class LossCall:
     samples: int | None
     gamma: Tensor | None = None
     explicit: bool = False
+    order: int = 0
 
 
 @dataclass(eq=False)
@@ -47,7 +49,7 @@ class BackwardPass:
         if call.explicit:
             self.calls = [call]
         elif not any(seen.explicit for seen in self.calls):
-            self.calls.append(call)
+            self.calls = sorted([*self.calls, call], key=lambda seen: seen.order)
         if self.calls and self.calls[0].samples is not None:
             self.samples = self.calls[0].samples
 

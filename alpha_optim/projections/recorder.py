@@ -130,6 +130,8 @@ class SampleRecorder:
     def _called(self, call: LayerCall) -> None:
         assert self._sink is not None
         entry = self._log.current()
+        if entry.samples is None:  # the model's output may be this layer's: its anchor comes second
+            entry.samples = self._log.forward_samples
         if entry.samples is None:
             self._unsupported(call, "the number of samples of its batch is not known")
             return
