@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from alpha_optim.quadratic_fit import fit_quadratic, has_noisy_loss
+from alpha_optim.quadratic_fit import fit_quadratic
 from alpha_optim.records import AlphaStatus, Observation, QuadraticFit
 
 
@@ -157,7 +157,7 @@ def information_of(start: Observation, end: Observation) -> str:
     """Name what was observed: ``"slopes"``, ``"slopes+variances"`` or ``"full"``."""
     if start.slope_variance is None or end.slope_variance is None:
         return "slopes"
-    if has_noisy_loss(start) and has_noisy_loss(end):
+    if _has_noisy_loss(start) and _has_noisy_loss(end):
         return "full"
     return "slopes+variances"
 
@@ -224,6 +224,10 @@ def _all_finite(step_length: float, start: Observation, end: Observation, slopes
             optional += [seen.slope, seen.slope_variance]
         values += [value for value in optional if value is not None]
     return all(math.isfinite(value) for value in values)
+
+
+def _has_noisy_loss(seen: Observation) -> bool:
+    return seen.loss is not None and seen.loss_variance is not None
 
 
 def _slopes_only(seen: Observation) -> Observation:

@@ -98,7 +98,7 @@ def change_since(before: list[Tensor], params: Sequence[Tensor]) -> Direction:
     now = [param.detach() for param in params]
     changes = list(torch._foreach_sub(now, before))
     moved = torch.stack([change.any().to(changes[0].device) for change in changes]).any()
-    return Direction([change for change in changes], moved)
+    return Direction(list(changes), moved)
 
 
 @torch.no_grad()

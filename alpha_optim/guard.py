@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alpha_optim.line_probe import BatchLoss
+from alpha_optim.pairs import BatchLoss
 from alpha_optim.records import GuardEvent
 
 FALSE_ALARM = 1e-6
-SCATTER = 8.0
+SCATTER = 10.0
 WARM = 10
-MEMORY = 0.9  # weight of the past in the usual difference
+MEMORY = 0.98  # weight of the past in the usual difference
 
 
 @lru_cache(maxsize=4096)
@@ -59,32 +59,25 @@ class Guard:
         self.stepped = False
 
     @torch.no_grad()
-    def judge(self, iteration: int, loss: BatchLoss, gradients: Sequence[Tensor]) -> GuardEvent | None:
+    def judge(self, iteration: int, loss: BatchLoss, params: Sequence[Tensor]) -> GuardEvent | None:
         """Say what is wrong with the point reached, or None; reads one boolean from the device.
 
         Args:
             iteration: The iteration whose step is about to be made.
             loss: Its loss.
-            gradients: The gradients the optimizer is about to use.
+            params: The parameters, with the gradients the optimizer is about to use.
         """
-        device = gradients[0].device if gradients else torch.device("cpu")
-        false = torch.zeros((), dtype=torch.bool, device=device)
-        bad_gradient = false
-        if gradients:
-            dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-            norms = torch.stack([norm.to(device).float() for norm in torch._foreach_norm(dense)])
-            # Also finite gradients whose square is not: second moments would hold an inf for ever.
-            bad_gradient = ~torch.isfinite(norms.square().sum())
-        bad_loss = rose = false
-        if loss.mean is not None:
-            bad_loss = ~torch.isfinite(loss.mean).to(device)
-            rose = self._rose(loss, device)
-        if not bool(bad_loss | rose | bad_gradient):
+        device = params[0].device
+        gradients = [param.grad for param in params if param.grad is not None]
+        checks = {
+            "loss_not_finite": _not_finite([] if loss.mean is None else [loss.mean], device),
+            "state_not_finite": _not_finite([*params, *self._floating_buffers()], device),
+            "loss_rose": self._rose(loss, device),
+            "gradient_not_finite": _not_finite(gradients, device),
+        }
+        if not bool(torch.stack(list(checks.values())).any()):
             return None
-        if bool(bad_loss):
-            reason = "loss_not_finite"
-        else:
-            reason = "loss_rose" if bool(rose) else "gradient_not_finite"
+        reason = next(name for name, failed in checks.items() if bool(failed))
         before = float(self._loss[0]) if self._loss is not None and self.stepped else math.nan
         after = math.nan if loss.mean is None else float(loss.mean)
         blame = self.stepped and reason != "gradient_not_finite"
@@ -144,8 +137,7 @@ class Guard:
 
     def _rose(self, loss: BatchLoss, device: torch.device) -> Tensor:
         """Whether the loss rose beyond its noise ``[]``."""
-        assert loss.mean is not None
-        if self._loss is None or not self.stepped:
+        if loss.mean is None or self._loss is None or not self.stepped:
             return torch.zeros((), dtype=torch.bool, device=device)
         before, variance_before = self._loss.to(device)
         rise = loss.mean.to(device, torch.float64) - before
@@ -168,6 +160,19 @@ class Guard:
         if self._model is None:
             return []
         return [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
+
+
+def _not_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Whether a norm is not finite ``[]``.
+
+    Also where numbers are finite but their squares are not: second moments and running variances would
+    hold an inf for ever.
+    """
+    if not tensors:
+        return torch.zeros((), dtype=torch.bool, device=device)
+    dense = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
+    norms = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(dense)])
+    return ~torch.isfinite(norms.square().sum())
 
 
 def _kept(store: list[Tensor], now: Sequence[Tensor]) -> list[Tensor]:

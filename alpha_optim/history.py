@@ -6,14 +6,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alpha_optim.alpha import AlphaMeasurement
-from alpha_optim.records import AlphaStatus
+from alpha_optim.rows import NAMES, from_row, to_row
 
 if TYPE_CHECKING:
     import pandas
@@ -22,9 +21,6 @@ FORMAT = "alpha_optim.history"
 VERSION = 1
 OVERFLOW = "maxlen"
 """Reason under which ``dropped`` counts old measurements that made room for new ones."""
-
-_NAMES = tuple(field.name for field in fields(AlphaMeasurement))
-_KINDS = {field.name: str(field.type) for field in fields(AlphaMeasurement)}
 
 
 class Pending(Protocol):
@@ -45,7 +41,7 @@ class WindowAlpha(NamedTuple):
 
     alpha: float
     alpha_std: float
-    count: int
+    count: int  # type: ignore[assignment] # - hides tuple.count, on purpose
 
 
 class AlphaHistory(Sequence[AlphaMeasurement]):
@@ -201,7 +197,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
     def to_dict(self) -> dict[str, list[Any]]:
         """Return one list per field of `AlphaMeasurement`; plain values only."""
         items = self._read()
-        columns: dict[str, list[Any]] = {name: [getattr(item, name) for item in items] for name in _NAMES}
+        columns: dict[str, list[Any]] = {name: [getattr(item, name) for item in items] for name in NAMES}
         columns["status"] = [str(status) for status in columns["status"]]
         columns["lr"] = [list(rates) for rates in columns["lr"]]
         return columns
@@ -221,7 +217,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
             path: File to write; replaced as a whole if it exists.
         """
         header = {"format": FORMAT, "version": VERSION, "dropped": self.dropped}
-        lines = [json.dumps(header)] + [json.dumps(_to_row(item)) for item in self._read()]
+        lines = [json.dumps(header)] + [json.dumps(to_row(item)) for item in self._read()]
         temporary = f"{os.fspath(path)}.part"
         with open(temporary, "w", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
@@ -246,7 +242,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
             for number, line in enumerate(file, start=1):
                 try:
                     history._load_line(json.loads(line), first=number == 1)
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                except (ValueError, TypeError, KeyError, AttributeError) as error:  # noqa: PERF203 - names the line
                     raise ValueError(
                         f"{os.fspath(path)}, line {number}: not a line of an alpha history ({error}). "
                         "Expected a file written by AlphaHistory.save; if a run was killed while "
@@ -268,7 +264,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
             for reason, count in row.get("dropped", {}).items():
                 self.drop(str(reason), int(count))
         else:
-            self._store(_from_row(row))
+            self._store(from_row(row))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain lists and numbers."""
@@ -277,9 +273,9 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the contents by those of a `state_dict`; subscriptions stay."""
         columns = state["columns"]
-        rows = zip(*(columns[name] for name in _NAMES), strict=True)
+        rows = zip(*(columns[name] for name in NAMES), strict=True)
         self._pending.clear()
-        self._items = [_from_row(dict(zip(_NAMES, row, strict=True))) for row in rows]
+        self._items = [from_row(dict(zip(NAMES, row, strict=True))) for row in rows]
         self._dropped = {str(reason): int(count) for reason, count in state["dropped"].items()}
 
 
@@ -302,32 +298,3 @@ def window_alpha(measurements: Sequence[AlphaMeasurement]) -> WindowAlpha:
     residuals = ends + alpha * starts
     spread = math.sqrt(count / (count - 1) * float(residuals @ residuals))
     return WindowAlpha(alpha, spread / abs(total), count)
-
-
-def _to_row(measurement: AlphaMeasurement) -> dict[str, Any]:
-    row = asdict(measurement)
-    row["status"] = str(measurement.status)
-    row["lr"] = [_to_json(rate) for rate in measurement.lr]
-    return {name: _to_json(value) for name, value in row.items()}
-
-
-def _to_json(value: Any) -> Any:
-    """JSON knows neither nan nor infinity: null and a string stand for them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
-
-
-def _from_row(row: dict[str, Any]) -> AlphaMeasurement:
-    if set(row) != set(_NAMES):
-        odd = sorted(set(row) ^ set(_NAMES))
-        raise ValueError(f"fields missing or unknown: {', '.join(odd)}")
-    values = {
-        name: (math.nan if row[name] is None else float(row[name])) if kind == "float" else row[name]
-        for name, kind in _KINDS.items()
-    }
-    values["iteration"] = int(row["iteration"])
-    values["samples_start"], values["samples_end"] = int(row["samples_start"]), int(row["samples_end"])
-    values["status"] = AlphaStatus(row["status"])
-    values["lr"] = tuple(math.nan if rate is None else float(rate) for rate in row["lr"])
-    return AlphaMeasurement(**values)

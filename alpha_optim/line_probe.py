@@ -7,16 +7,14 @@ iterations only the direction and a few numbers are kept.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from alpha_optim.alpha import AlphaMeasurement, measure_alpha
 from alpha_optim.direction import (
     Direction,
     change_since,
@@ -28,85 +26,10 @@ from alpha_optim.direction import (
 )
 from alpha_optim.gradient_watch import GradientWatch, fingerprint
 from alpha_optim.losses import LossTap
+from alpha_optim.pairs import BatchLoss, EndPoint, PendingPair, PendingStart, put_together, small_tensor
 from alpha_optim.passes import PassLog
 from alpha_optim.projections.base import Backend, SampleSlopes
 from alpha_optim.projections.statistics import sample_mean, sample_variance
-from alpha_optim.records import Observation
-
-NAN = math.nan
-
-
-@dataclass(frozen=True)
-class BatchLoss:
-    """The loss of an iteration over all its backward passes.
-
-    Attributes:
-        mean: Mean loss ``[]``, or None if not observed.
-        variance: Variance of one sample's loss ``[]`` (ddof=1), or None.
-        samples: N, 0 if not known.
-    """
-
-    mean: Tensor | None
-    variance: Tensor | None
-    samples: int
-
-
-@dataclass(frozen=True)
-class EndPoint:
-    """What was seen at one end of a step; numbers stay on the device.
-
-    Attributes:
-        numbers: loss, its variance, slope of the mean loss along d / |d|, variance of one sample's slope;
-            float64 ``[4]``, nan where not observed.
-        samples: N, 0 if not known.
-        observed: Which of loss, its variance and the slope variance were observed.
-    """
-
-    numbers: Tensor
-    samples: int
-    observed: tuple[bool, bool, bool]
-
-
-@dataclass(frozen=True)
-class PendingStart:
-    """A step that was made and waits for its end.
-
-    Attributes:
-        iteration: Iteration n of the start.
-        direction: Parameter change of the step.
-        squared_length: Its squared length, float64 ``[]``.
-        point: What was seen at the start.
-        fingerprint: Norms of the parameters as the step left them ``[L]``.
-        lr: Learning rates of the step, one per group.
-    """
-
-    iteration: int
-    direction: Direction
-    squared_length: Tensor
-    point: EndPoint
-    fingerprint: Tensor
-    lr: tuple[float | Tensor, ...]
-
-
-@dataclass(frozen=True)
-class PendingPair:
-    """Both ends of a step; becomes a measurement when somebody reads."""
-
-    iteration: int
-    numbers: Tensor  # squared length, moved, edited, then four numbers of the start, four of the end
-    start: EndPoint
-    end: EndPoint
-    lr: tuple[float | Tensor, ...]
-
-    def resolve(self) -> AlphaMeasurement | str:
-        """Fetch the numbers and measure; or the reason why the pair has to be dropped."""
-        squared, moved, edited, *rest = self.numbers.tolist()
-        if edited:
-            return "parameters_changed"
-        length = math.sqrt(squared) if squared >= 0.0 else NAN
-        length = length if moved or not math.isfinite(length) else 0.0
-        start, end = _observation(rest[:4], self.start), _observation(rest[4:], self.end)
-        return measure_alpha(self.iteration, length, start, end, tuple(float(rate) for rate in self.lr))
 
 
 class LineProbe:
@@ -202,8 +125,8 @@ class LineProbe:
             calls.append((mean, individual, entry.samples or 0))
         samples = sum(entry.samples or 0 for entry in self.log.reached)
         if calls:
-            together = _together(calls)
-            return together if together.samples else replace(together, samples=samples)
+            whole = put_together(calls)
+            return whole if whole.samples else replace(whole, samples=samples)
         mean = None if fallback is None else torch.as_tensor(fallback).detach()
         return BatchLoss(mean, None, samples)
 
@@ -227,7 +150,7 @@ class LineProbe:
         variance = None if slopes is None else sample_variance(slopes.values / length)
         parts = [loss.mean, loss.variance, slope, variance]
         observed = (loss.mean is not None, loss.variance is not None, variance is not None)
-        return EndPoint(_stack(parts, slope.device), loss.samples, observed)
+        return EndPoint(small_tensor(parts, slope.device), loss.samples, observed)
 
     @torch.no_grad()
     def finish(self, gradients: Sequence[Tensor | None] | None, loss: BatchLoss) -> PendingPair | str | None:
@@ -257,7 +180,7 @@ class LineProbe:
         device = point.numbers.device
         now = fingerprint(self._params)
         edited = ~torch.isclose(now, pending.fingerprint, rtol=0.0, atol=0.0, equal_nan=True).all()
-        head = _stack([pending.squared_length, pending.direction.moved, edited], device)
+        head = small_tensor([pending.squared_length, pending.direction.moved, edited], device)
         numbers = torch.cat([head, pending.point.numbers.to(device), point.numbers])
         return PendingPair(pending.iteration, numbers, pending.point, point, pending.lr)
 
@@ -338,38 +261,3 @@ class LineProbe:
             saved["fingerprint"].to(device),
             tuple(saved["lr"]),
         )
-
-
-def _together(calls: list[tuple[Tensor, Tensor | None, int]]) -> BatchLoss:
-    """Losses of several micro-batches as those of one batch."""
-    samples = sum(count for _, _, count in calls)
-    parts = [individual for _, individual, _ in calls if individual is not None]
-    if len(parts) == len(calls):
-        values = torch.cat([part.flatten() for part in parts])
-        return BatchLoss(sample_mean(values), sample_variance(values), samples)
-    weights = [count if samples else 1 for _, _, count in calls]
-    means = torch.stack([mean.double() for mean, _, _ in calls])
-    shares = torch.tensor(weights, dtype=torch.float64, device=means.device)
-    return BatchLoss((means * shares).sum() / shares.sum(), None, samples)
-
-
-def _stack(parts: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """One small float64 tensor, nan for what is missing."""
-    return torch.stack(
-        [torch.full((), NAN, dtype=torch.float64, device=device) if part is None
-         else part.detach().to(device, torch.float64) for part in parts]
-    )  # fmt: skip
-
-
-def _observation(numbers: list[float], point: EndPoint) -> Observation:
-    loss, loss_variance, slope, slope_variance = numbers
-    has_loss, has_loss_variance, has_slope_variance = point.observed
-    # A direction that is no multiple of the gradient leaves a nan here, the slope itself is right.
-    usable = has_slope_variance and not (math.isnan(slope_variance) and math.isfinite(slope))
-    return Observation(
-        samples=point.samples,
-        slope=slope,
-        slope_variance=slope_variance if usable else None,
-        loss=loss if has_loss else None,
-        loss_variance=loss_variance if has_loss_variance else None,
-    )

@@ -73,6 +73,22 @@ class LossTap:
 
         losses.register_hook(weighted)
 
+    def announce(self, losses: Tensor, mean: Tensor) -> None:
+        """The backward pass of the mean of ``losses`` is about to run: report it when it starts."""
+        individual = _of_samples(losses.detach())
+        call = LossCall(mean.detach(), individual, len(individual), torch.ones_like(mean), True)
+        mean.register_hook(lambda _gradient: self._on_backward(call))
+
+    def hand_over(self, losses: Tensor) -> LossCall:
+        """Return handed over losses as a call; reports their factor to the backward pass, if it comes."""
+        values = losses.detach()
+        if losses.requires_grad:
+            self.watch(losses if losses.dim() else losses.reshape(1), explicit=True)
+        if values.dim() == 0:
+            return LossCall(values.clone(), None, None, None, True)
+        individual = _of_samples(values)
+        return LossCall(individual.mean(), individual, len(individual), None, True)
+
     def _seen(self, loss_fn: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
             return
@@ -102,6 +118,11 @@ class LossTap:
         output.register_hook(start)
 
 
+def _of_samples(losses: Tensor) -> Tensor:
+    """Mean over all but the first dimension ``[N]``."""
+    return losses.reshape(losses.shape[0], -1).mean(1)
+
+
 @torch.no_grad()
 def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tensor) -> Tensor | None:
     """Evaluate the losses of the samples for one call of a loss function.
@@ -118,14 +139,14 @@ def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tenso
         samples. None if the function cannot give them.
     """
     reduction = getattr(loss_fn, "reduction", None)
-    if reduction not in ("mean", "sum", "batchmean") or not args and not kwargs:
+    if reduction not in ("mean", "sum", "batchmean") or not (args or kwargs):
         return None
     first = args[0] if args else next(iter(kwargs.values()))
     if not isinstance(first, Tensor) or first.dim() == 0:
         return None
     samples = first.shape[0]
     single = copy.copy(loss_fn)
-    single.reduction = "none"
+    vars(single)["reduction"] = "none"
     try:
         with _unchanged(loss_fn):
             values = single.forward(*args, **kwargs)
@@ -138,7 +159,8 @@ def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tenso
     if reduction in ("batchmean", "sum"):
         return sums
     if isinstance(loss_fn, _WEIGHTED):
-        return sums * (samples / _total_weight(loss_fn, args, kwargs, values))
+        normalised: Tensor = sums * (samples / _total_weight(loss_fn, args, kwargs, values))
+        return normalised
     if type(loss_fn).__module__.startswith("torch.nn."):
         return sums * (samples / values.numel())
     # A loss of unknown make: whatever it divides by, the mean has to come out.
@@ -146,12 +168,12 @@ def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tenso
     return torch.where(mean == 0, sums, sums * (reduced.to(sums.dtype) / mean))
 
 
-def _total_weight(loss_fn: nn.Module, args: Any, kwargs: Any, values: Tensor) -> Tensor | float:
+def _total_weight(loss_fn: Any, args: Any, kwargs: Any, values: Tensor) -> Any:
     """What the mean of (weighted) cross entropy divides by."""
     target = args[1] if len(args) > 1 else kwargs.get("target")
     if not isinstance(target, Tensor) or target.is_floating_point():
         return float(values.numel())
-    kept = target != loss_fn.ignore_index
+    kept = torch.ne(target, loss_fn.ignore_index)
     weight = loss_fn.weight
     if not isinstance(weight, Tensor):
         return kept.sum().to(values.dtype)

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from alpha_optim.checks import check_arguments, check_membership
 from alpha_optim.diagnosis import Diagnosis, diagnose
-from alpha_optim.direction import parameters_of
 from alpha_optim.history import AlphaHistory
+from alpha_optim.plan import Every
 from alpha_optim.records import GuardEvent
-from alpha_optim.session import VERSION, Every, Session, named_parameters
+from alpha_optim.session import VERSION, Session
 
 KEY = "alpha_guided"
 """Key of everything of ours in a state dict."""
@@ -86,17 +87,24 @@ class AlphaGuided(Optimizer):
             ValueError: If it cannot work: already wrapped, parameters that are not the model's, an
                 impossible backend, ``every`` below 1.
         """
-        _check_arguments(optimizer, model, loss_fn, every, variance)
+        if isinstance(optimizer, AlphaGuided):
+            raise ValueError(
+                "this optimizer is already wrapped in AlphaGuided; wrap the bare one (its .optimizer) once"
+            )
+        check_arguments(optimizer, model, loss_fn, every, variance)
         self.optimizer = optimizer
+        self._make_hooks()
+        self._session = Session(optimizer, model, loss_fn, every, backend, variance)
+
+    def _make_hooks(self) -> None:
+        """What torch's own constructor makes, but for groups and state: those are the wrapped one's."""
         for name in _HOOKS:
             setattr(self, name, OrderedDict())
-        self._zero_grad_profile_name = "Optimizer.zero_grad#AlphaGuided.zero_grad"
-        self._session = Session(optimizer, model, loss_fn, every, backend, variance)
 
     # ---------------------------------------------------------------- the wrapped optimizer's own
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override] # - torch has a plain attribute
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's param groups, always the same object."""
         return self.optimizer.param_groups
 
@@ -105,7 +113,7 @@ class AlphaGuided(Optimizer):
         self.optimizer.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override] # - torch has a plain attribute
+    def state(self) -> Any:
         """The wrapped optimizer's state."""
         return self.optimizer.state
 
@@ -114,7 +122,7 @@ class AlphaGuided(Optimizer):
         self.optimizer.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override] # - torch has a plain attribute
+    def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's defaults."""
         return self.optimizer.defaults
 
@@ -123,7 +131,11 @@ class AlphaGuided(Optimizer):
         self.optimizer.defaults = defaults
 
     def __getattr__(self, name: str) -> Any:
-        """Find on the wrapped optimizer what the wrapper lacks (``train`` and ``eval``, say)."""
+        """Find on the wrapped optimizer what the wrapper lacks (``train`` and ``eval``, say).
+
+        Raises:
+            AttributeError: If that lacks it too.
+        """
         # A fused optimizer unscales gradients itself when it has this flag; the scaler would hand the
         # scale to the wrapper, where the fused kernel does not look for it.
         if name == "_step_supports_amp_scaling" or name in ("optimizer", "_session") or name in _HOOKS:
@@ -138,7 +150,7 @@ class AlphaGuided(Optimizer):
         """
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
-        _check_membership(params, self._session.model, self._session.loss_fn, "the new group")
+        check_membership(params, self._session.model, self._session.loss_fn, "the new group")
         self.optimizer.add_param_group({**param_group, "params": params})
         self._session.begin()
 
@@ -149,7 +161,7 @@ class AlphaGuided(Optimizer):
 
     # ---------------------------------------------------------------- training
 
-    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:  # type: ignore[override] # - one signature for both of torch's overloads
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Finish the measurement of the last step and make the next.
 
         Args:
@@ -211,7 +223,7 @@ class AlphaGuided(Optimizer):
     @property
     def backend(self) -> str:
         """Name of the backend in use."""
-        return self._session.choice.name
+        return self._session.plan.choice.name
 
     def diagnose(self) -> Diagnosis:
         """Say what alpha says so far: a record whose ``str`` is advice in plain words."""
@@ -219,7 +231,7 @@ class AlphaGuided(Optimizer):
 
     def __repr__(self) -> str:
         """Show backend, reason and the wrapped optimizer."""
-        name, reason = self._session.choice
+        name, reason = self._session.plan.choice
         return f"AlphaGuided(backend={name!r}: {reason}; iteration {self.iteration})\n{self.optimizer!r}"
 
     # ---------------------------------------------------------------- leaving
@@ -273,10 +285,10 @@ class AlphaGuided(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything needed to build the wrapper anew; hooks are not part of it."""
-        session = self._session
+        session, plan = self._session, self._session.plan
         return {
             "optimizer": self.optimizer,
-            "arguments": (session.model, session.loss_fn, session.every, session.wanted, session.variance),
+            "arguments": (session.model, session.loss_fn, plan.every, plan.wanted, plan.variance),
             "ours": session.state_dict(),
             "active": session.active,
         }
@@ -284,68 +296,8 @@ class AlphaGuided(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Build the wrapper anew around a copied or unpickled optimizer."""
         self.optimizer = state["optimizer"]
-        for name in _HOOKS:
-            setattr(self, name, OrderedDict())
-        self._zero_grad_profile_name = "Optimizer.zero_grad#AlphaGuided.zero_grad"
+        self._make_hooks()
         self._session = Session(self.optimizer, *state["arguments"])
         self._session.load_state_dict(state["ours"])
         if not state["active"]:
             self._session.detach()
-
-
-def _check_arguments(
-    optimizer: Any, model: Any, loss_fn: Any, every: Any, variance: Any
-) -> None:
-    """Refuse what cannot work, before anything is touched."""
-    if isinstance(optimizer, AlphaGuided):
-        raise ValueError(
-            "this optimizer is already wrapped in AlphaGuided; wrap the bare one (its .optimizer) only once"
-        )
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer must be an instance of torch.optim.Optimizer, got {_kind(optimizer)}; "
-            "for example AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1))"
-        )
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {_kind(model)}")
-    if loss_fn is not None and not isinstance(loss_fn, nn.Module):
-        raise TypeError(
-            f"loss_fn must be a torch.nn.Module such as nn.CrossEntropyLoss(), got {_kind(loss_fn)}; "
-            "for functional losses leave it out and call optimizer.backward(losses)"
-        )
-    if not (every is None or callable(every)) and (
-        isinstance(every, bool) or not isinstance(every, int) or every < 1
-    ):
-        raise ValueError(
-            f"every must be a whole number of at least 1, a function n -> bool, or None; got {every!r}"
-        )
-    if variance not in ("exact", "sampled"):
-        raise ValueError(f"variance must be 'exact' or 'sampled', got {variance!r}")
-    _check_membership(parameters_of(optimizer), model, loss_fn, "the optimizer")
-
-
-def _check_membership(
-    params: list[Tensor], model: nn.Module | None, loss_fn: nn.Module | None, holder: str
-) -> None:
-    """Refuse parameters that are not the model's.
-
-    Raises:
-        ValueError: Naming them.
-    """
-    if model is None:
-        return
-    names = named_parameters(model, loss_fn)
-    foreign = [
-        f"parameter {index} of shape {list(param.shape)}"
-        for index, param in enumerate(params)
-        if id(param) not in names
-    ]
-    if foreign:
-        raise ValueError(
-            f"{holder} has parameters that belong neither to model ({type(model).__name__}) nor to loss_fn: "
-            f"{', '.join(foreign)}. Pass the model whose parameters the optimizer trains."
-        )
-
-
-def _kind(value: Any) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

@@ -56,9 +56,12 @@ def fit_quadratic(step_length: float, start: Observation, end: Observation) -> Q
     noise_start = squared_length * _variance_of_mean(start.slope_variance, start.samples)
     noise_end = squared_length * _variance_of_mean(end.slope_variance, end.samples)
     gain_start = gain_end = share_start = share_end = share_both = 0.0
-    if has_noisy_loss(start) and has_noisy_loss(end):
-        assert start.loss is not None and end.loss is not None
-        assert start.loss_variance is not None and end.loss_variance is not None
+    if (
+        start.loss is not None
+        and end.loss is not None
+        and start.loss_variance is not None
+        and end.loss_variance is not None
+    ):
         residual = (end.loss - start.loss) - 0.5 * (rise_start + rise_end)
         noise_losses = _variance_of_mean(start.loss_variance, start.samples) + _variance_of_mean(
             end.loss_variance, end.samples
@@ -79,11 +82,6 @@ def fit_quadratic(step_length: float, start: Observation, end: Observation) -> Q
             (noise_end - share_end) / squared_length,
         ),
     )
-
-
-def has_noisy_loss(observation: Observation) -> bool:
-    """Whether loss and variance of the loss were both observed."""
-    return observation.loss is not None and observation.loss_variance is not None
 
 
 def _variance_of_mean(variance_of_one: float, samples: int) -> float:

@@ -89,10 +89,12 @@ class GuardEvent:
 
     Attributes:
         iteration: The iteration whose step was not executed.
-        reason: ``"loss_not_finite"``, ``"loss_rose"`` or ``"gradient_not_finite"``.
+        reason: ``"loss_not_finite"``, ``"state_not_finite"`` (a parameter or buffer), ``"loss_rose"`` or
+            ``"gradient_not_finite"``.
         loss_before: Loss before the step that was judged (nan if not observed).
         loss_after: Loss after it.
         restored: Whether parameters and buffers were put back to the point before that step.
+        scale_factor: By what the scheduler multiplied the scale of the learning rate.
     """
 
     iteration: int
@@ -100,3 +102,4 @@ class GuardEvent:
     loss_before: float
     loss_after: float
     restored: bool
+    scale_factor: float = 1.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -91,7 +92,7 @@ class AlphaScheduler(LRScheduler):
 
     # ---------------------------------------------------------------- stepping
 
-    def step(self, metrics: Any = None) -> None:  # type: ignore[override] # - torch's argument is a deprecated epoch
+    def step(self, metrics: Any = None) -> None:
         """Show the policy what was measured, advance the schedule and write the rates.
 
         Args:
@@ -159,14 +160,16 @@ class AlphaScheduler(LRScheduler):
                 stacklevel=3,
             )
 
-    def _guard_acted(self, event: GuardEvent) -> None:
-        """Lower the scale after a step that was taken back."""
+    def _guard_acted(self, event: GuardEvent) -> GuardEvent:
+        """Lower the scale after a step that was taken back; returns the event with what was done."""
         if event.restored:
             again = event.iteration - self._last_event <= SOON
             self._last_event = event.iteration
-            self.scale *= LOWER_AGAIN if again else LOWER_ONCE
+            event = replace(event, scale_factor=LOWER_AGAIN if again else LOWER_ONCE)
+            self.scale *= event.scale_factor
             self._write()
         base.tell_event(self.policy, event)
+        return event
 
     # ---------------------------------------------------------------- writing
 

@@ -7,7 +7,6 @@ All mutable state of a wrapped optimizer lives in one `Session`, so that proxies
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,20 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from alpha_optim.direction import Direction, is_plain_sgd, parameters_of
+from alpha_optim.checks import check_losses
+from alpha_optim.direction import Direction, parameters_of
 from alpha_optim.guard import Guard
 from alpha_optim.history import AlphaHistory
-from alpha_optim.line_probe import BatchLoss, LineProbe
-from alpha_optim.passes import LossCall
-from alpha_optim.projections import BACKENDS, Choice, choose_backend
-from alpha_optim.projections.base import Backend
+from alpha_optim.line_probe import LineProbe
+from alpha_optim.pairs import BatchLoss
+from alpha_optim.plan import Every, Plan
 from alpha_optim.records import GuardEvent
 
 VERSION = 1
-Every = int | Callable[[int], bool] | None
 
 
-class SkipStep(Exception):
+class SkipStepSignal(Exception):  # noqa: N818 - a signal, not an error
     """Raised out of a closure to keep the wrapped optimizer from stepping."""
 
 
@@ -46,18 +44,13 @@ class Session:
     ) -> None:
         """Check the backend and hook iteration 0; arguments as in `AlphaGuided`."""
         self.optimizer, self.model, self.loss_fn = optimizer, model, loss_fn
-        self.every, self.wanted, self.variance = every, backend, variance
-        self.choice: Choice = choose_backend(backend, optimizer, model)
+        self.plan = Plan(optimizer, model, loss_fn, every, backend, variance)
         self.history = AlphaHistory()
         self.iteration = 0
         self.active = True
         self.guard: Guard | None = None
         self.events: list[GuardEvent] = []
-        self._wants: Callable[[int], bool] | None = None
-        self._on_event: Callable[[GuardEvent], None] | None = None
-        self._backends: dict[str, Backend] = {}
-        self._asked: tuple[int, bool] | None = None
-        self._warned: set[str] = set()
+        self._on_event: Callable[[GuardEvent], GuardEvent] | None = None
         self._saved_guard: dict[str, Any] | None = None
         self._reset()
         self.begin()
@@ -65,7 +58,7 @@ class Session:
     def _reset(self) -> None:
         """Forget the iteration in progress and the pending step."""
         self.probe = LineProbe(self.loss_fn)
-        self._backends = {}
+        self.plan.forget_backends()
         self._in_step = False
         self._before: Direction | list[Tensor] | None = None
         self._gradients: Sequence[Tensor | None] | None = None
@@ -78,19 +71,20 @@ class Session:
         """Hook what the coming iteration needs."""
         if not self.active:
             return
-        self._start = self._wanted_start()
-        backend = self._backend() if self._start or self.probe.pending is not None else None
+        self._start = self.plan.wants(self.iteration)
+        in_pair = self._start or self.probe.pending is not None
+        backend = self.plan.backend(self.probe.log) if in_pair else None
         self.probe.begin(self.optimizer, backend, self._start, loss=self.guard is not None)
 
     def steered(
-        self, wants: Callable[[int], bool] | None, guard: bool, on_event: Callable[[GuardEvent], None]
+        self, wants: Callable[[int], bool] | None, guard: bool, on_event: Callable[[GuardEvent], GuardEvent]
     ) -> None:
         """A scheduler takes over: it is asked what to measure and told what the guard did."""
-        self._wants, self._on_event = wants, on_event
+        self._on_event = on_event
+        self.plan.ask_policy(wants)
         self.guard = Guard(self.model) if guard else None
         if self.guard is not None and self._saved_guard is not None:
             self.guard.load_state_dict(self._saved_guard, parameters_of(self.optimizer))
-        self._asked = None
         self.begin()
 
     def detach(self) -> None:
@@ -104,28 +98,6 @@ class Session:
         if self.active and not self._in_step:
             self.probe.discard()
 
-    def _wanted_start(self) -> bool:
-        n = self.iteration
-        if isinstance(self.every, int):
-            return n % self.every == 0
-        if self._asked is None or self._asked[0] != n:  # asked once per n
-            question = self.every if self.every is not None else self._wants
-            self._asked = (n, True if question is None else bool(question(n)))
-        return self._asked[1]
-
-    def _backend(self) -> Backend:
-        if self.wanted == "auto" and self.choice.name != "gradients":
-            plain = is_plain_sgd(self.optimizer)
-            if self.choice.name == "backpack" and not plain:
-                self.choice = Choice("cached", "the steps are no longer those of plain SGD")
-        name = self.choice.name
-        if name not in self._backends:
-            names = named_parameters(self.model, self.loss_fn)
-            model = self.model if self.model is not None else nn.Module()
-            sampled = self.variance == "sampled"
-            self._backends[name] = BACKENDS[name](model, names, self.probe.log, sampled)
-        return self._backends[name]
-
     # ---------------------------------------------------------------- losses handed over
 
     def backward(self, losses: Tensor) -> Tensor:
@@ -133,27 +105,15 @@ class Session:
         check_losses(losses, "backward", self.probe.log.forward_samples, graph=True)
         mean = losses.mean()
         if self.active:
-            values = losses.detach()
-            individual = values.reshape(values.shape[0], -1).mean(1)
-            call = LossCall(mean.detach(), individual, len(individual), torch.ones_like(mean), True)
-            mean.register_hook(lambda _gradient: self.probe.log.anchor(call))
-        mean.backward()  # type: ignore[no-untyped-call] # - torch leaves it unannotated
+            self.probe.losses.announce(losses, mean)
+        mean.backward()
         return mean.detach()
 
     def record_losses(self, losses: Tensor) -> None:
         """Take note of losses; see `AlphaGuided.record_losses`."""
         check_losses(losses, "record_losses", self.probe.log.forward_samples, graph=False)
-        if not self.active:
-            return
-        values = losses.detach()
-        if values.dim() == 0:
-            call = LossCall(values.clone(), None, None, None, True)
-        else:
-            individual = values.reshape(values.shape[0], -1).mean(1)
-            call = LossCall(individual.mean(), individual, len(individual), None, True)
-        self.probe.log.recorded.append(call)
-        if losses.requires_grad:  # their factor to the backward pass, if it comes through them
-            self.probe.losses.watch(losses if losses.dim() else losses.reshape(1), explicit=True)
+        if self.active:
+            self.probe.log.recorded.append(self.probe.losses.hand_over(losses))
 
     # ---------------------------------------------------------------- the step
 
@@ -166,7 +126,7 @@ class Session:
                 self._before_step(None)
             inner = None if closure is None else self._watched(closure)
             result = self.optimizer.step(**_with(inner, kwargs))
-        except SkipStep as skip:
+        except SkipStepSignal as skip:
             self._begin_again()
             return skip.args[0]
         except BaseException:
@@ -219,9 +179,12 @@ class Session:
                 self._rates = tuple(_frozen(group.get("lr", math.nan)) for group in self.optimizer.param_groups)
 
     def _judge(self, guard: Guard, params: list[Tensor], closure_loss: Any) -> None:
-        """Take the last step back and raise `SkipStep`, or keep this point."""
-        gradients = [param.grad.detach() for param in params if param.grad is not None]
-        event = guard.judge(self.iteration, self._loss, gradients)
+        """Take the last step back, or keep this point.
+
+        Raises:
+            SkipStepSignal: If the step must not be executed.
+        """
+        event = guard.judge(self.iteration, self._loss, params)
         if event is None:
             guard.keep(params, self._loss)
             return
@@ -230,10 +193,8 @@ class Session:
         guard.stepped = False
         self.probe.pending = None
         self.optimizer.zero_grad()
-        self.events.append(event)
-        if self._on_event is not None:
-            self._on_event(event)
-        raise SkipStep(closure_loss)
+        self.events.append(event if self._on_event is None else self._on_event(event))
+        raise SkipStepSignal(closure_loss)
 
     @torch.no_grad()
     def _after_step(self) -> None:
@@ -245,10 +206,8 @@ class Session:
         if self._before is not None:
             assert self._gradients is not None
             self.probe.after_step(self.iteration, self._before, self._gradients, self._loss, self._rates)
-            self._warn_unaccounted()
-            several = len(self.probe.log.reached) > 1
-            if several and self.wanted == "auto" and self.choice.name == "backpack":
-                self.choice = Choice("cached", "several backward passes per step")
+            self.plan.warn_unaccounted()
+            self.plan.saw_passes(len(self.probe.log.reached))
         self.probe.watch.step_done(parameters_of(self.optimizer))
         self._in_step, self._before, self._gradients = False, None, None
         self.iteration += 1
@@ -273,18 +232,6 @@ class Session:
         self.probe.pending = None
         self._begin_again()
 
-    def _warn_unaccounted(self) -> None:
-        backend = self._backends[self.choice.name]
-        fresh = {name: why for name, why in backend.unaccounted.reasons.items() if name not in self._warned}
-        if fresh:
-            self._warned |= set(fresh)
-            listed = "; ".join(f"{name}: {why}" for name, why in sorted(fresh.items()))
-            warnings.warn(
-                f"no slopes of single samples with backend={self.choice.name!r} for {listed}. "
-                "Alpha keeps the slopes of the gradients (information='slopes').",
-                stacklevel=4,
-            )
-
     # ---------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, Any]:
@@ -295,8 +242,7 @@ class Session:
             "history": self.history.state_dict(),
             "probe": self.probe.state_dict(),
             "guard": self._saved_guard if self.guard is None else self.guard.state_dict(),
-            "choice": list(self.choice),
-            "asked": None if self._asked is None else list(self._asked),
+            "plan": self.plan.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -304,62 +250,22 @@ class Session:
         params = parameters_of(self.optimizer)
         self.probe.close()
         self._reset()
-        self._asked, self._saved_guard = None, None
+        self._saved_guard = None
         if state is None:
             self.iteration = 0
             self.history.load_state_dict(AlphaHistory().state_dict())
+            self.plan.load_state_dict(None)
         else:
             self.iteration = int(state["iteration"])
             self.history.load_state_dict(state["history"])
             self.probe.load_state_dict(state["probe"], params)
             self._saved_guard = state["guard"]
-            if self.wanted == "auto":
-                self.choice = Choice(*state["choice"])
-            if state["asked"] is not None:
-                self._asked = (int(state["asked"][0]), bool(state["asked"][1]))
+            self.plan.load_state_dict(state["plan"])
         if self.guard is not None:
             self.guard = Guard(self.model)
             if self._saved_guard is not None:
                 self.guard.load_state_dict(self._saved_guard, params)
         self.begin()
-
-
-def named_parameters(*modules: nn.Module | None) -> dict[int, str]:
-    """Names of all parameters of some modules by ``id``."""
-    return {
-        id(param): name
-        for module in modules
-        if module is not None
-        for name, param in module.named_parameters()
-    }
-
-
-def check_losses(losses: Any, method: str, expected: int | None, graph: bool) -> None:
-    """Refuse losses that cannot be those of the samples.
-
-    Raises:
-        TypeError: If they are no tensor.
-        ValueError: If shape or graph are wrong.
-    """
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"{method}(losses) takes a tensor of shape [N], got {type(losses).__name__}")
-    if losses.dim() == 0 and graph:
-        raise ValueError(
-            f"{method}(losses) needs one loss per sample, shape [N] or [N, ...]; got a single number. "
-            "Use reduction='none', or call .backward() on the mean yourself."
-        )
-    if losses.numel() == 0:
-        raise ValueError(f"{method}(losses) got no losses (shape {list(losses.shape)}); expected [N]")
-    if graph and not losses.requires_grad:
-        raise ValueError(
-            f"{method}(losses) needs losses with a graph; these were detached or computed under "
-            "no_grad. Use record_losses(losses) if something else runs the backward pass."
-        )
-    if losses.dim() > 0 and expected is not None and losses.shape[0] != expected:
-        raise ValueError(
-            f"{method}(losses) got {losses.shape[0]} losses, but the model's batch has {expected} "
-            f"samples; expected shape [{expected}] or [{expected}, ...]"
-        )
 
 
 def _with(closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> dict[str, Any]:

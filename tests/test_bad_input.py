@@ -36,19 +36,23 @@ def hooks(model):
 
 @pytest.mark.parametrize("wrong", [None, 3, torch.optim.SGD])
 def test_not_an_optimizer(wrong):
-    with pytest.raises(TypeError, match=r"must be an instance of torch.optim.Optimizer, got .*for example AlphaGuided"):
+    with pytest.raises(
+        TypeError, match=r"must be an instance of torch.optim.Optimizer, got .*for example AlphaGuided"
+    ):
         AlphaGuided(wrong)
 
 
 def test_already_wrapped(model, sgd):
     guided = AlphaGuided(sgd, model)
-    with pytest.raises(ValueError, match="already wrapped in AlphaGuided; wrap the bare one"):
+    with pytest.raises(ValueError, match=r"already wrapped in AlphaGuided; wrap the bare one"):
         AlphaGuided(guided, model)
 
 
 def test_model_whose_parameters_are_not_the_optimizers(model, sgd):
     other = nn.Linear(4, 2)
-    with pytest.raises(ValueError, match=r"belong neither to model \(Linear\) nor to loss_fn: parameter 0 of shape \[5, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"belong neither to model \(Linear\) nor to loss_fn: parameter 0 of shape \[5, 4\]"
+    ):
         AlphaGuided(sgd, other)
     assert hooks(model) == hooks(other) == 0
 
@@ -70,29 +74,37 @@ def test_model_and_loss_must_be_modules(model, sgd, argument, value):
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "2"])
 def test_every(model, sgd, every):
-    with pytest.raises(ValueError, match="every must be a whole number of at least 1, a function n -> bool, or None"):
+    with pytest.raises(
+        ValueError, match=r"every must be a whole number of at least 1, a function n -> bool, or None"
+    ):
         AlphaGuided(sgd, model, every=every)
     assert hooks(model) == 0
 
 
 def test_variance(model, sgd):
-    with pytest.raises(ValueError, match="variance must be 'exact' or 'sampled', got 'all'"):
+    with pytest.raises(ValueError, match=r"variance must be 'exact' or 'sampled', got 'all'"):
         AlphaGuided(sgd, model, variance="all")
 
 
 def test_backend_unknown(model, sgd):
-    with pytest.raises(ValueError, match="unknown backend 'fast'. Known backends: 'backpack', 'cached', 'gradients', 'auto'"):
+    with pytest.raises(
+        ValueError, match=r"unknown backend 'fast'. Known backends: 'backpack', 'cached', 'gradients', 'auto'"
+    ):
         AlphaGuided(sgd, model, backend="fast")
 
 
 def test_backend_that_does_not_exist_yet(model, sgd):
-    with pytest.raises(ValueError, match="'layerwise' is not available in this version.*work here: 'backpack', 'cached'"):
+    with pytest.raises(
+        ValueError, match=r"'layerwise' is not available in this version.*work here: 'backpack', 'cached'"
+    ):
         AlphaGuided(sgd, model, backend="layerwise")
 
 
 def test_backend_impossible_for_the_optimizer(model):
     adam = torch.optim.Adam(model.parameters())
-    with pytest.raises(ValueError, match=r"needs plain torch.optim.SGD .* These work: 'cached', 'gradients', or 'auto'"):
+    with pytest.raises(
+        ValueError, match=r"needs plain torch.optim.SGD .* These work: 'cached', 'gradients', or 'auto'"
+    ):
         AlphaGuided(adam, model, backend="backpack")
     assert hooks(model) == 0
 
@@ -106,20 +118,20 @@ def test_backend_impossible_for_the_model():
 
 @pytest.mark.parametrize("backend", ["backpack", "cached"])
 def test_backend_without_model(sgd, backend):
-    with pytest.raises(ValueError, match="it needs the model: .* These work: 'gradients', or 'auto'"):
+    with pytest.raises(ValueError, match=r"it needs the model: .* These work: 'gradients', or 'auto'"):
         AlphaGuided(sgd, backend=backend)
 
 
 def test_losses_without_graph(model, sgd):
     guided = AlphaGuided(sgd, model)
-    with pytest.raises(ValueError, match="needs losses with a graph.*Use record_losses"):
+    with pytest.raises(ValueError, match=r"needs losses with a graph.*Use record_losses"):
         guided.backward(torch.rand(4))
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_losses_that_are_one_number(model, sgd):
     guided = AlphaGuided(sgd, model)
-    with pytest.raises(ValueError, match="needs one loss per sample.*Use reduction='none'"):
+    with pytest.raises(ValueError, match=r"needs one loss per sample.*Use reduction='none'"):
         guided.backward(model(torch.randn(3, 4)).sum())
 
 
@@ -127,7 +139,9 @@ def test_losses_that_are_one_number(model, sgd):
 def test_losses_of_the_wrong_length(model, sgd, method):
     guided = AlphaGuided(sgd, model)
     losses = model(torch.randn(6, 4)).square().reshape(-1)
-    with pytest.raises(ValueError, match=r"got 12 losses, but the model's batch has 6 samples; expected shape \[6\]"):
+    with pytest.raises(
+        ValueError, match=r"got 12 losses, but the model's batch has 6 samples; expected shape \[6\]"
+    ):
         getattr(guided, method)(losses)
     assert all(p.grad is None for p in model.parameters())
 
@@ -149,7 +163,9 @@ def test_a_policy_returning_nonsense(model, sgd, factor, wrapped):
 
     guided, loss_fn = AlphaGuided(sgd, model), nn.CrossEntropyLoss()
     scheduler = AlphaScheduler(guided, Bounded(policy) if wrapped else policy)
-    with pytest.raises(ValueError, match=r"policy policy returned .* for iteration 0; expected a finite factor > 0"):
+    with pytest.raises(
+        ValueError, match=r"policy policy returned .* for iteration 0; expected a finite factor > 0"
+    ):
         for _ in range(3):
             guided.zero_grad()
             loss_fn(model(torch.randn(4, 4)), torch.tensor([0, 1, 0, 1])).backward()
@@ -159,26 +175,26 @@ def test_a_policy_returning_nonsense(model, sgd, factor, wrapped):
 
 
 def test_total_steps_together_with_a_policy(model, sgd):
-    with pytest.raises(ValueError, match="give either a policy or total_steps"):
+    with pytest.raises(ValueError, match=r"give either a policy or total_steps"):
         AlphaScheduler(AlphaGuided(sgd, model), TargetAlpha(), total_steps=10)
 
 
 def test_scheduler_on_a_bare_optimizer(sgd):
-    with pytest.raises(TypeError, match="needs an AlphaGuided optimizer, got SGD; wrap it first"):
+    with pytest.raises(TypeError, match=r"needs an AlphaGuided optimizer, got SGD; wrap it first"):
         AlphaScheduler(sgd)
 
 
 @pytest.mark.parametrize("policy", [0.5, TargetAlpha])
 def test_policy_that_is_no_policy(model, sgd, policy):
-    with pytest.raises(TypeError, match="policy must be callable"):
+    with pytest.raises(TypeError, match=r"policy must be callable"):
         AlphaScheduler(AlphaGuided(sgd, model), policy)
 
 
 def test_scheduler_arguments(model, sgd):
     guided = AlphaGuided(sgd, model)
-    with pytest.raises(TypeError, match="schedule must be a torch learning rate scheduler, got int"):
+    with pytest.raises(TypeError, match=r"schedule must be a torch learning rate scheduler, got int"):
         AlphaScheduler(guided, schedule=3)
-    with pytest.raises(ValueError, match="expected 0 <= min_lr <= max_lr, got min_lr=1.0, max_lr=0.1"):
+    with pytest.raises(ValueError, match=r"expected 0 <= min_lr <= max_lr, got min_lr=1.0, max_lr=0.1"):
         AlphaScheduler(guided, min_lr=1.0, max_lr=0.1)
 
 
@@ -220,8 +236,14 @@ def test_wrapping_what_is_no_policy(wrapper):
         ("not json\n", "line 1: not a line of an alpha history"),
         ('{"format": "something else", "version": 1}\n', "line 1: .*the header must say format"),
         ('{"format": "alpha_optim.history", "version": 99}\n', "written by a newer alpha_optim"),
-        ('{"format": "alpha_optim.history", "version": 1}\n{"iteration": 3}\n', "line 2: .*fields missing or unknown"),
-        ('{"format": "alpha_optim.history", "version": 1}\n{"iteration": 3, "alp', "line 2: .*killed while writing"),
+        (
+            '{"format": "alpha_optim.history", "version": 1}\n{"iteration": 3}\n',
+            "line 2: .*fields missing or unknown",
+        ),
+        (
+            '{"format": "alpha_optim.history", "version": 1}\n{"iteration": 3, "alp',
+            "line 2: .*killed while writing",
+        ),
         ('{"format": "alpha_optim.history", "version": 1}\n[1]\n', "line 2: not a line"),
     ],
 )
@@ -236,11 +258,13 @@ def test_a_state_dict_of_a_newer_version(model, sgd):
     guided = AlphaGuided(sgd, model)
     state = guided.state_dict()
     state["alpha_guided"]["version"] = 99
-    with pytest.raises(ValueError, match="has version 99 .* update alpha_optim, or delete its key 'alpha_guided'"):
+    with pytest.raises(
+        ValueError, match=r"has version 99 .* update alpha_optim, or delete its key 'alpha_guided'"
+    ):
         guided.load_state_dict(state)
     scheduler = AlphaScheduler(guided)
     state = scheduler.state_dict()
-    with pytest.raises(ValueError, match="this scheduler state has version 99"):
+    with pytest.raises(ValueError, match=r"this scheduler state has version 99"):
         scheduler.load_state_dict({**state, "version": 99})
-    with pytest.raises(ValueError, match="is for 2 param groups, the optimizer has 1"):
+    with pytest.raises(ValueError, match=r"is for 2 param groups, the optimizer has 1"):
         scheduler.load_state_dict({**state, "scheduled": [1.0, 2.0]})

@@ -83,7 +83,11 @@ def test_iterations_in_no_pair_run_without_hooks():
     hooked = []
     for x, y in make_batches(6):
         guided.zero_grad()
-        hooked.append(bool(model[0]._forward_hooks or loss_fn._forward_hooks or model[0].weight._post_accumulate_grad_hooks))
+        hooked.append(
+            bool(
+                model[0]._forward_hooks or loss_fn._forward_hooks or model[0].weight._post_accumulate_grad_hooks
+            )
+        )
         loss_fn(model(x), y).backward()
         guided.step()
     assert hooked == [True, True, False, False, True, True]

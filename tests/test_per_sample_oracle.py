@@ -126,9 +126,7 @@ def test_batch_norm_shares_sum_to_the_gradient():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 3)).double()
     loss_fn = nn.CrossEntropyLoss()
-    batches = [
-        (torch.randn(8, 2, 6, 6, dtype=torch.float64), torch.randint(0, 3, (8,))) for _ in range(4)
-    ]
+    batches = [(torch.randn(8, 2, 6, 6, dtype=torch.float64), torch.randint(0, 3, (8,))) for _ in range(4)]
     both = {}
     for backend in ("backpack", "cached"):
         net = copy.deepcopy(model)
@@ -136,7 +134,9 @@ def test_batch_norm_shares_sum_to_the_gradient():
             torch.optim.SGD(net.parameters(), lr=0.1), net, loss_fn, backend=backend, variance="exact"
         )
         both[backend] = train(guided, net, loss_fn, batches)
-    gradients_only = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, backend="gradients")
+    gradients_only = AlphaGuided(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, backend="gradients"
+    )
     reference = train(gradients_only, model, loss_fn, batches)
     for a, b, c in zip(both["backpack"], both["cached"], reference, strict=True):
         assert a.information == b.information == "full"
@@ -164,7 +164,10 @@ def test_sampled_variances_come_from_the_first_16_samples_and_means_from_all(bac
     twin = copy.deepcopy(model)
     loss_fn = nn.CrossEntropyLoss()
     exact = train(
-        AlphaGuided(torch.optim.SGD(twin.parameters(), lr=0.1), twin, loss_fn, variance="exact"), twin, loss_fn, batches
+        AlphaGuided(torch.optim.SGD(twin.parameters(), lr=0.1), twin, loss_fn, variance="exact"),
+        twin,
+        loss_fn,
+        batches,
     )
     first, x16 = copy.deepcopy(model), [(x[:16], y[:16]) for x, y in batches]
     guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, backend=backend)

@@ -89,14 +89,24 @@ def sequential(*layers):
 
 IMAGE, VECTOR, SEQUENCE = (2, 6, 6), (6,), (4, 6)
 ZOO = {
-    "in-place relu": (sequential(lambda: nn.Linear(6, 8), lambda: nn.ReLU(inplace=True), lambda: nn.Linear(8, 3)), VECTOR),
-    "conv1d": (sequential(lambda: nn.Conv1d(4, 3, 2, stride=2, dilation=2), nn.Flatten, lambda: nn.Linear(6, 3)), SEQUENCE),
+    "in-place relu": (
+        sequential(lambda: nn.Linear(6, 8), lambda: nn.ReLU(inplace=True), lambda: nn.Linear(8, 3)),
+        VECTOR,
+    ),
+    "conv1d": (
+        sequential(lambda: nn.Conv1d(4, 3, 2, stride=2, dilation=2), nn.Flatten, lambda: nn.Linear(6, 3)),
+        SEQUENCE,
+    ),
     "conv2d groups": (
-        sequential(lambda: nn.Conv2d(2, 4, 3, groups=2, bias=False), nn.Tanh, nn.Flatten, lambda: nn.Linear(64, 3)),
+        sequential(
+            lambda: nn.Conv2d(2, 4, 3, groups=2, bias=False), nn.Tanh, nn.Flatten, lambda: nn.Linear(64, 3)
+        ),
         IMAGE,
     ),
     "conv2d reflect": (
-        sequential(lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten, lambda: nn.Linear(72, 3)),
+        sequential(
+            lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten, lambda: nn.Linear(72, 3)
+        ),
         IMAGE,
     ),
     "conv2d same": (
@@ -112,7 +122,9 @@ ZOO = {
         SEQUENCE,
     ),
     "group norm": (
-        sequential(lambda: nn.Conv2d(2, 4, 3), lambda: nn.GroupNorm(2, 4), nn.Flatten, lambda: nn.Linear(64, 3)),
+        sequential(
+            lambda: nn.Conv2d(2, 4, 3), lambda: nn.GroupNorm(2, 4), nn.Flatten, lambda: nn.Linear(64, 3)
+        ),
         IMAGE,
     ),
     "bilinear prelu": (sequential(lambda: nn.Linear(6, 4), nn.PReLU, lambda: nn.Linear(4, 3)), VECTOR),

@@ -37,7 +37,7 @@ def factor_of(policy: Policy, measurement: AlphaMeasurement) -> float:
     """
     answer: Any = policy(measurement)
     try:
-        factor = float(answer)
+        factor = math.nan if isinstance(answer, (str, bytes)) else float(answer)
     except (TypeError, ValueError):
         factor = math.nan
     if not (math.isfinite(factor) and factor > 0.0):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
 from typing import Any
 
 from alpha_optim.alpha import AlphaMeasurement
@@ -18,11 +19,13 @@ from alpha_optim.records import GuardEvent
 
 FEWEST = 100
 """Calibration takes at least this many steps, or a fifth of shorter runs."""
-WINDOW = 6
-KNEE = 0.0
+WINDOW = 8
 FASTEST = 0.25
-SLOWEST = 0.03
-SLOWER = 0.7
+"""Largest change of the log rate per measurement: a decade in nine steps."""
+SLOWER = 0.5
+"""What the pace is multiplied by at every crossing of the knee."""
+CROSSINGS = 2
+"""The knee is known after so many."""
 
 
 class CalibrateThenAnneal:
@@ -33,7 +36,7 @@ class CalibrateThenAnneal:
         total_steps: int,
         *,
         calibrate: float = 0.1,
-        boost: float = 3.0,
+        boost: float = 1.0,
         anneal: bool = True,
     ) -> None:
         """Set the horizon.
@@ -58,30 +61,64 @@ class CalibrateThenAnneal:
         self.calibration_steps = max(int(calibrate * total_steps), min(FEWEST, total_steps // 5))
         self._warned = False
         self._window = AlphaWindow(WINDOW)
-        self._position = 0.0  # log of the scale reached so far
+        self._where: deque[float] = deque(maxlen=WINDOW)  # log scale at which the window was measured
+        self._position = 0.0  # log scale now
+        self._trail: list[tuple[int, float]] = [(0, 0.0)]  # from which iteration on it was what
         self._pace = FASTEST
-        self._sign = 0
-        self._visited: list[float] = []  # positions since the knee was first crossed
+        self._sign = 0  # -1: below the knee, 1: above, 0: not known yet
+        self._crossings: list[float] = []
         self._done = False
 
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the factor for this measurement."""
         if self._done:
             return 1.0
-        if measurement.iteration + 2 >= self.calibration_steps:
-            return self._finish()
-        if not self._window.add(measurement):
-            return 1.0
-        alpha = self._window.alpha
-        if len(self._window) < 2 or not math.isfinite(alpha):
-            return 1.0
-        sign = 1 if alpha < KNEE else -1
+        n = measurement.iteration
+        # Products of slope and step grow with the rate; divided by it, old rates weigh as new ones.
+        rate = measurement.lr[0] if measurement.lr and measurement.lr[0] > 0.0 else 1.0
+        if self._window.add(measurement, weight=1.0 / rate):
+            self._where.append(self._position_at(n))
+        change = self._search() if len(self._window) >= 2 else 0.0
+        if len(self._crossings) >= CROSSINGS or n + 2 >= self.calibration_steps:
+            self._done = True
+            change = self._to_the_rate()
+        self._position += change
+        # Measurement n is known after step n+1, so a change acts from step n+2 on.
+        self._trail = [*self._trail[-4 * WINDOW :], (n + 2, self._position)]
+        return math.exp(change)
+
+    def _search(self) -> float:
+        """Change of the log rate towards the knee, the bolder the more certain alpha's sign is."""
+        alpha, std = self._window.alpha, self._window.alpha_std
+        if not (math.isfinite(alpha) and math.isfinite(std)):
+            return 0.0
+        certainty = max(-1.0, min(1.0, 0.5 * alpha / std)) if std > 0.0 else math.copysign(1.0, alpha)
+        if abs(certainty) >= 0.5:
+            self._side(1 if alpha > 0.0 else -1)
+        return -self._pace * certainty
+
+    def _side(self, sign: int) -> None:
+        """Take note on which side of the knee the window lies."""
         if self._sign and sign != self._sign:
-            self._pace = max(SLOWEST, SLOWER * self._pace)
-        if self._sign and (sign != self._sign or self._visited):
-            self._visited.append(self._position)
+            self._crossings.append(sum(self._where) / len(self._where))
+            self._pace *= SLOWER
+            self._forget_window()
         self._sign = sign
-        return self._move(sign * self._pace)
+
+    def _to_the_rate(self) -> float:
+        """Change of the log rate to a little above the knee."""
+        if not self._crossings:
+            return 0.0
+        # The highest: alpha of a fixed rate rises as training goes on, so a late crossing lies too low.
+        return max(self._crossings) + math.log(self.boost) - self._position
+
+    def _position_at(self, iteration: int) -> float:
+        """Log scale of the step of an iteration."""
+        return next((p for n, p in reversed(self._trail) if n <= iteration), self._trail[0][1])
+
+    def _forget_window(self) -> None:
+        self._window.clear()
+        self._where.clear()
 
     def envelope(self, iteration: int) -> float:
         """Return 1 during the calibration, then fall linearly to 0 at ``total_steps``."""
@@ -98,36 +135,37 @@ class CalibrateThenAnneal:
         return left / max(1, self.total_steps - self.calibration_steps)
 
     def on_event(self, event: GuardEvent) -> None:
-        """A step was taken back: the scheduler has lowered the scale, the old alphas are void."""
+        """A step was taken back and the rate lowered: it was above the knee, old alphas are void."""
         if event.restored:
-            self._window.clear()
-            self._pace = max(SLOWEST, SLOWER * self._pace)
-
-    def _move(self, change: float) -> float:
-        self._position += change
-        return math.exp(change)
-
-    def _finish(self) -> float:
-        self._done = True
-        if not self._visited:
-            return 1.0
-        knee = sorted(self._visited)[len(self._visited) // 2]
-        return self._move(knee + math.log(self.boost) - self._position)
+            self._position += math.log(event.scale_factor)
+            self._trail = [*self._trail, (event.iteration, self._position)]
+            self._forget_window()
+            if not self._done:
+                if self._sign < 0:
+                    self._crossings.append(self._position)
+                    self._pace *= SLOWER
+                self._sign = 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered of the calibration."""
         return {
             "window": self._window.state_dict(),
+            "where": list(self._where),
             "position": self._position,
+            "trail": [list(entry) for entry in self._trail],
             "pace": self._pace,
             "sign": self._sign,
-            "visited": list(self._visited),
+            "crossings": list(self._crossings),
             "done": self._done,
+            "warned": self._warned,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a calibration."""
         self._window.load_state_dict(state["window"])
+        self._where = deque(map(float, state["where"]), maxlen=WINDOW)
         self._position, self._pace = float(state["position"]), float(state["pace"])
+        self._trail = [(int(n), float(position)) for n, position in state["trail"]]
         self._sign, self._done = int(state["sign"]), bool(state["done"])
-        self._visited = [float(position) for position in state["visited"]]
+        self._crossings = [float(position) for position in state["crossings"]]
+        self._warned = bool(state["warned"])

@@ -17,10 +17,10 @@ class AlphaWindow:
         """Start empty; ``size`` is the length in measurements."""
         self._rises: deque[tuple[float, float]] = deque(maxlen=size)
 
-    def add(self, measurement: AlphaMeasurement) -> bool:
+    def add(self, measurement: AlphaMeasurement, weight: float = 1.0) -> bool:
         """Add a measurement; False if it has no finite slopes and was ignored."""
-        rise_start = measurement.fitted_slope_start * measurement.step_length
-        rise_end = measurement.fitted_slope_end * measurement.step_length
+        rise_start = measurement.fitted_slope_start * measurement.step_length * weight
+        rise_end = measurement.fitted_slope_end * measurement.step_length * weight
         if not (math.isfinite(rise_start) and math.isfinite(rise_end)):
             return False
         self._rises.append((rise_start, rise_end))

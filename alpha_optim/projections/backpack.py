@@ -84,9 +84,7 @@ class BackpackBackend:
             return None
         return SampleSlopes(torch.cat(parts), complete=taken == self._recorder.total_samples())
 
-    def start_slopes(
-        self, direction: Direction, gradients: Sequence[Tensor | None]
-    ) -> SampleSlopes | None:
+    def start_slopes(self, direction: Direction, gradients: Sequence[Tensor | None]) -> SampleSlopes | None:
         """Per-sample slopes along the step just made, from projections on the gradient.
 
         With several backward passes the gradient was not complete when the first was projected; those

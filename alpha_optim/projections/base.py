@@ -65,9 +65,7 @@ class Backend(Protocol):
     def end_slopes(self, direction: Direction) -> SampleSlopes | None:
         """Per-sample slopes along the previous step, called before the next one; None if unknown."""
 
-    def start_slopes(
-        self, direction: Direction, gradients: Sequence[Tensor | None]
-    ) -> SampleSlopes | None:
+    def start_slopes(self, direction: Direction, gradients: Sequence[Tensor | None]) -> SampleSlopes | None:
         """Per-sample slopes along the step just made, called after it; None if unknown.
 
         Args:

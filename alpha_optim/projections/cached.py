@@ -48,9 +48,7 @@ class CachedBackend:
         """Reduce the cached gradients along the previous step."""
         return self._reduce(direction)
 
-    def start_slopes(
-        self, direction: Direction, gradients: Sequence[Tensor | None]
-    ) -> SampleSlopes | None:
+    def start_slopes(self, direction: Direction, gradients: Sequence[Tensor | None]) -> SampleSlopes | None:
         """Reduce the cached gradients along the step just made."""
         return self._reduce(direction)
 

@@ -32,9 +32,7 @@ class GradientsBackend:
         """Return None: not known."""
         return None
 
-    def start_slopes(
-        self, direction: Direction, gradients: Sequence[Tensor | None]
-    ) -> SampleSlopes | None:
+    def start_slopes(self, direction: Direction, gradients: Sequence[Tensor | None]) -> SampleSlopes | None:
         """Return None: not known."""
         return None
 

@@ -26,7 +26,7 @@ NEEDS_OUTPUT = (nn.RNN, nn.LSTM)
 """Layers for which BackPACK's rule uses the output."""
 
 
-class UnsupportedLayer(Exception):
+class UnsupportedLayerError(Exception):
     """The individual gradients of this call cannot be had; the text says why."""
 
 
@@ -93,18 +93,18 @@ def individual_gradients(call: LayerCall, samples: int, first: int) -> dict[str,
         samples (they sum to the layer's gradient if n = N).
 
     Raises:
-        UnsupportedLayer: If they cannot be had; the text says why.
+        UnsupportedLayerError: If they cannot be had; the text says why.
     """
     module, gradient = call.layer.module, call.output_gradient
     if gradient.dim() == 0 or gradient.shape[0] % samples or gradient.shape[0] == 0:
-        raise UnsupportedLayer(
+        raise UnsupportedLayerError(
             f"dimension 0 of its output (shape {list(gradient.shape)}) is neither the number of "
             f"samples {samples} nor a multiple of it"
         )
     per_sample = gradient.shape[0] // samples
     rows = min(first, samples) * per_sample
     if not any(_has_rows(value, gradient.shape[0]) for value in tensors_in((call.args, call.kwargs))):
-        raise UnsupportedLayer("none of its inputs has the samples along dimension 0")
+        raise UnsupportedLayerError("none of its inputs has the samples along dimension 0")
     if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
         per_row = _batch_norm_shares(call, rows)
     elif backpack_covers(module) and call.output_index == 0 and not call.kwargs:
@@ -114,20 +114,19 @@ def individual_gradients(call: LayerCall, samples: int, first: int) -> dict[str,
         per_row = _from_vmap(call, rows)
     if per_sample == 1:
         return per_row
-    return {
-        name: value.reshape(-1, per_sample, *value.shape[1:]).sum(1) for name, value in per_row.items()
-    }
+    return {name: value.reshape(-1, per_sample, *value.shape[1:]).sum(1) for name, value in per_row.items()}
 
 
 def _from_backpack(call: LayerCall, rows: int, per_sample: int) -> dict[str, Tensor]:
     module = call.layer.module
     dtype = _working_dtype(next(iter(call.layer.params.values())).dtype)
     standin = copy.copy(module)
-    standin.input0 = call.args[0][:rows].to(dtype)
+    layer_input: Tensor = call.args[0][:rows].to(dtype)
     gradient = call.output_gradient[:rows].to(dtype)
     if isinstance(module, nn.Linear) and per_sample > 1:  # rows of a sample are summed on the way
-        standin.input0 = standin.input0.reshape(-1, per_sample, *standin.input0.shape[1:])
+        layer_input = layer_input.reshape(-1, per_sample, *layer_input.shape[1:])
         gradient = gradient.reshape(-1, per_sample, *gradient.shape[1:])
+    standin.input0 = layer_input
     standin.output = gradient if call.output is None else call.output[:rows].to(dtype)
     rule = _backpack_rules()[type(module)]
     try:
@@ -136,7 +135,7 @@ def _from_backpack(call: LayerCall, rows: int, per_sample: int) -> dict[str, Ten
             for name in call.layer.params
         }
     except (NotImplementedError, RuntimeError, ValueError) as error:
-        raise UnsupportedLayer(f"BackPACK has no individual gradients for it ({error})") from error
+        raise UnsupportedLayerError(f"BackPACK has no individual gradients for it ({error})") from error
 
 
 def _batch_norm_shares(call: LayerCall, rows: int) -> dict[str, Tensor]:
@@ -154,13 +153,15 @@ def _batch_norm_shares(call: LayerCall, rows: int) -> dict[str, Tensor]:
     gradient = gradient[:rows].to(dtype)
     spatial = list(range(2, gradient.dim()))
     shares = {"weight": gradient * normalised[:rows], "bias": gradient}
-    return {
-        name: shares[name].sum(spatial) if spatial else shares[name].clone() for name in call.layer.params
-    }
+    return {name: shares[name].sum(spatial) if spatial else shares[name].clone() for name in call.layer.params}
 
 
 def _from_vmap(call: LayerCall, rows: int) -> dict[str, Tensor]:
-    """Individual gradients by ``torch.func.vmap`` over one module."""
+    """Individual gradients by ``torch.func.vmap`` over one module.
+
+    Raises:
+        UnsupportedLayerError: If vmap cannot.
+    """
     module, batch = call.layer.module, call.output_gradient.shape[0]
     params = {name: param.detach() for name, param in call.layer.params.items()}
     standin = copy.copy(module)
@@ -181,7 +182,8 @@ def _from_vmap(call: LayerCall, rows: int) -> dict[str, Tensor]:
             output = torch.func.functional_call(standin, values, rebuilt_args, rebuilt_kwargs)
             return tuple(tensors_in(output))
 
-        outputs, pull_back = torch.func.vjp(forward, params)
+        vjp: Any = torch.func.vjp(forward, params)  # torch's annotation covers both of its forms
+        outputs, pull_back = vjp
         seeds = tuple(
             gradient.unsqueeze(0).to(value.dtype) if index == call.output_index else torch.zeros_like(value)
             for index, value in enumerate(outputs)
@@ -196,7 +198,7 @@ def _from_vmap(call: LayerCall, rows: int) -> dict[str, Tensor]:
             return torch.func.vmap(one_sample, randomness="error")(call.output_gradient[:rows], *leaves)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UnsupportedLayer(f"torch.func.vmap cannot differentiate it per sample ({reason})") from error
+        raise UnsupportedLayerError(f"torch.func.vmap cannot differentiate it per sample ({reason})") from error
 
 
 class _Slot:

@@ -71,7 +71,9 @@ def layers_of(model: nn.Module, wanted: set[int]) -> list[Layer]:
         if unit:
             inside_unit |= {id(child) for child in module.modules()}
         named = module.named_parameters(recurse=unit, remove_duplicate=False)
-        params = {name: param for name, param in named if id(param) in wanted and param.requires_grad}
+        params: dict[str, Tensor] = {
+            name: param for name, param in named if id(param) in wanted and param.requires_grad
+        }
         if params:
             layers.append(Layer(module, params))
     return layers

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from alpha_optim.hooks import Hook
 from alpha_optim.passes import BackwardPass, PassLog
 from alpha_optim.projections.base import Names, Unaccounted
-from alpha_optim.projections.individual import NEEDS_OUTPUT, UnsupportedLayer, individual_gradients
+from alpha_optim.projections.individual import NEEDS_OUTPUT, UnsupportedLayerError, individual_gradients
 from alpha_optim.projections.layers import Layer, LayerCall, LayerTap, layers_of, tensors_in
 
 Sink = Callable[[BackwardPass, Tensor, Tensor], None]
@@ -142,7 +142,7 @@ class SampleRecorder:
             return
         try:
             gradients = individual_gradients(call, entry.samples, self.taken[entry])
-        except UnsupportedLayer as error:
+        except UnsupportedLayerError as error:
             self._unsupported(call, str(error))
             return
         for name, values in gradients.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -14,7 +15,12 @@ def gradients_of_samples(model, loss_of_one, x, y, params):
         loss = loss_of_one(model(x[i : i + 1]), y[i : i + 1], i)
         grads = torch.autograd.grad(loss, params, allow_unused=True)
         rows.append(
-            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, params, strict=True)])
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).flatten()
+                    for g, p in zip(grads, params, strict=True)
+                ]
+            )
         )
         losses.append(loss.detach())
     return torch.stack(losses).double(), torch.stack(rows).double()
@@ -33,7 +39,7 @@ def observe_run(model, loss_of_one, mean_loss, optimizer, batches):
         after = torch.cat([p.detach().flatten() for p in params]).double()
         seen.append((losses, rows, after - before))
     pairs = []
-    for (losses0, rows0, d), (losses1, rows1, _) in zip(seen[:-1], seen[1:], strict=True):
+    for (losses0, rows0, d), (losses1, rows1, _) in itertools.pairwise(seen):
         t = float(d.norm())
         row = {"step_length": t}
         for point, losses, rows in (("start", losses0, rows0), ("end", losses1, rows1)):

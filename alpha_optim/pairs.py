@@ -1,0 +1,125 @@
+"""What is kept of one step: its two ends as a few numbers on the device, and how they become alpha."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alpha_optim.alpha import AlphaMeasurement, measure_alpha
+from alpha_optim.direction import Direction
+from alpha_optim.projections.statistics import sample_mean, sample_variance
+from alpha_optim.records import Observation
+
+NAN = math.nan
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of an iteration over all its backward passes.
+
+    Attributes:
+        mean: Mean loss ``[]``, or None if not observed.
+        variance: Variance of one sample's loss ``[]`` (ddof=1), or None.
+        samples: N, 0 if not known.
+    """
+
+    mean: Tensor | None
+    variance: Tensor | None
+    samples: int
+
+
+@dataclass(frozen=True)
+class EndPoint:
+    """What was seen at one end of a step; numbers stay on the device.
+
+    Attributes:
+        numbers: loss, its variance, slope of the mean loss along d / |d|, variance of one sample's slope;
+            float64 ``[4]``, nan where not observed.
+        samples: N, 0 if not known.
+        observed: Which of loss, its variance and the slope variance were observed.
+    """
+
+    numbers: Tensor
+    samples: int
+    observed: tuple[bool, bool, bool]
+
+
+@dataclass(frozen=True)
+class PendingStart:
+    """A step that was made and waits for its end.
+
+    Attributes:
+        iteration: Iteration n of the start.
+        direction: Parameter change of the step.
+        squared_length: Its squared length, float64 ``[]``.
+        point: What was seen at the start.
+        fingerprint: Norms of the parameters as the step left them ``[L]``.
+        lr: Learning rates of the step, one per group.
+    """
+
+    iteration: int
+    direction: Direction
+    squared_length: Tensor
+    point: EndPoint
+    fingerprint: Tensor
+    lr: tuple[float | Tensor, ...]
+
+
+@dataclass(frozen=True)
+class PendingPair:
+    """Both ends of a step; becomes a measurement when somebody reads."""
+
+    iteration: int
+    numbers: Tensor  # squared length, moved, edited, then four numbers of the start, four of the end
+    start: EndPoint
+    end: EndPoint
+    lr: tuple[float | Tensor, ...]
+
+    def resolve(self) -> AlphaMeasurement | str:
+        """Fetch the numbers and measure; or the reason why the pair has to be dropped."""
+        squared, moved, edited, *rest = self.numbers.tolist()
+        if edited:
+            return "parameters_changed"
+        length = math.sqrt(squared) if squared >= 0.0 else NAN
+        length = length if moved or not math.isfinite(length) else 0.0
+        start, end = _observation(rest[:4], self.start), _observation(rest[4:], self.end)
+        return measure_alpha(self.iteration, length, start, end, tuple(float(rate) for rate in self.lr))
+
+
+def put_together(calls: list[tuple[Tensor, Tensor | None, int]]) -> BatchLoss:
+    """Losses of several micro-batches as those of one batch."""
+    samples = sum(count for _, _, count in calls)
+    parts = [individual for _, individual, _ in calls if individual is not None]
+    if len(parts) == len(calls):
+        values = torch.cat([part.flatten() for part in parts])
+        return BatchLoss(sample_mean(values), sample_variance(values), samples)
+    weights = [count if samples else 1 for _, _, count in calls]
+    means = torch.stack([mean.double() for mean, _, _ in calls])
+    shares = torch.tensor(weights, dtype=torch.float64, device=means.device)
+    return BatchLoss((means * shares).sum() / shares.sum(), None, samples)
+
+
+def small_tensor(parts: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """One small float64 tensor, nan for what is missing."""
+    return torch.stack(
+        [torch.full((), NAN, dtype=torch.float64, device=device) if part is None
+         else part.detach().to(device, torch.float64) for part in parts]
+    )  # fmt: skip
+
+
+def _observation(numbers: list[float], point: EndPoint) -> Observation:
+    loss, loss_variance, slope, slope_variance = numbers
+    has_loss, has_loss_variance, has_slope_variance = point.observed
+    # A direction that is no multiple of the gradient leaves a nan here, the slope itself is right.
+    usable = has_slope_variance and not (math.isnan(slope_variance) and math.isfinite(slope))
+    return Observation(
+        samples=point.samples,
+        slope=slope,
+        slope_variance=slope_variance if usable else None,
+        loss=loss if has_loss else None,
+        loss_variance=loss_variance if has_loss_variance else None,
+    )

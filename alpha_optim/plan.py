@@ -1,0 +1,104 @@
+"""Which iterations are measured, and by which backend."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from alpha_optim.checks import named_parameters
+from alpha_optim.direction import is_plain_sgd
+from alpha_optim.passes import PassLog
+from alpha_optim.projections import BACKENDS, Choice, choose_backend
+from alpha_optim.projections.base import Backend
+
+Every = int | Callable[[int], bool] | None
+
+
+class Plan:
+    """Answers both questions anew for every iteration; remembers what it has answered."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module | None,
+        loss_fn: nn.Module | None,
+        every: Every,
+        backend: str,
+        variance: str,
+    ) -> None:
+        """Choose a backend; arguments as in `AlphaGuided`."""
+        self._optimizer, self._model, self._loss_fn = optimizer, model, loss_fn
+        self.every, self.wanted, self.variance = every, backend, variance
+        self.choice = choose_backend(backend, optimizer, model)
+        self._policy_wants: Callable[[int], bool] | None = None
+        self._asked: tuple[int, bool] | None = None
+        self._built: dict[str, Backend] = {}
+        self._warned: set[str] = set()
+
+    def wants(self, iteration: int) -> bool:
+        """Whether the pair that starts in this iteration is measured; functions are asked once."""
+        if isinstance(self.every, int):
+            return iteration % self.every == 0
+        if self._asked is None or self._asked[0] != iteration:
+            question = self.every if self.every is not None else self._policy_wants
+            self._asked = (iteration, True if question is None else bool(question(iteration)))
+        return self._asked[1]
+
+    def ask_policy(self, wants: Callable[[int], bool] | None) -> None:
+        """From now on a policy decides, if ``every`` is None."""
+        self._policy_wants, self._asked = wants, None
+
+    def backend(self, log: PassLog) -> Backend:
+        """Return the backend of the coming iteration.
+
+        Args:
+            log: Where it finds the backward passes.
+        """
+        if self.wanted == "auto" and self.choice.name == "backpack" and not is_plain_sgd(self._optimizer):
+            self.choice = Choice("cached", "the steps are no longer those of plain SGD")
+        name = self.choice.name
+        if name not in self._built:
+            names = named_parameters(self._model, self._loss_fn)
+            model = self._model if self._model is not None else nn.Module()
+            self._built[name] = BACKENDS[name](model, names, log, self.variance == "sampled")
+        return self._built[name]
+
+    def forget_backends(self) -> None:
+        """Build backends anew, with a new log."""
+        self._built = {}
+
+    def saw_passes(self, count: int) -> None:
+        """Take note of the number of backward passes of a step: the fast path of SGD needs one."""
+        if count > 1 and self.wanted == "auto" and self.choice.name == "backpack":
+            self.choice = Choice("cached", "several backward passes per step")
+
+    def warn_unaccounted(self) -> None:
+        """Say once which parameters have no slopes of single samples, and why."""
+        reasons = self._built[self.choice.name].unaccounted.reasons
+        fresh = {name: why for name, why in reasons.items() if name not in self._warned}
+        if fresh:
+            self._warned |= set(fresh)
+            listed = "; ".join(f"{name}: {why}" for name, why in sorted(fresh.items()))
+            warnings.warn(
+                f"no slopes of single samples with backend={self.choice.name!r} for {listed}. "
+                "Alpha keeps the slopes of the gradients (information='slopes').",
+                stacklevel=5,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must not decide anew."""
+        return {"choice": list(self.choice), "asked": None if self._asked is None else list(self._asked)}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Take over earlier decisions; None forgets them."""
+        self._asked = None
+        if state is None:
+            return
+        if self.wanted == "auto":
+            self.choice = Choice(*state["choice"])
+        if state["asked"] is not None:
+            self._asked = (int(state["asked"][0]), bool(state["asked"][1]))

@@ -1,0 +1,83 @@
+"""Train from three initial learning rates, with and without alpha, and show what alpha said and did."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from alpha_optim import AlphaGuided, AlphaScheduler
+from alpha_optim.plots import plot_history
+from examples.data import Data, load, shuffled_batches
+
+RATES = (1e-6, 1e-2, 10.0)
+BATCH = 64
+
+
+def make_model(data: Data) -> nn.Module:
+    torch.manual_seed(0)
+    pixels = data.x_train[0].numel()
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def accuracy(model: nn.Module, data: Data) -> float:
+    with torch.no_grad():
+        return float((model(data.x_test).argmax(1) == data.y_test).float().mean())
+
+
+def train(data: Data, lr: float, steps: int, guided: bool) -> tuple[float, AlphaGuided | None]:
+    model, loss_fn = make_model(data), nn.CrossEntropyLoss()
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    if guided:
+        optimizer = AlphaGuided(optimizer, model, loss_fn)
+        scheduler = AlphaScheduler(optimizer, total_steps=steps)
+    else:
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: max(0.0, 1.0 - n / steps))
+    label = f"{'with alpha' if guided else 'bare      '}  lr={lr:<6g}"
+    for index in tqdm(shuffled_batches(data, BATCH, steps, seed=0), desc=label, leave=False):
+        optimizer.zero_grad()
+        loss_fn(model(data.x_train[index]), data.y_train[index]).backward()
+        optimizer.step()
+        scheduler.step()
+    return accuracy(model, data), optimizer if isinstance(optimizer, AlphaGuided) else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", help="folder with the four Fashion-MNIST files")
+    parser.add_argument("--steps", type=int, default=None, help="optimizer steps per run")
+    parser.add_argument("--out", type=Path, default=Path("out/demo.png"), help="where the picture goes")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    data = load(args.data)
+    steps = args.steps or max(600, 2 * len(data.y_train) // BATCH)
+    print(f"{data.name}: SGD with momentum 0.9, batch {BATCH}, {steps} steps, linear decay to 0\n")
+    print(f"{'initial rate':>12} {'bare':>8} {'with alpha':>11} {'rate found':>11} {'taken back':>11}")
+    shown = None
+    for lr in RATES:
+        bare, _ = train(data, lr, steps, guided=False)
+        accuracy_guided, optimizer = train(data, lr, steps, guided=True)
+        assert optimizer is not None
+        shown = shown or (lr, optimizer)
+        found = max(m.lr[0] for m in optimizer.alpha_history[steps // 4 :])
+        taken_back = sum(event.restored for event in optimizer.guard_events)
+        print(f"{lr:12g} {bare:8.1%} {accuracy_guided:11.1%} {found:11.2g} {taken_back:11d}")
+    assert shown is not None
+    lr, optimizer = shown
+    history = optimizer.alpha_history
+    early, late = history[:30], history[-steps // 2 :]
+    print(f"\nWhat alpha said in the run from {lr:g}: {sum(m.alpha for m in early) / len(early):+.2f} on average over")
+    print(f"the first 30 steps, far short of the minimum, so the rate was raised; {history.windowed(len(late)).alpha:+.2f}")
+    print(f"over the second half. At the end: {optimizer.diagnose()}")
+    figure = plot_history(history, optimizer.guard_events, title=f"{data.name}, initial learning rate {lr:g}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=120)
+    print(f"\nPicture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The drawing in docs/architecture.md, as a test."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import alpha_optim
+
+ROOT = pathlib.Path(alpha_optim.__file__).parent
+LAYERS = [  # each part may import from parts above it
+    {"records", "hooks", "direction"},
+    {"quadratic_fit", "passes", "gradient_watch", "checks"},
+    {"alpha", "losses", "projections"},
+    {"rows", "pairs"},
+    {"history"},
+    {"line_probe", "plan"},
+    {"guard", "policies", "diagnosis"},
+    {"session"},
+    {"optimizer"},
+    {"scheduler", "plots"},
+    {"__init__"},
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+PURE = ("records", "rows", "quadratic_fit", "alpha", "history", "policies", "diagnosis")
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def part_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def parts_imported(path):
+    return {name.split(".")[1] for name in imported(path) if name.startswith("alpha_optim.")} & set(RANK)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_only_from_layers_above(path):
+    here = part_of(path)
+    assert here in RANK, f"{here} has no place in LAYERS"
+    for part in parts_imported(path) - {here}:
+        assert RANK[part] < RANK[here], f"{here} must not import {part}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pure_parts_know_nothing_of_torch(path):
+    if part_of(path) in PURE:
+        assert not [name for name in imported(path) if name.split(".")[0] == "torch"]
+
+
+def test_only_the_scheduler_writes_learning_rates():
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            written = [t for t in targets if isinstance(t, ast.Subscript) and isinstance(t.slice, ast.Constant)]
+            if any(target.slice.value == "lr" and ast.unparse(target.value) == "group" for target in written):
+                assert path.name == "scheduler.py"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_does_two_things(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_importing_the_package_stays_light():
+    heavy = [
+        "matplotlib",
+        "backpack",
+        "pandas",
+        "scipy.special",
+        "torchvision",
+        "cockpit",
+        "tensorboard",
+        "lightning",
+    ]
+    code = f"import sys, alpha_optim; print([name for name in {heavy!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_all_is_exact_and_sorted():
+    public = {
+        name
+        for name, value in vars(alpha_optim).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("alpha_optim")
+    }
+    assert set(alpha_optim.__all__) == public | {"__version__"}
+    assert alpha_optim.__all__ == sorted(alpha_optim.__all__)
+
+
+def test_oracles_do_not_import_the_package():
+    for path in (pathlib.Path(__file__).parent / "reference").glob("*.py"):
+        assert not [name for name in imported(path) if name.split(".")[0] == "alpha_optim"], path
+
+
+def test_the_changelog_knows_the_version():
+    changelog = (pathlib.Path(__file__).parent.parent / "CHANGELOG.md").read_text()
+    assert f"## {alpha_optim.__version__}" in changelog

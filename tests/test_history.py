@@ -1,0 +1,144 @@
+"""The history: reading, windows, files, bounds."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from alpha_optim import AlphaHistory, AlphaStatus, Observation, measure_alpha
+
+
+def measurement(n, start=-1.0, end=0.2, t=1.0, **more):
+    return measure_alpha(n, t, Observation(0, start, **more), Observation(0, end, **more), (0.1, 0.2))
+
+
+def filled(count, maxlen=1000):
+    rng = np.random.default_rng(0)
+    history = AlphaHistory(maxlen)
+    for n in range(count):
+        history.append(measurement(n, -1.0 + 0.1 * rng.normal(), 0.2 * rng.normal()))
+    return history
+
+
+class Waiting:
+    """Numbers that are still on the device."""
+
+    def __init__(self, outcome, log):
+        self.outcome, self.log = outcome, log
+
+    def resolve(self):
+        self.log.append(self.outcome)
+        return self.outcome
+
+
+def test_it_is_a_sequence_oldest_first():
+    history = filled(5)
+    assert len(history) == 5
+    assert [m.iteration for m in history] == [0, 1, 2, 3, 4]
+    assert history[-1].iteration == 4
+    assert [m.iteration for m in history[1:3]] == [1, 2]
+    assert history.iterations.tolist() == [0, 1, 2, 3, 4]
+    assert history.iterations.dtype == np.int64
+    assert history.alphas.dtype == np.float64
+    assert np.array_equal(np.asarray(history), history.alphas)
+
+
+def test_numbers_stay_where_they_are_until_somebody_reads():
+    history, fetched = AlphaHistory(), []
+    history.append(Waiting(measurement(0), fetched))
+    history.append(Waiting("parameters_changed", fetched))
+    assert fetched == []
+    assert len(history) == 1
+    assert len(fetched) == 2
+    assert history.dropped == {"parameters_changed": 1}
+
+
+def test_the_oldest_make_room_and_are_counted():
+    history = filled(250, maxlen=100)
+    assert len(history) == 100
+    assert history[0].iteration == 150
+    assert history.dropped == {"maxlen": 150}
+
+
+def test_subscribers_see_every_measurement_once_in_order():
+    history, seen = AlphaHistory(), []
+    stop = history.subscribe(lambda m: seen.append(m.iteration))
+    history.append(measurement(0))
+    history.append(Waiting(measurement(1), []))
+    assert seen == [0, 1]
+    stop()
+    history.append(measurement(2))
+    assert seen == [0, 1]
+
+
+def test_windows_are_ratios_of_averages_and_concave_steps_enter_unclamped():
+    history = AlphaHistory()
+    for start, end, t in [(-1.0, 0.5, 1.0), (-2.0, 1.0, 0.1), (-1.0, -1.5, 2.0)]:
+        history.append(measurement(0, start, end, t))
+    assert history[-1].status is AlphaStatus.CONCAVE
+    window = history.windowed(3)
+    assert window.alpha == pytest.approx(-(0.5 + 0.1 - 3.0) / (-1.0 - 0.2 - 2.0))
+    assert window.count == 3
+    assert history.windowed(2).alpha == pytest.approx(-(0.1 - 3.0) / (-0.2 - 2.0))
+
+
+def test_the_error_of_a_window_is_the_spread_of_windows():
+    rng = np.random.default_rng(1)
+    standardised = []
+    for _ in range(400):
+        history = AlphaHistory()
+        for n in range(50):
+            history.append(measurement(n, -1.0 + 0.3 * rng.normal(), 0.2 + 0.3 * rng.normal()))
+        window = history.windowed(50)
+        standardised.append((window.alpha - 0.2) / window.alpha_std)
+    assert np.std(standardised) == pytest.approx(1.0, abs=0.1)
+
+
+def test_what_was_not_measured_does_not_enter_a_window():
+    history = AlphaHistory()
+    history.append(measurement(0))
+    history.append(measurement(1, math.nan))
+    history.append(measurement(2, t=0.0))
+    assert history.windowed(3).count == 1
+    assert AlphaHistory().windowed(3).count == 0
+    assert math.isnan(AlphaHistory().windowed(3).alpha)
+
+
+def test_files_keep_every_number(tmp_path):
+    history = filled(20)
+    history.append(measurement(20, math.inf))
+    history.drop("step_skipped", 3)
+    history.save(tmp_path / "h.jsonl")
+    loaded = AlphaHistory.load(tmp_path / "h.jsonl")
+    assert repr(list(loaded)) == repr(list(history))
+    assert loaded.dropped == history.dropped
+    for line in (tmp_path / "h.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_files_can_be_appended_to(tmp_path):
+    filled(3).save(tmp_path / "a.jsonl")
+    filled(2).save(tmp_path / "b.jsonl")
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write((tmp_path / "b.jsonl").read_text())
+    assert len(AlphaHistory.load(tmp_path / "a.jsonl")) == 5
+
+
+def test_columns_and_data_frames():
+    history = filled(4)
+    columns = history.to_dict()
+    assert columns["iteration"] == [0, 1, 2, 3]
+    assert columns["status"] == ["measured"] * 4
+    frame = history.to_dataframe()
+    assert frame["alpha"].tolist() == history.alphas.tolist()
+    assert frame.shape == (4, len(columns))
+
+
+def test_state_survives_a_round_trip():
+    history = filled(4)
+    history.drop("no_backward")
+    other = AlphaHistory()
+    other.load_state_dict(json.loads(json.dumps(history.state_dict())))
+    assert repr(list(other)) == repr(list(history))
+    assert other.dropped == {"no_backward": 1}

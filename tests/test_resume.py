@@ -1,0 +1,146 @@
+"""A resumed run continues bit for bit; bare and wrapped state dicts load into each other."""
+
+import pytest
+import torch
+from torch import nn
+
+from alpha_optim import AlphaGuided, AlphaScheduler
+from tests.test_transparency import equal_states
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.3),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+
+
+def build(kind, backend="auto", **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(OPTIMIZERS[kind](model.parameters()), model, loss_fn, backend=backend, **options)
+    return model, loss_fn, guided, AlphaScheduler(guided, total_steps=30)
+
+
+def data(count):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(12, 6, generator=generator), torch.randint(0, 3, (12,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def train(model, loss_fn, guided, scheduler, batches, clip=False):
+    for x, y in batches:
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        guided.step()
+        scheduler.step()
+
+
+CASES = [
+    ("sgd", "backpack"),
+    ("sgd", "cached"),
+    ("momentum", "cached"),
+    ("momentum", "gradients"),
+    ("adamw", "cached"),
+    ("adamw", "gradients"),
+]
+
+
+@pytest.mark.parametrize(("kind", "backend"), CASES)
+@pytest.mark.parametrize("cut", [0, 1, 2, 9, 17])
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_resumed_run_continues_bit_for_bit(kind, backend, cut, clip, tmp_path):
+    for every in (1, 3):
+        batches = data(22)
+        run = build(kind, backend, every=every)
+        train(*run, batches[:cut], clip)
+        state = {
+            "model": run[0].state_dict(),
+            "optimizer": run[2].state_dict(),
+            "scheduler": run[3].state_dict(),
+        }
+        torch.save(state, tmp_path / "run.pt")
+        train(*run, batches[cut:], clip)
+
+        other = build(kind, backend, every=every)
+        loaded = torch.load(tmp_path / "run.pt", weights_only=True)
+        other[0].load_state_dict(loaded["model"])
+        other[2].load_state_dict(loaded["optimizer"])
+        other[3].load_state_dict(loaded["scheduler"])
+        train(*other, batches[cut:], clip)
+
+        assert equal_states(run[0].state_dict(), other[0].state_dict())
+        assert repr(list(run[2].alpha_history)) == repr(list(other[2].alpha_history))
+        assert run[2].alpha_history.dropped == other[2].alpha_history.dropped
+        assert run[3].get_last_lr() == other[3].get_last_lr()
+        assert run[2].iteration == other[2].iteration
+
+
+def test_a_resumed_guard_can_still_take_the_last_step_back(tmp_path):
+    batches = data(12)
+    results = []
+    for resumed in (False, True):
+        run = build("momentum")
+        train(*run, batches[:8])
+        if resumed:
+            torch.save([run[0].state_dict(), run[2].state_dict(), run[3].state_dict()], tmp_path / "run.pt")
+            run = build("momentum")
+            for part, state in zip(
+                (run[0], run[2], run[3]), torch.load(tmp_path / "run.pt", weights_only=True), strict=True
+            ):
+                part.load_state_dict(state)
+        x, y = batches[8]
+        train(*run, [(x * float("nan"), y), *batches[9:]])
+        assert len(run[2].guard_events) == 1
+        results.append(run[0].state_dict())
+    assert equal_states(*results)
+
+
+def test_bare_and_wrapped_state_dicts_load_into_each_other():
+    model, loss_fn, guided, scheduler = build("adamw")
+    train(model, loss_fn, guided, scheduler, data(5))
+    bare = torch.optim.AdamW(model.parameters())
+    bare.load_state_dict(guided.state_dict())
+    assert equal_states(bare.state_dict()["state"], guided.optimizer.state_dict()["state"])
+
+    _, _, other, _ = build("adamw")
+    other.load_state_dict(bare.state_dict())
+    assert other.iteration == 0
+    assert len(other.alpha_history) == 0
+    assert equal_states(other.optimizer.state_dict(), bare.state_dict())
+
+
+def test_loading_ones_own_fresh_state_changes_nothing():
+    """What Accelerate does to every optimizer it prepares."""
+    model, loss_fn, guided, scheduler = build("momentum")
+    before = guided.state_dict()
+    guided.load_state_dict(state_dict=before)
+    assert equal_states(before, guided.state_dict())
+    train(model, loss_fn, guided, scheduler, data(4))
+    assert len(guided.alpha_history) == 3
+
+
+def test_pending_state_holds_no_individual_gradients():
+    model, loss_fn, guided, scheduler = build("adamw")
+    train(model, loss_fn, guided, scheduler, data(5))
+    parameters = sum(p.numel() for p in model.parameters())
+
+    def numbers(value):
+        if isinstance(value, torch.Tensor):
+            return value.numel()
+        if isinstance(value, dict):
+            return sum(map(numbers, value.values()))
+        return sum(map(numbers, value)) if isinstance(value, (list, tuple)) else 0
+
+    # The direction, and what the guard goes back to (parameters and BatchNorm's buffers).
+    assert numbers(guided.state_dict()["alpha_guided"]) <= 2 * parameters + 16 + 40
+
+
+def test_everything_of_ours_sits_under_one_key():
+    _, _, guided, _ = build("adamw")
+    assert set(guided.state_dict()) == {"state", "param_groups", "alpha_guided"}
+    assert all(isinstance(key, int) for key in guided.state_dict()["state"])

@@ -1,0 +1,296 @@
+"""Effective rate = scheduled rate x scale x envelope, at every step and after a resume."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler as torch_schedules
+
+from alpha_optim import AlphaGuided, AlphaScheduler, CalibrateThenAnneal, Hold, TargetAlpha, WithWarmup
+
+SCHEDULES = {
+    "step": lambda o: torch_schedules.StepLR(o, 5, 0.5),
+    "lambda": lambda o: torch_schedules.LambdaLR(o, lambda n: 1.0 / (1 + n)),
+    "cosine": lambda o: torch_schedules.CosineAnnealingLR(o, 30, eta_min=1e-3),
+    "one cycle": lambda o: torch_schedules.OneCycleLR(o, max_lr=0.3, total_steps=40),
+    "warm-up then cosine": lambda o: torch_schedules.SequentialLR(
+        o,
+        [torch_schedules.LinearLR(o, 0.1, total_iters=8), torch_schedules.CosineAnnealingLR(o, 30)],
+        milestones=[8],
+    ),
+    "chained": lambda o: torch_schedules.ChainedScheduler(
+        [torch_schedules.ConstantLR(o, 0.5, 4), torch_schedules.ExponentialLR(o, 0.95)]
+    ),
+    "restarts": lambda o: torch_schedules.CosineAnnealingWarmRestarts(o, 7),
+}
+
+
+class Alternating:
+    """A policy with a known product: 0.8, 1.1, 0.8, ... per measurement."""
+
+    def __call__(self, m):
+        return 0.8 if m.iteration % 2 else 1.1
+
+
+def make(momentum=0.9, groups=False, tensor_lr=False):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2))
+    lr = torch.tensor(0.1) if tensor_lr else 0.1
+    params = (
+        [{"params": model[0].parameters(), "lr": 0.02}, {"params": model[2].parameters()}]
+        if groups
+        else model.parameters()
+    )
+    return model, torch.optim.SGD(params, lr=lr, momentum=momentum)
+
+
+def batches(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(16, 5, generator=generator), torch.randint(0, 2, (16,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def train(model, loss_fn, optimizer, scheduler, data):
+    rates = []
+    for x, y in data:
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        scheduler.step()
+        rates.append([float(g["lr"]) for g in optimizer.param_groups])
+    return rates
+
+
+def rates_of_schedule_alone(build, steps, **options):
+    _, base = make(**options)
+    schedule, rates = build(base), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(steps):
+            base.step()
+            schedule.step()
+            rates.append([float(g["lr"]) for g in base.param_groups])
+    return rates
+
+
+@pytest.mark.parametrize("on", ["wrapper", "base"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_curve_of_a_schedule_is_kept(name, on):
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    schedule = SCHEDULES[name](guided if on == "wrapper" else base)
+    scheduler = AlphaScheduler(guided, Alternating(), schedule=schedule, guard=False)
+    effective = train(model, loss_fn, guided, scheduler, batches(25))
+    scheduled = rates_of_schedule_alone(SCHEDULES[name], 25)
+    scale = 1.0
+    for n, (now, alone) in enumerate(zip(effective, scheduled, strict=True)):
+        if n >= 1:  # step n delivers measurement n - 1
+            scale *= 0.8 if (n - 1) % 2 else 1.1
+        assert now[0] == pytest.approx(alone[0] * scale, rel=1e-9), n
+
+
+def test_one_cycle_cycles_the_momentum_too():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, Hold(), schedule=SCHEDULES["one cycle"](guided))
+    train(model, loss_fn, guided, scheduler, batches(10))
+    assert base.param_groups[0]["momentum"] < 0.95
+
+
+def test_reduce_on_plateau_gets_its_metric_through_step():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    plateau = torch_schedules.ReduceLROnPlateau(guided, factor=0.5, patience=1)
+    scheduler = AlphaScheduler(guided, Hold(), schedule=plateau)
+    for x, y in batches(6):
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+        scheduler.step(1.0)  # never improves
+    assert base.param_groups[0]["lr"] == pytest.approx(0.025)
+
+
+def test_groups_keep_their_ratio_also_at_the_bounds():
+    model, base = make(groups=True)
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(
+        guided, lambda m: 1.5 if m.iteration < 10 else 0.5, min_lr=0.01, max_lr=0.5, guard=False
+    )
+    rates = train(model, loss_fn, guided, scheduler, batches(25))
+    assert all(b / a == pytest.approx(5.0) for a, b in rates)
+    assert max(b for _, b in rates) == pytest.approx(0.5)
+    assert min(a for a, _ in rates) == pytest.approx(0.01)
+
+
+def test_the_scale_does_not_wind_up_against_the_upper_bound():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, lambda m: 2.0 if m.iteration < 20 else 0.5, max_lr=0.2, guard=False)
+    rates = train(model, loss_fn, guided, scheduler, batches(23))
+    assert rates[20][0] == pytest.approx(0.2)
+    assert rates[21][0] == pytest.approx(0.1)
+
+
+def test_tensor_rates_are_written_in_place():
+    model, base = make(tensor_lr=True)
+    loss_fn = nn.CrossEntropyLoss()
+    rate = base.param_groups[0]["lr"]
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, lambda m: 0.5, guard=False)
+    train(model, loss_fn, guided, scheduler, batches(3))
+    assert base.param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(0.025)
+    assert scheduler.get_last_lr()[0] is not rate
+
+
+def test_an_envelope_may_be_zero_and_does_not_change_the_scale():
+    class Blink:
+        def __call__(self, m):
+            return 1.0
+
+        def envelope(self, iteration):
+            return 0.0 if iteration == 3 else 1.0
+
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, Blink())
+    rates = train(model, loss_fn, guided, scheduler, batches(5))
+    assert [r for (r,) in rates] == [0.1, 0.1, 0.0, 0.1, 0.1]
+
+
+def test_a_rate_changed_by_hand_is_taken_over_as_a_ratio_with_one_warning():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, lambda m: 0.5, guard=False)
+    train(model, loss_fn, guided, scheduler, batches(3))
+    assert base.param_groups[0]["lr"] == pytest.approx(0.025)
+    base.param_groups[0]["lr"] *= 10
+    with pytest.warns(
+        UserWarning, match=r"changed outside AlphaScheduler.*AlphaScheduler\(schedule="
+    ) as caught:
+        train(model, loss_fn, guided, scheduler, batches(2))
+        base.param_groups[0]["lr"] *= 2
+        train(model, loss_fn, guided, scheduler, batches(1))
+    assert len(caught) == 1
+    assert base.param_groups[0]["lr"] == pytest.approx(0.1 * 10 * 2 * 0.5**5)
+
+
+def test_a_schedule_attached_beside_is_noticed():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    beside = torch_schedules.StepLR(guided, 1, 0.5)
+    scheduler = AlphaScheduler(guided, Hold())
+    with pytest.warns(UserWarning, match="changed outside AlphaScheduler"):
+        for x, y in batches(3):
+            guided.zero_grad()
+            loss_fn(model(x), y).backward()
+            guided.step()
+            beside.step()
+            scheduler.step()
+    assert base.param_groups[0]["lr"] == pytest.approx(0.0125)
+
+
+def test_a_step_that_was_not_executed_is_no_progress():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, Hold(), schedule=torch_schedules.StepLR(guided, 1, 0.5))
+    train(model, loss_fn, guided, scheduler, batches(2))
+    scheduler.step()
+    scheduler.step()
+    assert base.param_groups[0]["lr"] == pytest.approx(0.025)
+
+
+def test_policies_see_every_measurement_once_in_order():
+    seen = []
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, lambda m: seen.append(m.iteration) or 1.0)
+    for k, (x, y) in enumerate(batches(9)):
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+        if k % 3 == 2:
+            scheduler.step()
+    assert seen == list(range(8))
+
+
+def test_defaults():
+    def policy_of(**arguments):
+        model, base = make()
+        schedule = torch_schedules.StepLR(base, 3) if arguments.pop("schedule", False) else None
+        return AlphaScheduler(AlphaGuided(base, model), schedule=schedule, **arguments).policy
+
+    assert isinstance(policy_of(), TargetAlpha)
+    assert isinstance(policy_of(total_steps=100), CalibrateThenAnneal)
+    assert policy_of(total_steps=100).anneal
+    assert not policy_of(total_steps=100, schedule=True).anneal
+
+
+def test_when_every_is_none_the_policy_decides_what_is_measured():
+    class Picky:
+        def __call__(self, m):
+            return 1.0
+
+        def wants(self, iteration):
+            return iteration in (2, 5)
+
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn, every=None)
+    scheduler = AlphaScheduler(guided, WithWarmup(Picky(), 2))
+    train(model, loss_fn, guided, scheduler, batches(9))
+    assert guided.alpha_history.iterations.tolist() == [2, 5]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("policy", [Alternating, lambda: CalibrateThenAnneal(40), TargetAlpha])
+def test_a_resumed_run_has_the_same_rates(name, policy, tmp_path):
+    def build():
+        model, base = make(momentum=0.9)
+        loss_fn = nn.CrossEntropyLoss()
+        guided = AlphaGuided(base, model, loss_fn)
+        return model, loss_fn, guided, AlphaScheduler(guided, policy(), schedule=SCHEDULES[name](guided))
+
+    data = batches(24)
+    model, loss_fn, guided, scheduler = build()
+    train(model, loss_fn, guided, scheduler, data[:11])
+    saved = {
+        "model": model.state_dict(),
+        "optimizer": guided.state_dict(),
+        "scheduler": scheduler.state_dict(),
+    }
+    torch.save(saved, tmp_path / "run.pt")
+    expected = train(model, loss_fn, guided, scheduler, data[11:])
+
+    model, loss_fn, guided, scheduler = build()
+    loaded = torch.load(tmp_path / "run.pt", weights_only=True)
+    model.load_state_dict(loaded["model"])
+    guided.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+    assert train(model, loss_fn, guided, scheduler, data[11:]) == expected
+
+
+def test_it_is_a_torch_scheduler():
+    model, base = make()
+    guided = AlphaGuided(base, model)
+    scheduler = AlphaScheduler(guided)
+    assert isinstance(scheduler, torch_schedules.LRScheduler)
+    assert scheduler.get_last_lr() == [0.1]
+    assert scheduler.optimizer is guided
+    assert copy.deepcopy(scheduler.state_dict()) == scheduler.state_dict()
+    assert math.isinf(scheduler.max_lr)
