@@ -136,8 +136,7 @@ class AlphaGuided(Optimizer):
         Raises:
             AttributeError: If that lacks it too.
         """
-        # A fused optimizer unscales gradients itself when it has this flag; the scaler would hand the
-        # scale to the wrapper, where the fused kernel does not look for it.
+        # With this flag GradScaler would hand its scale to the wrapper, where no fused kernel looks.
         if name == "_step_supports_amp_scaling" or name in ("optimizer", "_session") or name in _HOOKS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.optimizer, name)
@@ -159,8 +158,6 @@ class AlphaGuided(Optimizer):
         self._session.gradients_cleared()
         self.optimizer.zero_grad(set_to_none)
 
-    # ---------------------------------------------------------------- training
-
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Finish the measurement of the last step and make the next.
 
@@ -180,8 +177,7 @@ class AlphaGuided(Optimizer):
             post_hook(self, (closure,), kwargs)
         return result
 
-    # torch wraps `step` of every optimizer class to run hooks; the wrapped one's runs the global ones,
-    # and ours above run once.
+    # torch wraps `step` of every class to run hooks; the wrapped one's runs the global ones.
     step.hooked = True  # type: ignore[attr-defined] # - the mark torch looks for
 
     def backward(self, losses: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ VERSION = 1
 LOWER_ONCE = 0.5
 LOWER_AGAIN = 0.1
 SOON = 10
-"""The guard lowers the scale by `LOWER_ONCE`, and by `LOWER_AGAIN` within `SOON` iterations of the last."""
+"""A step taken back lowers the scale by `LOWER_ONCE`; within `SOON` iterations of the last, or after a
+return to the last good point, by `LOWER_AGAIN`."""
 
 
 class AlphaScheduler(LRScheduler):
@@ -163,7 +164,7 @@ class AlphaScheduler(LRScheduler):
     def _guard_acted(self, event: GuardEvent) -> GuardEvent:
         """Lower the scale after a step that was taken back; returns the event with what was done."""
         if event.restored:
-            again = event.iteration - self._last_event <= SOON
+            again = event.iteration - self._last_event <= SOON or event.reason == "loss_drifted"
             self._last_event = event.iteration
             event = replace(event, scale_factor=LOWER_AGAIN if again else LOWER_ONCE)
             self.scale *= event.scale_factor

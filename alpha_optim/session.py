@@ -52,6 +52,8 @@ class Session:
         self.events: list[GuardEvent] = []
         self._on_event: Callable[[GuardEvent], GuardEvent] | None = None
         self._saved_guard: dict[str, Any] | None = None
+        # Optimizers that fill their state at the first step do so again when it is empty.
+        self._lazy_state = not optimizer.state
         self._reset()
         self.begin()
 
@@ -186,11 +188,9 @@ class Session:
         """
         event = guard.judge(self.iteration, self._loss, params)
         if event is None:
-            guard.keep(params, self._loss)
             return
-        if event.restored:
-            guard.restore(params)
-        guard.stepped = False
+        if event.reason == "loss_drifted" and self._lazy_state:
+            self.optimizer.state.clear()  # momentum and second moments of the diverged stretch
         self.probe.pending = None
         self.optimizer.zero_grad()
         self.events.append(event if self._on_event is None else self._on_event(event))

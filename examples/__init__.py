@@ -1,0 +1,1 @@
+"""Examples; run them as modules: ``python -m examples.demo``."""

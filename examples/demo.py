@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -69,10 +70,13 @@ def main() -> None:
     assert shown is not None
     lr, optimizer = shown
     history = optimizer.alpha_history
-    early, late = history[:30], history[-steps // 2 :]
-    print(f"\nWhat alpha said in the run from {lr:g}: {sum(m.alpha for m in early) / len(early):+.2f} on average over")
-    print(f"the first 30 steps, far short of the minimum, so the rate was raised; {history.windowed(len(late)).alpha:+.2f}")
-    print(f"over the second half. At the end: {optimizer.diagnose()}")
+    first, half = 30, len(history) // 2
+    print(f"\nWhat alpha said in the run from {lr:g}:")
+    print(
+        f"  {np.nanmean(history.alphas[:first]):+.2f} on average over the first {first} steps: far short of the minimum"
+    )
+    print(f"  {history.windowed(half).alpha:+.2f} over the second half of the run")
+    print(f"  at the end {optimizer.diagnose()}")
     figure = plot_history(history, optimizer.guard_events, title=f"{data.name}, initial learning rate {lr:g}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=120)

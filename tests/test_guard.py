@@ -174,7 +174,7 @@ def test_the_formula_decides_exactly_at_its_threshold():
         guard = Guard(None)
         loss = BatchLoss(torch.tensor(1.0), torch.tensor(4.0), 100)
         params = [torch.zeros(1)]
-        guard.keep(params, loss)
+        assert guard.judge(0, loss, params) is None
         guard.stepped = True
         return guard.judge(1, BatchLoss(torch.tensor(1.0 + rise), torch.tensor(5.0), 50), params)
 

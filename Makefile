@@ -1,0 +1,51 @@
+# Every task is one word; CI calls the same words. `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test parity bench format lint types doctest check clean
+
+help:  ## list the tasks
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed  ## create the environment and install the package with all it needs
+
+# setuptools stays below 81 for Cockpit, so the build must not fetch its own.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools==80.10.2' wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		-c constraints.txt -e '.[examples,test]'
+	@touch $@
+
+demo: install  ## train from three initial rates, say what alpha did, save a picture (ARGS="--data PATH")
+	$(BIN)/python -m examples.demo $(ARGS)
+
+test: install  ## run the tests and the examples in the docstrings
+	$(BIN)/python -m pytest $(ARGS)
+
+parity: install  ## compare with Cockpit, all cases, and print the table (ARGS="--dtype float32")
+	$(BIN)/python -m tests.parity $(ARGS)
+
+bench: install  ## measure what alpha costs on this machine
+	$(BIN)/python -m examples.benchmarks.cost $(ARGS)
+
+format: install  ## format the code
+	$(BIN)/ruff format .
+
+lint: install  ## check format, style and docstrings
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install  ## check the types
+	$(BIN)/mypy
+
+doctest: install  ## run the examples in the docstrings alone
+	$(BIN)/python -m pytest alpha_optim $(ARGS)
+
+check: lint types test  ## everything CI runs: format, lint, types, tests, doctests
+
+clean:  ## remove the environment and what was built
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
