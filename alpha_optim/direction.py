@@ -7,6 +7,7 @@ step is small against the parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,15 +23,13 @@ class Direction:
     Attributes:
         changes: Change of every parameter, in the order of `parameters_of`; None where the
             parameter had no gradient and so did not move.
+        squared_length: |d|^2 over all parameters together, float64 ``[]``.
         moved: Boolean tensor ``[]``: whether any parameter is not what it was.
     """
 
     changes: list[Tensor | None]
+    squared_length: Tensor
     moved: Tensor
-
-    def squared_length(self) -> Tensor:
-        """Return |d|^2 over all parameters together, float64 ``[]``."""
-        return squared_norm([change for change in self.changes if change is not None])
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -72,18 +71,28 @@ def plain_sgd_rates(optimizer: Optimizer) -> list[float | Tensor]:
 @torch.no_grad()
 def plain_sgd_direction(optimizer: Optimizer) -> Direction:
     """Return the change that plain SGD is about to make; call before its step."""
-    changes: list[Tensor | None] = []
-    params = parameters_of(optimizer)
-    moved = torch.zeros((), dtype=torch.bool, device=params[0].device)
+    params, changes = parameters_of(optimizer), []
     for param, rate in zip(params, plain_sgd_rates(optimizer), strict=True):
-        if param.grad is None:
-            changes.append(None)
-            continue
-        change = param.grad * rate
-        # A step below the resolution of the parameters moves nothing.
-        moved = moved | (torch.add(param, change) != param).any().to(moved.device)
-        changes.append(change)
-    return Direction(changes, moved)
+        changes.append(None if param.grad is None else param.grad * rate)
+    pairs = [(p.detach(), c) for p, c in zip(params, changes, strict=True) if c is not None]
+    squared = squared_norm([change for _, change in pairs])
+    return Direction(changes, squared, _moves(pairs, squared))
+
+
+def _moves(pairs: list[tuple[Tensor, Tensor]], squared_length: Tensor) -> Tensor:
+    """Whether adding the changes alters any parameter ``[]``: a step below their resolution does not."""
+    if not pairs:
+        return torch.zeros((), dtype=torch.bool, device=squared_length.device)
+    device = squared_length.device
+    if device.type == "cpu":  # reading a number costs nothing here, comparing all parameters does
+        largest = max(float(torch.linalg.vector_norm(param)) for param, _ in pairs)
+        count = sum(param.numel() for param, _ in pairs)
+        coarsest = max(torch.finfo(param.dtype).eps for param, _ in pairs)
+        # Some change is at least the root mean square; no parameter exceeds the largest norm.
+        if math.sqrt(float(squared_length) / count) > coarsest * largest:
+            return torch.ones((), dtype=torch.bool)
+    altered = [(torch.add(param, change) != param).any() for param, change in pairs]
+    return torch.stack([entry.to(device) for entry in altered]).any()
 
 
 @torch.no_grad()
@@ -97,18 +106,22 @@ def change_since(before: list[Tensor], params: Sequence[Tensor]) -> Direction:
     """Return params - before; call after the step. ``before`` is used up."""
     now = [param.detach() for param in params]
     changes = list(torch._foreach_sub(now, before))
-    moved = torch.stack([change.any().to(changes[0].device) for change in changes]).any()
-    return Direction(list(changes), moved)
+    squared = squared_norm(changes)
+    return Direction(list(changes), squared, squared != 0)
 
 
 @torch.no_grad()
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Sum of squares over all tensors together, float64 ``[]``.
 
-    Accumulated in float64: squares of changes of 1e-30 vanish in float32.
+    Accumulated in float64 where it matters: squares of changes of 1e-30 vanish in float32.
     """
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
+    if all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors):
+        fast = torch.stack(list(torch._foreach_norm(list(tensors)))).double().square().sum()
+        if 1e-30 < float(fast) < 1e30:
+            return fast
     norms = [torch.linalg.vector_norm(_as_real(t), dtype=torch.float64) for t in tensors]
     return torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
 

@@ -133,13 +133,12 @@ class LineProbe:
     def _point(
         self,
         direction: Direction,
-        squared_length: Tensor,
         gradients: Sequence[Tensor | None],
         slopes: SampleSlopes | None,
         loss: BatchLoss,
     ) -> EndPoint:
         passes = self.log.reached
-        length = squared_length.sqrt()
+        length = direction.squared_length.sqrt()
         slope = inner_product(direction.changes, gradients) / length
         gammas = [entry.gamma for entry in passes if entry.gamma is not None]
         if slopes is not None and slopes.complete and len(passes) > 1:
@@ -176,11 +175,11 @@ class LineProbe:
             return "parameters_changed"
         assert self._backend is not None
         slopes = self._backend.end_slopes(pending.direction)
-        point = self._point(pending.direction, pending.squared_length, gradients, slopes, loss)
+        point = self._point(pending.direction, gradients, slopes, loss)
         device = point.numbers.device
         now = fingerprint(self._params)
         edited = ~torch.isclose(now, pending.fingerprint, rtol=0.0, atol=0.0, equal_nan=True).all()
-        head = small_tensor([pending.squared_length, pending.direction.moved, edited], device)
+        head = small_tensor([pending.direction.squared_length, pending.direction.moved, edited], device)
         numbers = torch.cat([head, pending.point.numbers.to(device), point.numbers])
         return PendingPair(pending.iteration, numbers, pending.point, point, pending.lr)
 
@@ -216,9 +215,8 @@ class LineProbe:
         direction = before if isinstance(before, Direction) else change_since(before, self._params)
         assert self._backend is not None
         slopes = self._backend.start_slopes(direction, gradients)
-        squared = direction.squared_length()
-        point = self._point(direction, squared, gradients, slopes, loss)
-        self.pending = PendingStart(iteration, direction, squared, point, fingerprint(self._params), lr)
+        point = self._point(direction, gradients, slopes, loss)
+        self.pending = PendingStart(iteration, direction, point, fingerprint(self._params), lr)
 
     # ---------------------------------------------------------------- resume
 
@@ -231,7 +229,7 @@ class LineProbe:
                 "iteration": pending.iteration,
                 "changes": [None if c is None else c.clone() for c in pending.direction.changes],
                 "moved": pending.direction.moved,
-                "squared_length": pending.squared_length,
+                "squared_length": pending.direction.squared_length,
                 "numbers": pending.point.numbers,
                 "samples": pending.point.samples,
                 "observed": list(pending.point.observed),
@@ -255,8 +253,7 @@ class LineProbe:
         a, b, c = saved["observed"]
         self.pending = PendingStart(
             int(saved["iteration"]),
-            Direction(changes, saved["moved"].to(device)),
-            saved["squared_length"].to(device),
+            Direction(changes, saved["squared_length"].to(device), saved["moved"].to(device)),
             EndPoint(saved["numbers"].to(device), int(saved["samples"]), (bool(a), bool(b), bool(c))),
             saved["fingerprint"].to(device),
             tuple(saved["lr"]),

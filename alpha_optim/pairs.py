@@ -55,7 +55,6 @@ class PendingStart:
     Attributes:
         iteration: Iteration n of the start.
         direction: Parameter change of the step.
-        squared_length: Its squared length, float64 ``[]``.
         point: What was seen at the start.
         fingerprint: Norms of the parameters as the step left them ``[L]``.
         lr: Learning rates of the step, one per group.
@@ -63,7 +62,6 @@ class PendingStart:
 
     iteration: int
     direction: Direction
-    squared_length: Tensor
     point: EndPoint
     fingerprint: Tensor
     lr: tuple[float | Tensor, ...]

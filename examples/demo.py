@@ -72,9 +72,7 @@ def main() -> None:
     history = optimizer.alpha_history
     first, half = 30, len(history) // 2
     print(f"\nWhat alpha said in the run from {lr:g}:")
-    print(
-        f"  {np.nanmean(history.alphas[:first]):+.2f} on average over the first {first} steps: far short of the minimum"
-    )
+    print(f"  {np.nanmean(history.alphas[:first]):+.2f} over the first {first} steps: far short of the minimum")
     print(f"  {history.windowed(half).alpha:+.2f} over the second half of the run")
     print(f"  at the end {optimizer.diagnose()}")
     figure = plot_history(history, optimizer.guard_events, title=f"{data.name}, initial learning rate {lr:g}")
