@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alpha_optim.alpha import AlphaMeasurement
 from alpha_optim.rows import NAMES, from_row, to_row
+from alpha_optim.window import WindowAlpha, window_alpha
 
 if TYPE_CHECKING:
     import pandas
 
 FORMAT = "alpha_optim.history"
 VERSION = 1
+UNREAD = 4096
+"""How many measurements may wait on the device; by then the first have long been computed."""
 OVERFLOW = "maxlen"
 """Reason under which ``dropped`` counts old measurements that made room for new ones."""
 
@@ -28,20 +30,6 @@ class Pending(Protocol):
 
     def resolve(self) -> AlphaMeasurement | str:
         """Return the measurement, or the reason why the pair has to be dropped."""
-
-
-class WindowAlpha(NamedTuple):
-    """Alpha over several steps.
-
-    Attributes:
-        alpha: Minus the ratio of the summed end slopes to the summed start slopes.
-        alpha_std: Its standard error from the scatter of the steps; nan for fewer than two.
-        count: How many measurements entered.
-    """
-
-    alpha: float
-    alpha_std: float
-    count: int  # type: ignore[assignment] # - hides tuple.count, on purpose
 
 
 class AlphaHistory(Sequence[AlphaMeasurement]):
@@ -81,7 +69,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
             self._store(measurement)
             return
         self._pending.append(measurement)
-        if self._callbacks or len(self._pending) >= self.maxlen:
+        if self._callbacks or len(self._pending) >= min(self.maxlen, UNREAD):
             self._fetch()
 
     def drop(self, reason: str, count: int = 1) -> None:
@@ -277,24 +265,3 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         self._pending.clear()
         self._items = [from_row(dict(zip(NAMES, row, strict=True))) for row in rows]
         self._dropped = {str(reason): int(count) for reason, count in state["dropped"].items()}
-
-
-def window_alpha(measurements: Sequence[AlphaMeasurement]) -> WindowAlpha:
-    """Ratio of summed fitted slopes over measurements; see `AlphaHistory.windowed`."""
-    usable = [
-        item
-        for item in measurements
-        if math.isfinite(item.fitted_slope_start) and math.isfinite(item.fitted_slope_end)
-    ]
-    starts = np.array([item.fitted_slope_start * item.step_length for item in usable])
-    ends = np.array([item.fitted_slope_end * item.step_length for item in usable])
-    total = float(starts.sum())
-    count = len(usable)
-    if count == 0 or total == 0.0:
-        return WindowAlpha(math.nan, math.nan, count)
-    alpha = -float(ends.sum()) / total
-    if count == 1:
-        return WindowAlpha(alpha, usable[0].alpha_std, 1)
-    residuals = ends + alpha * starts
-    spread = math.sqrt(count / (count - 1) * float(residuals @ residuals))
-    return WindowAlpha(alpha, spread / abs(total), count)

@@ -176,12 +176,9 @@ class LineProbe:
         assert self._backend is not None
         slopes = self._backend.end_slopes(pending.direction)
         point = self._point(pending.direction, gradients, slopes, loss)
-        device = point.numbers.device
         now = fingerprint(self._params)
         edited = ~torch.isclose(now, pending.fingerprint, rtol=0.0, atol=0.0, equal_nan=True).all()
-        head = small_tensor([pending.direction.squared_length, pending.direction.moved, edited], device)
-        numbers = torch.cat([head, pending.point.numbers.to(device), point.numbers])
-        return PendingPair(pending.iteration, numbers, pending.point, point, pending.lr)
+        return PendingPair.of(pending, point, edited)
 
     def start_obstacle(self, gradients: Sequence[Tensor | None] | None) -> str | None:
         """Say why this iteration cannot start a pair, or None; called before the optimizer steps."""

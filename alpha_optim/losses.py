@@ -158,7 +158,7 @@ def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tenso
     sums = values.reshape(samples, -1).sum(1)
     if reduction in ("batchmean", "sum"):
         return sums
-    if isinstance(loss_fn, _WEIGHTED):
+    if type(loss_fn) in _WEIGHTED:  # a subclass may divide by something else
         normalised: Tensor = sums * (samples / _total_weight(loss_fn, args, kwargs, values))
         return normalised
     if type(loss_fn).__module__.startswith("torch.nn."):

@@ -15,6 +15,7 @@ from alpha_optim.projections.statistics import sample_mean, sample_variance
 from alpha_optim.records import Observation
 
 NAN = math.nan
+Observed = tuple[bool, bool, bool]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class EndPoint:
 
     numbers: Tensor
     samples: int
-    observed: tuple[bool, bool, bool]
+    observed: Observed
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,31 @@ class PendingStart:
 
 @dataclass(frozen=True)
 class PendingPair:
-    """Both ends of a step; becomes a measurement when somebody reads."""
+    """Both ends of a step; becomes a measurement when somebody reads.
+
+    Attributes:
+        iteration: Iteration n of the start.
+        numbers: Squared length, moved, edited, then the four numbers of the start and those of the end,
+            float64 ``[11]``.
+        samples: N at start and end.
+        observed: What was observed at start and end, as in `EndPoint`.
+        lr: Learning rates of the step, one per group.
+    """
 
     iteration: int
-    numbers: Tensor  # squared length, moved, edited, then four numbers of the start, four of the end
-    start: EndPoint
-    end: EndPoint
+    numbers: Tensor
+    samples: tuple[int, int]
+    observed: tuple[Observed, Observed]
     lr: tuple[float | Tensor, ...]
+
+    @classmethod
+    def of(cls, start: PendingStart, end: EndPoint, edited: Tensor) -> PendingPair:
+        """Put both ends into one small tensor."""
+        device = end.numbers.device
+        head = small_tensor([start.direction.squared_length, start.direction.moved, edited], device)
+        numbers = torch.cat([head, start.point.numbers.to(device), end.numbers])
+        samples, observed = (start.point.samples, end.samples), (start.point.observed, end.observed)
+        return cls(start.iteration, numbers, samples, observed, start.lr)
 
     def resolve(self) -> AlphaMeasurement | str:
         """Fetch the numbers and measure; or the reason why the pair has to be dropped."""
@@ -84,7 +103,8 @@ class PendingPair:
             return "parameters_changed"
         length = math.sqrt(squared) if squared >= 0.0 else NAN
         length = length if moved or not math.isfinite(length) else 0.0
-        start, end = _observation(rest[:4], self.start), _observation(rest[4:], self.end)
+        start = _observation(rest[:4], self.samples[0], self.observed[0])
+        end = _observation(rest[4:], self.samples[1], self.observed[1])
         return measure_alpha(self.iteration, length, start, end, tuple(float(rate) for rate in self.lr))
 
 
@@ -109,13 +129,13 @@ def small_tensor(parts: Sequence[Tensor | None], device: torch.device) -> Tensor
     )  # fmt: skip
 
 
-def _observation(numbers: list[float], point: EndPoint) -> Observation:
+def _observation(numbers: list[float], samples: int, observed: Observed) -> Observation:
     loss, loss_variance, slope, slope_variance = numbers
-    has_loss, has_loss_variance, has_slope_variance = point.observed
+    has_loss, has_loss_variance, has_slope_variance = observed
     # A direction that is no multiple of the gradient leaves a nan here, the slope itself is right.
     usable = has_slope_variance and not (math.isnan(slope_variance) and math.isfinite(slope))
     return Observation(
-        samples=point.samples,
+        samples=samples,
         slope=slope,
         slope_variance=slope_variance if usable else None,
         loss=loss if has_loss else None,

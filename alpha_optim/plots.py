@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alpha_optim.history import AlphaHistory, window_alpha
+from alpha_optim.history import AlphaHistory
 from alpha_optim.records import GuardEvent
+from alpha_optim.window import window_alpha
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ LAYERS = [  # each part may import from parts above it
     {"records", "hooks", "direction"},
     {"quadratic_fit", "passes", "gradient_watch", "checks", "good_point"},
     {"alpha", "losses", "projections"},
-    {"rows", "pairs"},
+    {"rows", "pairs", "window"},
     {"history"},
     {"line_probe", "plan"},
     {"guard", "policies", "diagnosis"},
@@ -24,7 +24,7 @@ LAYERS = [  # each part may import from parts above it
     {"__init__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-PURE = ("records", "rows", "quadratic_fit", "alpha", "history", "policies", "diagnosis")
+PURE = ("records", "rows", "window", "quadratic_fit", "alpha", "history", "policies", "diagnosis")
 MODULES = sorted(ROOT.rglob("*.py"))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alpha_optim.alpha import AlphaMeasurement
+from alpha_optim.window import ratio_of_sums, rises_of
 
 
 class AlphaWindow:
@@ -19,12 +20,10 @@ class AlphaWindow:
 
     def add(self, measurement: AlphaMeasurement, weight: float = 1.0) -> bool:
         """Add a measurement; False if it has no finite slopes and was ignored."""
-        rise_start = measurement.fitted_slope_start * measurement.step_length * weight
-        rise_end = measurement.fitted_slope_end * measurement.step_length * weight
-        if not (math.isfinite(rise_start) and math.isfinite(rise_end)):
-            return False
-        self._rises.append((rise_start, rise_end))
-        return True
+        rises = rises_of(measurement)
+        if rises is not None:
+            self._rises.append((rises[0] * weight, rises[1] * weight))
+        return rises is not None
 
     def clear(self) -> None:
         """Forget everything, after the rate has changed."""
@@ -37,18 +36,13 @@ class AlphaWindow:
     @property
     def alpha(self) -> float:
         """Alpha of the window, a pure number; nan while it is empty."""
-        total = math.fsum(start for start, _ in self._rises)
-        return math.nan if total == 0.0 else -math.fsum(end for _, end in self._rises) / total
+        return ratio_of_sums(self._rises).alpha
 
     @property
     def alpha_std(self) -> float:
         """Its standard error from the scatter of the measurements; inf for fewer than two."""
-        total, count = math.fsum(start for start, _ in self._rises), len(self._rises)
-        if count < 2 or total == 0.0:
-            return math.inf
-        alpha = self.alpha
-        squares = math.fsum((end + alpha * start) ** 2 for start, end in self._rises)
-        return math.sqrt(count / (count - 1) * squares) / abs(total)
+        error = ratio_of_sums(self._rises).alpha_std
+        return math.inf if math.isnan(error) else error
 
     def state_dict(self) -> dict[str, Any]:
         """Return the remembered numbers."""
