@@ -20,6 +20,9 @@ from alpha_optim.records import GuardEvent
 FEWEST = 100
 """Calibration takes at least this many steps, or a fifth of shorter runs."""
 WINDOW = 8
+START = 1e-2
+"""The first steps are made with this fraction of the initial rate: a few steps at a rate far too high damage
+a network for good, and no alpha is known before the second."""
 FASTEST = 0.25
 """Largest change of the log rate per measurement: a decade in nine steps."""
 SLOWER = 0.5
@@ -62,8 +65,9 @@ class CalibrateThenAnneal:
         self._warned = False
         self._window = AlphaWindow(WINDOW)
         self._where: deque[float] = deque(maxlen=WINDOW)  # log scale at which the window was measured
-        self._position = 0.0  # log scale now
-        self._trail: list[tuple[int, float]] = [(0, 0.0)]  # from which iteration on it was what
+        self._position = math.log(START)  # log scale now, while no alpha is known through the envelope
+        self._trail: list[tuple[int, float]] = [(0, self._position)]  # from which iteration on it was what
+        self._begun = False
         self._pace = FASTEST
         self._sign = 0  # -1: below the knee, 1: above, 0: not known yet
         self._crossings: list[float] = []
@@ -76,16 +80,22 @@ class CalibrateThenAnneal:
         n = measurement.iteration
         # Products of slope and step grow with the rate; divided by it, old rates weigh as new ones.
         rate = measurement.lr[0] if measurement.lr and measurement.lr[0] > 0.0 else 1.0
-        if self._window.add(measurement, weight=1.0 / rate):
+        usable = self._window.add(measurement, weight=1.0 / rate)
+        ends = n + 2 >= self.calibration_steps
+        if not (usable or self._begun):  # no alpha yet: the envelope keeps the rate low until the end
+            self._done = ends
+            return 1.0
+        if usable:
             self._where.append(self._position_at(n))
         change = self._search() if len(self._window) >= 2 else 0.0
-        if len(self._crossings) >= CROSSINGS or n + 2 >= self.calibration_steps:
+        if ends or len(self._crossings) >= CROSSINGS:
             self._done = True
             change = self._to_the_rate()
         self._position += change
+        first, self._begun = not self._begun, True
         # Measurement n is known after step n+1, so a change acts from step n+2 on.
         self._trail = [*self._trail[-4 * WINDOW :], (n + 2, self._position)]
-        return math.exp(change)
+        return START * math.exp(change) if first else math.exp(change)
 
     def _search(self) -> float:
         """Change of the log rate towards the knee, the bolder the more certain alpha's sign is."""
@@ -108,7 +118,8 @@ class CalibrateThenAnneal:
     def _to_the_rate(self) -> float:
         """Change of the log rate to a little above the knee."""
         if not self._crossings:
-            return 0.0
+            # Not a word from alpha (tiny batches): the user's own rate.
+            return 0.0 if self._sign else -self._position
         # The highest: alpha of a fixed rate rises as training goes on, so a late crossing lies too low.
         return max(self._crossings) + math.log(self.boost) - self._position
 
@@ -121,14 +132,16 @@ class CalibrateThenAnneal:
         self._where.clear()
 
     def envelope(self, iteration: int) -> float:
-        """Return 1 during the calibration, then fall linearly to 0 at ``total_steps``."""
+        """Return `START` until the first alpha, 1 in the calibration, then fall linearly to 0."""
         if iteration > self.total_steps and not self._warned:
             self._warned = True
             warnings.warn(
                 f"more steps than total_steps={self.total_steps}: the last learning rate is held",
                 stacklevel=2,
             )
-        if not self.anneal or iteration < self.calibration_steps:
+        if iteration < self.calibration_steps:
+            return 1.0 if self._begun else START
+        if not self.anneal:
             return 1.0
         last = self.total_steps - 1
         left = self.total_steps - min(iteration, last)
@@ -152,6 +165,7 @@ class CalibrateThenAnneal:
             "window": self._window.state_dict(),
             "where": list(self._where),
             "position": self._position,
+            "begun": self._begun,
             "trail": [list(entry) for entry in self._trail],
             "pace": self._pace,
             "sign": self._sign,
@@ -167,5 +181,6 @@ class CalibrateThenAnneal:
         self._position, self._pace = float(state["position"]), float(state["pace"])
         self._trail = [(int(n), float(position)) for n, position in state["trail"]]
         self._sign, self._done = int(state["sign"]), bool(state["done"])
+        self._begun = bool(state["begun"])
         self._crossings = [float(position) for position in state["crossings"]]
         self._warned = bool(state["warned"])

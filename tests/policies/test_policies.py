@@ -59,7 +59,7 @@ def calibrate(initial, knee, steps=1000, width=1.0):
     policy, lr = CalibrateThenAnneal(steps), initial
     pending = []
     for n in range(steps):
-        pending.append((n, lr))
+        pending.append((n, lr * policy.envelope(n) if n < policy.calibration_steps else lr))
         if n >= 1:  # measurement n-1 is known after step n
             m, rate = pending[n - 1]
             level = max(-0.7, min(0.3, math.log(rate / knee) / width))
@@ -73,11 +73,22 @@ def test_calibration_finds_the_rate_from_either_side(initial):
     assert 0.02 / 3 < lr / policy.boost < 0.02 * 3
 
 
+def test_where_alpha_says_nothing_the_users_rate_is_used():
+    policy, product = CalibrateThenAnneal(500), 1.0
+    for n in range(200):
+        product *= policy(seen(0.5 * (-1) ** n, n))
+    assert product == pytest.approx(1.0)
+    silent = CalibrateThenAnneal(500)
+    assert silent.envelope(99) < 0.1
+    assert silent.envelope(100) == 1.0
+
+
 def test_calibration_ends_and_then_anneals_to_zero():
     policy, _ = calibrate(1e-3, knee=0.02, steps=500)
     assert policy(seen(5.0, 400)) == 1.0
     start = policy.calibration_steps
     envelope = [policy.envelope(n) for n in range(501)]
+    assert CalibrateThenAnneal(500).envelope(0) < 0.1  # until the first alpha is known
     assert envelope[: start + 1] == [1.0] * (start + 1)
     assert envelope[start:500] == sorted(envelope[start:500], reverse=True)
     assert 0.0 < envelope[499] < 0.01
