@@ -165,12 +165,9 @@ class LineProbe:
         pending, self.pending = self.pending, None
         if pending is None:
             return None
-        if self.log.discarded:
-            return "step_skipped"
-        if gradients is None:
-            return "gradients_modified"
-        if not self.watch.saw_backward(self._params):
-            return "no_backward"
+        reason = self._obstacle(gradients)
+        if reason is not None or gradients is None:
+            return reason
         if len(pending.direction.changes) != len(self._params):
             return "parameters_changed"
         assert self._backend is not None
@@ -182,15 +179,18 @@ class LineProbe:
 
     def start_obstacle(self, gradients: Sequence[Tensor | None] | None) -> str | None:
         """Say why this iteration cannot start a pair, or None; called before the optimizer steps."""
+        reason = self._obstacle(gradients)
+        if reason is None and self.watch.params_edited(self._params):
+            return "parameters_changed"
+        return reason
+
+    def _obstacle(self, gradients: Sequence[Tensor | None] | None) -> str | None:
+        """Say why nothing was observed in this iteration, or None."""
         if self.log.discarded:
             return "step_skipped"
         if gradients is None:
             return "gradients_modified"
-        if not self.watch.saw_backward(self._params):
-            return "no_backward"
-        if self.watch.params_edited(self._params):
-            return "parameters_changed"
-        return None
+        return None if self.watch.saw_backward(self._params) else "no_backward"
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> Direction | list[Tensor]:

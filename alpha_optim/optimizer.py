@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from alpha_optim.checks import check_arguments, check_membership
 from alpha_optim.diagnosis import Diagnosis, diagnose
 from alpha_optim.history import AlphaHistory
-from alpha_optim.plan import Every
+from alpha_optim.plan import Every, Plan
 from alpha_optim.records import GuardEvent
 from alpha_optim.session import VERSION, Session
 
@@ -94,7 +94,7 @@ class AlphaGuided(Optimizer):
         check_arguments(optimizer, model, loss_fn, every, variance)
         self.optimizer = optimizer
         self._make_hooks()
-        self._session = Session(optimizer, model, loss_fn, every, backend, variance)
+        self._session = Session(Plan(optimizer, model, loss_fn, every, backend, variance))
 
     def _make_hooks(self) -> None:
         """What torch's own constructor makes, but for groups and state: those are the wrapped one's."""
@@ -149,7 +149,7 @@ class AlphaGuided(Optimizer):
         """
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
-        check_membership(params, self._session.model, self._session.loss_fn, "the new group")
+        check_membership(params, self._session.plan.model, self._session.plan.loss_fn, "the new group")
         self.optimizer.add_param_group({**param_group, "params": params})
         self._session.begin()
 
@@ -281,19 +281,19 @@ class AlphaGuided(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything needed to build the wrapper anew; hooks are not part of it."""
-        session, plan = self._session, self._session.plan
+        plan = self._session.plan
         return {
             "optimizer": self.optimizer,
-            "arguments": (session.model, session.loss_fn, plan.every, plan.wanted, plan.variance),
-            "ours": session.state_dict(),
-            "active": session.active,
+            "plan": (plan.model, plan.loss_fn, plan.every, plan.wanted, plan.variance),
+            "ours": self._session.state_dict(),
+            "active": self._session.active,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Build the wrapper anew around a copied or unpickled optimizer."""
         self.optimizer = state["optimizer"]
         self._make_hooks()
-        self._session = Session(self.optimizer, *state["arguments"])
+        self._session = Session(Plan(self.optimizer, *state["plan"]))
         self._session.load_state_dict(state["ours"])
         if not state["active"]:
             self._session.detach()

@@ -31,7 +31,7 @@ class Plan:
         variance: str,
     ) -> None:
         """Choose a backend; arguments as in `AlphaGuided`."""
-        self._optimizer, self._model, self._loss_fn = optimizer, model, loss_fn
+        self.optimizer, self.model, self.loss_fn = optimizer, model, loss_fn
         self.every, self.wanted, self.variance = every, backend, variance
         self.choice = choose_backend(backend, optimizer, model)
         self._policy_wants: Callable[[int], bool] | None = None
@@ -58,12 +58,12 @@ class Plan:
         Args:
             log: Where it finds the backward passes.
         """
-        if self.wanted == "auto" and self.choice.name == "backpack" and not is_plain_sgd(self._optimizer):
+        if self.wanted == "auto" and self.choice.name == "backpack" and not is_plain_sgd(self.optimizer):
             self.choice = Choice("cached", "the steps are no longer those of plain SGD")
         name = self.choice.name
         if name not in self._built:
-            names = named_parameters(self._model, self._loss_fn)
-            model = self._model if self._model is not None else nn.Module()
+            names = named_parameters(self.model, self.loss_fn)
+            model = self.model if self.model is not None else nn.Module()
             self._built[name] = BACKENDS[name](model, names, log, self.variance == "sampled")
         return self._built[name]
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from alpha_optim.checks import check_losses
 from alpha_optim.direction import Direction, parameters_of
@@ -20,7 +19,7 @@ from alpha_optim.guard import Guard
 from alpha_optim.history import AlphaHistory
 from alpha_optim.line_probe import LineProbe
 from alpha_optim.pairs import BatchLoss
-from alpha_optim.plan import Every, Plan
+from alpha_optim.plan import Plan
 from alpha_optim.records import GuardEvent
 
 VERSION = 1
@@ -33,18 +32,13 @@ class SkipStepSignal(Exception):  # noqa: N818 - a signal, not an error
 class Session:
     """State of one wrapped optimizer, and the order of events around its step."""
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        model: nn.Module | None,
-        loss_fn: nn.Module | None,
-        every: Every,
-        backend: str,
-        variance: str,
-    ) -> None:
-        """Check the backend and hook iteration 0; arguments as in `AlphaGuided`."""
-        self.optimizer, self.model, self.loss_fn = optimizer, model, loss_fn
-        self.plan = Plan(optimizer, model, loss_fn, every, backend, variance)
+    def __init__(self, plan: Plan) -> None:
+        """Hook iteration 0.
+
+        Args:
+            plan: What is measured of which optimizer, and how.
+        """
+        self.plan, self.optimizer = plan, plan.optimizer
         self.history = AlphaHistory()
         self.iteration = 0
         self.active = True
@@ -53,13 +47,13 @@ class Session:
         self._on_event: Callable[[GuardEvent], GuardEvent] | None = None
         self._saved_guard: dict[str, Any] | None = None
         # Optimizers that fill their state at the first step do so again when it is empty.
-        self._lazy_state = not optimizer.state
+        self._lazy_state = not self.optimizer.state
         self._reset()
         self.begin()
 
     def _reset(self) -> None:
         """Forget the iteration in progress and the pending step."""
-        self.probe = LineProbe(self.loss_fn)
+        self.probe = LineProbe(self.plan.loss_fn)
         self.plan.forget_backends()
         self._in_step = False
         self._before: Direction | list[Tensor] | None = None
@@ -84,7 +78,7 @@ class Session:
         """A scheduler takes over: it is asked what to measure and told what the guard did."""
         self._on_event = on_event
         self.plan.ask_policy(wants)
-        self.guard = Guard(self.model) if guard else None
+        self.guard = Guard(self.plan.model) if guard else None
         if self.guard is not None and self._saved_guard is not None:
             self.guard.load_state_dict(self._saved_guard, parameters_of(self.optimizer))
         self.begin()
@@ -262,7 +256,7 @@ class Session:
             self._saved_guard = state["guard"]
             self.plan.load_state_dict(state["plan"])
         if self.guard is not None:
-            self.guard = Guard(self.model)
+            self.guard = Guard(self.plan.model)
             if self._saved_guard is not None:
                 self.guard.load_state_dict(self._saved_guard, params)
         self.begin()

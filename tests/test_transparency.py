@@ -61,7 +61,11 @@ def train(model, optimizer, steps=8):
 
 def optimizer_loss(optimizer):
     session = getattr(optimizer, "_session", None) if isinstance(optimizer, AlphaGuided) else None
-    return session.loss_fn if session is not None and session.loss_fn is not None else nn.CrossEntropyLoss()
+    return (
+        session.plan.loss_fn
+        if session is not None and session.plan.loss_fn is not None
+        else nn.CrossEntropyLoss()
+    )
 
 
 def equal_states(a, b):
@@ -180,7 +184,7 @@ def test_deepcopy_of_the_wrapper_goes_on_by_itself():
     guided = AlphaGuided(torch.optim.Adam(model.parameters()), model, loss_fn)
     train(model, guided, steps=4)
     clone = copy.deepcopy(guided)
-    twin = clone._session.model
+    twin = clone._session.plan.model
     assert twin is not model
     torch.manual_seed(1)
     train(model, guided, steps=3)
