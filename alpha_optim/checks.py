@@ -74,7 +74,7 @@ def named_parameters(*modules: nn.Module | None) -> dict[int, str]:
     }
 
 
-def check_losses(losses: Any, method: str, expected: int | None, graph: bool) -> None:
+def check_losses(losses: Any, method: str, forwards: list[int], graph: bool) -> None:
     """Refuse losses that cannot be those of the samples.
 
     Raises:
@@ -95,7 +95,10 @@ def check_losses(losses: Any, method: str, expected: int | None, graph: bool) ->
             f"{method}(losses) needs losses with a graph; these were detached or computed under "
             "no_grad. Use record_losses(losses) if something else runs the backward pass."
         )
-    if losses.dim() > 0 and expected is not None and losses.shape[0] != expected:
+    # One loss per sample, or several (tokens), of the last forward pass or of the last few together.
+    possible = [sum(forwards[k:]) for k in range(len(forwards))]
+    if losses.dim() > 0 and possible and all(count and losses.shape[0] % count for count in possible):
+        expected = forwards[-1]
         raise ValueError(
             f"{method}(losses) got {losses.shape[0]} losses, but the model's batch has {expected} "
             f"samples; expected shape [{expected}] or [{expected}, ...]"

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 class _Seen:
     gradient: Tensor
     version: int
+    norm: Tensor
     param_version: int
     copy: Tensor | None
 
@@ -64,12 +65,21 @@ class GradientWatch:
         copy = None
         if self.keep_copies:
             copy = gradient.detach().clone()
-        self._seen[id(param)] = _Seen(gradient, gradient._version, param._version, copy)
+        version, norm = gradient._version, _norm(gradient)
+        self._seen[id(param)] = _Seen(gradient, version, norm, param._version, copy)
 
     def gradients_gone(self, params: Sequence[Tensor]) -> bool:
-        """Whether every gradient seen in this iteration was taken off its parameter."""
+        """Whether every gradient seen in this iteration was taken off its parameter or set to zero."""
         seen = [(param, self._seen[id(param)]) for param in params if id(param) in self._seen]
-        return bool(seen) and all(param.grad is not record.gradient for param, record in seen)
+        return bool(seen) and all(
+            param.grad is not record.gradient or not bool(record.norm.ne(0) & _norm(param.grad).ne(0))
+            for param, record in seen
+        )
+
+    def not_finite(self) -> bool:
+        """Whether a gradient seen in this iteration was not finite as the backward pass left it."""
+        norms = [record.norm for record in self._seen.values()]
+        return not all(bool(torch.isfinite(norm)) for norm in norms)
 
     def forget(self) -> None:
         """Forget the gradients seen so far; the hooks stay."""
@@ -94,6 +104,7 @@ class GradientWatch:
             modified since and there is no copy.
         """
         gradients: list[Tensor | None] = []
+        untouched: list[_Seen] = []
         for param in params:
             record = self._seen.get(id(param))
             if record is None:  # set by hand, or no gradient at all
@@ -101,10 +112,14 @@ class GradientWatch:
             elif record.copy is not None:
                 gradients.append(record.copy)
             elif record.gradient._version == record.version:
+                untouched.append(record)
                 gradients.append(record.gradient.detach())
             else:
                 self.keep_copies = True
                 return None
+        if _altered(untouched):
+            self.keep_copies = True
+            return None
         return gradients
 
     def params_edited(self, params: Sequence[Tensor]) -> bool:
@@ -113,16 +128,6 @@ class GradientWatch:
             record is not None and record.param_version != param._version
             for param, record in ((param, self._seen.get(id(param))) for param in params)
         )
-
-    def modified(self, params: Sequence[Tensor]) -> bool:
-        """Whether what stands in ``.grad`` is not what the backward passes left."""
-        for param in params:
-            record = self._seen.get(id(param))
-            if record is not None and (
-                param.grad is not record.gradient or record.gradient._version != record.version
-            ):
-                return True
-        return False
 
     def step_done(self, params: Sequence[Tensor]) -> None:
         """Remember which gradients the step used up."""
@@ -133,8 +138,40 @@ class GradientWatch:
         }
 
 
+def _norm(gradient: Tensor) -> Tensor:
+    values = gradient.detach()
+    values = values.coalesce().values() if values.is_sparse else values
+    half = values.dtype in (torch.float16, torch.bfloat16)
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32 if half else None)
+    return norm
+
+
+def _altered(records: Sequence[_Seen]) -> bool:
+    """Whether gradients were altered without a trace in their version.
+
+    GradScaler unscales without one, and so does everything that goes through ``.data``.
+    """
+    if not records:
+        return False
+    device = records[0].norm.device
+    then = torch.stack([record.norm.to(device, torch.float64) for record in records])
+    now = torch.stack([_norm(record.gradient).to(device, torch.float64) for record in records])
+    return not bool(torch.isclose(then, now, rtol=0.0, atol=0.0, equal_nan=True).all())
+
+
+SAMPLED = 32
+
+
+@torch.no_grad()
 def fingerprint(params: Sequence[Tensor]) -> Tensor:
-    """Norm of every parameter ``[L]``; differs when parameters were edited, also through ``.data``."""
-    with torch.no_grad():
-        norms = torch._foreach_norm([param.detach() for param in params])
-        return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])
+    """Norm and some elements of every parameter, float64; another one means that parameters were edited.
+
+    Versions do not tell: edits through ``.data`` leave none, weights swapped and swapped back do.
+    """
+    parts = []
+    for param in params:
+        values = torch.view_as_real(param.detach()) if param.is_complex() else param.detach()
+        parts.append(_norm(values).reshape(1))
+        if values.is_contiguous():
+            parts.append(values.view(-1)[:: max(1, values.numel() // SAMPLED)][:SAMPLED])
+    return torch.cat([part.to(parts[0].device, torch.float64) for part in parts])

@@ -27,7 +27,7 @@ from alpha_optim.direction import (
 from alpha_optim.gradient_watch import GradientWatch, fingerprint
 from alpha_optim.losses import LossTap
 from alpha_optim.pairs import BatchLoss, EndPoint, PendingPair, PendingStart, put_together, small_tensor
-from alpha_optim.passes import PassLog
+from alpha_optim.passes import BackwardPass, PassLog
 from alpha_optim.projections.base import Backend, SampleSlopes
 from alpha_optim.projections.statistics import sample_mean, sample_variance
 
@@ -42,12 +42,12 @@ class LineProbe:
             loss_fn: Loss function of the user, if it was given.
         """
         self._params: list[Tensor] = []
-        self.log = PassLog(lambda: self.watch.gradients_gone(self._params))
+        self.log = PassLog(self._gradients_gone, self._discarded, self._pass_opened)
         self.losses = LossTap(loss_fn, self.log.forward_started, self.log.anchor)
         self.watch = GradientWatch(self._accumulated)
         self.pending: PendingStart | None = None
         self._backend: Backend | None = None
-        self._touched = False
+        self._edited: Tensor | None = None
 
     # ---------------------------------------------------------------- hooks
 
@@ -78,7 +78,7 @@ class LineProbe:
         self.watch.detach()
         self.losses.detach()
         self.log.clear()
-        self._touched = False
+        self._edited = None
 
     def mute(self) -> None:
         """Remove every hook; what was seen stays."""
@@ -87,21 +87,31 @@ class LineProbe:
         self.watch.mute()
         self.losses.detach()
 
-    def discard(self) -> None:
-        """Gradients were cleared: passes of this iteration that led to no step do not count."""
-        self.log.discard()
-        self._after_discard()
+    def _gradients_gone(self) -> bool:
+        return self.watch.gradients_gone(self._params)
 
-    def _after_discard(self) -> None:
-        if self.log.discarded and not self._touched:
-            self._touched = True
-            self.watch.forget()
-            if self._backend is not None:
-                self._backend.discard()
+    def _discarded(self) -> bool:
+        """The passes so far do not count; whether a step was skipped for them."""
+        skipped = self.watch.not_finite()
+        self.watch.forget()
+        if self._backend is not None:
+            self._backend.discard()
+        return skipped
+
+    def _pass_opened(self) -> None:
+        """Compare the parameters that this backward pass belongs to with what the step left."""
+        if self.pending is not None:
+            edited = self._edited_since(self.pending)
+            self._edited = edited if self._edited is None else self._edited | edited
+
+    def _edited_since(self, pending: PendingStart) -> Tensor:
+        now = fingerprint(self._params)
+        if now.shape != pending.fingerprint.shape:
+            return torch.ones((), dtype=torch.bool, device=now.device)
+        return ~torch.isclose(now, pending.fingerprint, rtol=0.0, atol=0.0, equal_nan=True).all()
 
     def _accumulated(self, param: Tensor) -> None:
         entry = self.log.current()
-        self._after_discard()
         entry.reached = True
         if self._backend is not None:
             self._backend.accumulated(param)
@@ -141,10 +151,11 @@ class LineProbe:
         length = direction.squared_length.sqrt()
         slope = inner_product(direction.changes, gradients) / length
         gammas = [entry.gamma for entry in passes if entry.gamma is not None]
-        if slopes is not None and slopes.complete and len(passes) > 1:
-            slope = sample_mean(slopes.values / length)  # passes may carry different weights
-        elif gammas:
+        if gammas:
             slope = slope / torch.stack([g.double().to(slope.device) for g in gammas]).sum()
+        if slopes is not None and slopes.complete and len(passes) > 1:
+            mean = sample_mean(slopes.values / length)
+            slope = torch.where(_evenly_weighted(passes, slope.device), slope, mean)
         # Divided by the length first: squares of <d, gradient> overflow in a diverging run.
         variance = None if slopes is None else sample_variance(slopes.values / length)
         parts = [loss.mean, loss.variance, slope, variance]
@@ -173,8 +184,7 @@ class LineProbe:
         assert self._backend is not None
         slopes = self._backend.end_slopes(pending.direction)
         point = self._point(pending.direction, gradients, slopes, loss)
-        now = fingerprint(self._params)
-        edited = ~torch.isclose(now, pending.fingerprint, rtol=0.0, atol=0.0, equal_nan=True).all()
+        edited = self._edited_since(pending) if self._edited is None else self._edited
         return PendingPair.of(pending, point, edited)
 
     def start_obstacle(self, gradients: Sequence[Tensor | None] | None) -> str | None:
@@ -186,7 +196,7 @@ class LineProbe:
 
     def _obstacle(self, gradients: Sequence[Tensor | None] | None) -> str | None:
         """Say why nothing was observed in this iteration, or None."""
-        if self.log.discarded:
+        if self.log.skipped:
             return "step_skipped"
         if gradients is None:
             return "gradients_modified"
@@ -214,6 +224,12 @@ class LineProbe:
         slopes = self._backend.start_slopes(direction, gradients)
         point = self._point(direction, gradients, slopes, loss)
         self.pending = PendingStart(iteration, direction, point, fingerprint(self._params), lr)
+
+    def start_was_turned(self) -> bool:
+        """Whether the step just made is no multiple of the gradient, where the backend needed that."""
+        if self.pending is None or not self.watch.keep_copies:
+            return False
+        return self.pending.point.observed[2] and bool(self.pending.point.numbers[3].isnan())
 
     # ---------------------------------------------------------------- resume
 
@@ -255,3 +271,12 @@ class LineProbe:
             saved["fingerprint"].to(device),
             tuple(saved["lr"]),
         )
+
+
+def _evenly_weighted(passes: Sequence[BackwardPass], device: torch.device) -> Tensor:
+    """Whether every sample has the same weight in the gradient, whichever pass it came with ``[]``."""
+    shares = [entry.gamma / entry.samples for entry in passes if entry.gamma is not None and entry.samples]
+    if not shares:
+        return torch.ones((), dtype=torch.bool, device=device)
+    weights = torch.stack([share.double().to(device) for share in shares])
+    return weights.max() - weights.min() <= 1e-6 * weights.abs().max()

@@ -82,10 +82,13 @@ class LossTap:
     def hand_over(self, losses: Tensor) -> LossCall:
         """Return handed over losses as a call; reports their factor to the backward pass, if it comes."""
         values = losses.detach()
-        if losses.requires_grad:
-            self.watch(losses if losses.dim() else losses.reshape(1), explicit=True)
         if values.dim() == 0:
-            return LossCall(values.clone(), None, None, None, True)
+            call = LossCall(values.clone(), None, None, None, True)
+            if losses.requires_grad:
+                losses.register_hook(lambda g: self._on_backward(replace(call, gamma=g.detach())))
+            return call
+        if losses.requires_grad:
+            self.watch(losses, explicit=True)
         individual = _of_samples(values)
         return LossCall(individual.mean(), individual, len(individual), None, True)
 
@@ -145,13 +148,13 @@ def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tenso
     if not isinstance(first, Tensor) or first.dim() == 0:
         return None
     samples = first.shape[0]
-    single = copy.copy(loss_fn)
+    single = _stand_in(loss_fn)
     vars(single)["reduction"] = "none"
     try:
-        with _unchanged(loss_fn):
+        with _same_random_numbers(loss_fn, first.device):
             values = single.forward(*args, **kwargs)
-    except (ValueError, RuntimeError, NotImplementedError):
-        return None  # a loss that knows no "none"; told once by the caller
+    except Exception:  # whatever a loss raises that knows no "none"; told once by the caller
+        return None
     if not isinstance(values, Tensor) or values.dim() == 0 or values.shape[0] != samples:
         return None
     values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
@@ -180,18 +183,23 @@ def _total_weight(loss_fn: Any, args: Any, kwargs: Any, values: Tensor) -> Any:
     return (weight[target.clamp_min(0).clamp_max(len(weight) - 1)] * kept).sum()
 
 
+def _stand_in(module: nn.Module) -> nn.Module:
+    """A copy that shares parameters but has buffers of its own: the user's graph may hold the originals."""
+    copied = copy.copy(module)
+    copied._buffers = {
+        name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
+    }
+    copied._modules = {
+        name: None if child is None else _stand_in(child) for name, child in module._modules.items()
+    }
+    return copied
+
+
 @contextmanager
-def _unchanged(loss_fn: nn.Module) -> Iterator[None]:
-    """Leave random number generators and buffers of a loss function as they were."""
-    buffers = list(loss_fn.buffers())
+def _same_random_numbers(loss_fn: nn.Module, device: torch.device) -> Iterator[None]:
+    """Leave the random number generators as they were."""
     if type(loss_fn).__module__.startswith("torch.nn."):
-        yield  # torch's own losses draw no random numbers and write no buffers
+        yield  # torch's own losses draw none
         return
-    kept = [buffer.clone() for buffer in buffers]
-    devices = {buffer.device for buffer in buffers} | {param.device for param in loss_fn.parameters()}
-    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
-        try:
-            yield
-        finally:
-            for buffer, value in zip(buffers, kept, strict=True):
-                buffer.copy_(value)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

@@ -149,14 +149,15 @@ class AlphaGuided(Optimizer):
         """
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
-        check_membership(params, self._session.plan.model, self._session.plan.loss_fn, "the new group")
+        bare = [entry[1] if isinstance(entry, tuple) else entry for entry in params]
+        check_membership(bare, self._session.plan.model, self._session.plan.loss_fn, "the new group")
         self.optimizer.add_param_group({**param_group, "params": params})
         self._session.begin()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; see `torch.optim.Optimizer.zero_grad`."""
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Clear the gradients as the wrapped optimizer does; see `torch.optim.Optimizer.zero_grad`."""
         self._session.gradients_cleared()
-        self.optimizer.zero_grad(set_to_none)
+        self.optimizer.zero_grad(*(() if set_to_none is None else (set_to_none,)))
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Finish the measurement of the last step and make the next.
@@ -169,12 +170,12 @@ class AlphaGuided(Optimizer):
             What the wrapped optimizer returns.
         """
         for pre_hook in tuple(self._optimizer_step_pre_hooks.values()):
-            changed = pre_hook(self, (closure,), kwargs)
+            changed = pre_hook(self, (self, closure), kwargs)
             if changed is not None:
-                (closure,), kwargs = changed
+                (_, closure), kwargs = changed
         result = self._session.step(closure, kwargs)
         for post_hook in tuple(self._optimizer_step_post_hooks.values()):
-            post_hook(self, (closure,), kwargs)
+            post_hook(self, (self, closure), kwargs)
         return result
 
     # torch wraps `step` of every class to run hooks; the wrapped one's runs the global ones.

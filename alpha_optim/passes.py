@@ -43,6 +43,8 @@ class BackwardPass:
     samples: int | None = None
     calls: list[LossCall] = field(default_factory=list)
     reached: bool = False
+    mixed: bool = False  # several losses with different numbers of samples
+    creates_graph: bool = False  # to be differentiated again
 
     def add(self, call: LossCall) -> None:
         """Add a term of the loss; a term that the user handed over replaces those seen."""
@@ -50,8 +52,10 @@ class BackwardPass:
             self.calls = [call]
         elif not any(seen.explicit for seen in self.calls):
             self.calls = sorted([*self.calls, call], key=lambda seen: seen.order)
-        if self.calls and self.calls[0].samples is not None:
-            self.samples = self.calls[0].samples
+        if self.samples is None:
+            self.samples = call.samples
+        elif call.samples is not None and call.samples != self.samples:
+            self.mixed = True
 
     @property
     def gamma(self) -> Tensor | None:
@@ -80,14 +84,22 @@ class BackwardPass:
 class PassLog:
     """Collects the backward passes of the current iteration."""
 
-    def __init__(self, gradients_cleared: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        gradients_cleared: Callable[[], bool],
+        on_discard: Callable[[], bool],
+        on_open: Callable[[], None],
+    ) -> None:
         """Start with no pass.
 
         Args:
             gradients_cleared: Says whether the gradients of earlier passes are gone.
+            on_discard: Told that the passes so far do not count; says whether a step was skipped for them.
+            on_open: Told that a pass begins.
         """
         self._gradients_cleared = gradients_cleared
-        self.forward_samples: int | None = None
+        self._on_discard = on_discard
+        self._on_open = on_open
         self.clear()
 
     def clear(self) -> None:
@@ -96,19 +108,25 @@ class PassLog:
         self._by_task: dict[int, BackwardPass] = {}
         self._anchored: BackwardPass | None = None
         self.recorded: list[LossCall] = []
-        self.forward_samples = None
-        self.discarded = False
+        self.forwards: list[int] = []
+        self.skipped = False
 
     @property
     def reached(self) -> list[BackwardPass]:
         """Passes that reached a parameter, in order."""
         return [entry for entry in self._passes if entry.reached]
 
+    @property
+    def differentiated_twice(self) -> bool:
+        """Whether the loss contains derivatives of the model (a gradient penalty)."""
+        return any(entry.creates_graph and not entry.reached for entry in self._passes)
+
     def forward_started(self, samples: int | None = None) -> None:
         """A forward pass ends the reach of the last anchor (not: a recomputation in backward)."""
         if torch._C._current_graph_task_id() == -1:
             self._anchored = None
-            self.forward_samples = samples if samples is not None else self.forward_samples
+            if samples is not None:
+                self.forwards.append(samples)
 
     def anchor(self, call: LossCall | None = None, samples: int | None = None) -> None:
         """Open the running backward pass, or add a term of the loss to it.
@@ -119,6 +137,8 @@ class PassLog:
         """
         task = torch._C._current_graph_task_id()
         entry = self._by_task.get(task)
+        if entry is None and call is None and self._anchored is not None and self._anchored.calls:
+            entry = self._by_task[task] = self._anchored  # a recomputed output, inside its loss's pass
         if entry is None:
             entry = self._open(task)
         self._anchored = entry
@@ -136,14 +156,19 @@ class PassLog:
         return entry if entry is not None else self._open(task)
 
     def discard(self) -> None:
-        """The gradients of the passes so far were thrown away without a step."""
+        """The gradients of the passes so far were thrown away without a step.
+
+        That is a skipped step if they were not finite (a gradient scaler); else it was another network's
+        backward pass that came through here.
+        """
         if self.reached:
-            self.discarded = True
+            self.skipped = self._on_discard() or self.skipped
             self._passes, self._by_task, self._anchored, self.recorded = [], {}, None, []
 
     def _open(self, task: int) -> BackwardPass:
         if self.reached and self._gradients_cleared():
             self.discard()
+        self._on_open()
         entry = BackwardPass()
         self._passes.append(entry)
         self._by_task[task] = entry

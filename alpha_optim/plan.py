@@ -50,7 +50,9 @@ class Plan:
 
     def ask_policy(self, wants: Callable[[int], bool] | None) -> None:
         """From now on a policy decides, if ``every`` is None."""
-        self._policy_wants, self._asked = wants, None
+        self._policy_wants = wants
+        if self.every is None:
+            self._asked = None
 
     def backend(self, log: PassLog) -> Backend:
         """Return the backend of the coming iteration.
@@ -71,13 +73,23 @@ class Plan:
         """Build backends anew, with a new log."""
         self._built = {}
 
-    def saw_passes(self, count: int) -> None:
-        """Take note of the number of backward passes of a step: the fast path of SGD needs one."""
-        if count > 1 and self.wanted == "auto" and self.choice.name == "backpack":
-            self.choice = Choice("cached", "several backward passes per step")
+    def saw_step(self, passes: int, turned: bool) -> None:
+        """Leave the fast path of SGD where it cannot give all.
+
+        Args:
+            passes: Number of backward passes of the step; it needs one.
+            turned: Whether the step is no multiple of the gradient (clipping by value).
+        """
+        if self.wanted == "auto" and self.choice.name == "backpack" and (passes > 1 or turned):
+            reason = (
+                "several backward passes per step" if passes > 1 else "steps are no multiples of the gradient"
+            )
+            self.choice = Choice("cached", reason)
 
     def warn_unaccounted(self) -> None:
         """Say once which parameters have no slopes of single samples, and why."""
+        if self.choice.name not in self._built:  # just left for one that can
+            return
         reasons = self._built[self.choice.name].unaccounted.reasons
         fresh = {name: why for name, why in reasons.items() if name not in self._warned}
         if fresh:

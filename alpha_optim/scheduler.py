@@ -82,8 +82,19 @@ class AlphaScheduler(LRScheduler):
         self._written = list(self._scheduled)
         self._seen_iteration = optimizer.iteration
         self._seen_measurement = optimizer.iteration - 1
+        self._guarded = guard
         super().__init__(optimizer)
-        optimizer._session.steered(base.wants_of(policy), guard, self._guard_acted)
+        self._steer()
+
+    def _steer(self) -> None:
+        """Tell the optimizer who decides what is measured, and who hears of the guard."""
+        session = self.optimizer._session  # type: ignore[attr-defined] # - an AlphaGuided
+        session.steered(base.wants_of(self.policy), self._guarded, self._guard_acted)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the copied or unpickled optimizer over."""
+        self.__dict__.update(state)
+        self._steer()
 
     def _initial_step(self) -> None:
         """Write the first effective rates; torch's constructor calls this."""
@@ -163,6 +174,7 @@ class AlphaScheduler(LRScheduler):
 
     def _guard_acted(self, event: GuardEvent) -> GuardEvent:
         """Lower the scale after a step that was taken back; returns the event with what was done."""
+        self._take_over_foreign_rates()
         if event.restored:
             again = event.iteration - self._last_event <= SOON or event.reason == "loss_drifted"
             self._last_event = event.iteration
@@ -177,14 +189,14 @@ class AlphaScheduler(LRScheduler):
     def _write(self) -> None:
         iteration = self.optimizer.iteration  # type: ignore[attr-defined] # - an AlphaGuided
         envelope = base.envelope_of(self.policy, iteration)
-        if not envelope >= 0.0:
+        if not 0.0 <= envelope < math.inf:
             raise ValueError(
                 f"policy {type(self.policy).__name__} returned envelope({iteration}) = {envelope!r}; "
-                "expected a number >= 0"
+                "expected a finite number >= 0"
             )
         largest = max(self._scheduled) * self.scale
-        if largest > self.max_lr:  # also for the scale itself: it must not wind up against the bound
-            self.scale *= self.max_lr / largest
+        if self.schedule is None and largest > self.max_lr:
+            self.scale *= self.max_lr / largest  # it must not wind up against the bound
         wanted = [rate * self.scale * envelope for rate in self._scheduled]
         positive = [rate for rate in wanted if rate > 0.0]
         if self.min_lr > 0.0 and not positive:

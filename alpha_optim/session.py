@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -92,13 +93,13 @@ class Session:
     def gradients_cleared(self) -> None:
         """``zero_grad`` was called."""
         if self.active and not self._in_step:
-            self.probe.discard()
+            self.probe.log.discard()
 
     # ---------------------------------------------------------------- losses handed over
 
     def backward(self, losses: Tensor) -> Tensor:
         """Run the backward pass of the mean of ``losses``; see `AlphaGuided.backward`."""
-        check_losses(losses, "backward", self.probe.log.forward_samples, graph=True)
+        check_losses(losses, "backward", self.probe.log.forwards, graph=True)
         mean = losses.mean()
         if self.active:
             self.probe.losses.announce(losses, mean)
@@ -107,7 +108,7 @@ class Session:
 
     def record_losses(self, losses: Tensor) -> None:
         """Take note of losses; see `AlphaGuided.record_losses`."""
-        check_losses(losses, "record_losses", self.probe.log.forward_samples, graph=False)
+        check_losses(losses, "record_losses", self.probe.log.forwards, graph=False)
         if self.active:
             self.probe.log.recorded.append(self.probe.losses.hand_over(losses))
 
@@ -116,9 +117,10 @@ class Session:
     def step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Measure, guard, step; see `AlphaGuided.step`."""
         if not self.active:
+            self.iteration += 1
             return self.optimizer.step(**_with(closure, kwargs))
         try:
-            if closure is None or self.probe.log.reached:
+            if closure is None:
                 self._before_step(None)
             inner = None if closure is None else self._watched(closure)
             result = self.optimizer.step(**_with(inner, kwargs))
@@ -200,8 +202,8 @@ class Session:
         if self._before is not None:
             assert self._gradients is not None
             self.probe.after_step(self.iteration, self._before, self._gradients, self._loss, self._rates)
+            self.plan.saw_step(len(self.probe.log.reached), self.probe.start_was_turned())
             self.plan.warn_unaccounted()
-            self.plan.saw_passes(len(self.probe.log.reached))
         self.probe.watch.step_done(parameters_of(self.optimizer))
         self._in_step, self._before, self._gradients = False, None, None
         self.iteration += 1
@@ -237,6 +239,7 @@ class Session:
             "probe": self.probe.state_dict(),
             "guard": self._saved_guard if self.guard is None else self.guard.state_dict(),
             "plan": self.plan.state_dict(),
+            "events": [asdict(event) for event in self.events],
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -244,7 +247,7 @@ class Session:
         params = parameters_of(self.optimizer)
         self.probe.close()
         self._reset()
-        self._saved_guard = None
+        self._saved_guard, self.events = None, []
         if state is None:
             self.iteration = 0
             self.history.load_state_dict(AlphaHistory().state_dict())
@@ -255,6 +258,7 @@ class Session:
             self.probe.load_state_dict(state["probe"], params)
             self._saved_guard = state["guard"]
             self.plan.load_state_dict(state["plan"])
+            self.events = [GuardEvent(**event) for event in state["events"]]
         if self.guard is not None:
             self.guard = Guard(self.plan.model)
             if self._saved_guard is not None:

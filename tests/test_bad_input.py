@@ -138,9 +138,9 @@ def test_losses_that_are_one_number(model, sgd):
 @pytest.mark.parametrize("method", ["backward", "record_losses"])
 def test_losses_of_the_wrong_length(model, sgd, method):
     guided = AlphaGuided(sgd, model)
-    losses = model(torch.randn(6, 4)).square().reshape(-1)
+    losses = model(torch.randn(6, 4)).square().reshape(-1)[:9]
     with pytest.raises(
-        ValueError, match=r"got 12 losses, but the model's batch has 6 samples; expected shape \[6\]"
+        ValueError, match=r"got 9 losses, but the model's batch has 6 samples; expected shape \[6\]"
     ):
         getattr(guided, method)(losses)
     assert all(p.grad is None for p in model.parameters())

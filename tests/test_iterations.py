@@ -217,19 +217,80 @@ def test_a_loss_scale_is_divided_out(kind, scale):
     same(list(guided.alpha_history)[:4], list(reference.alpha_history)[1:], tolerance=1e-8)
 
 
-def test_a_step_skipped_by_a_scaler_keeps_the_iteration_and_drops_the_pairs_that_touch_it():
-    for clear in ("wrapper", "model"):
-        model, loss_fn = make_model(), nn.CrossEntropyLoss()
-        guided = wrap(model, loss_fn)
-        for k, (x, y) in enumerate(make_batches(7)):
-            guided.zero_grad() if clear == "wrapper" else model.zero_grad()
-            loss_fn(model(x), y).backward()
-            if k == 3:
-                continue  # what GradScaler does when it finds an inf
-            guided.step()
-        assert guided.iteration == 6
-        assert guided.alpha_history.iterations.tolist() == [0, 1, 4]
-        assert guided.alpha_history.dropped == {"step_skipped": 2}
+@pytest.mark.parametrize("clear", ["wrapper", "model", "in place"])
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_step_skipped_by_a_scaler_keeps_the_iteration_and_drops_the_pairs_that_touch_it(kind, clear):
+    model, loss_fn = make_model().float(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, kind)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for k, (x, y) in enumerate(make_batches(9)):
+        if clear == "wrapper":
+            guided.zero_grad()
+        else:
+            model.zero_grad(set_to_none=clear == "model")
+        scaler.scale(loss_fn(model(x.float() * (math.inf if k == 4 else 1.0)), y)).backward()
+        scaler.step(guided)
+        scaler.update()
+    assert guided.iteration == 8
+    # The first pair goes because nobody knew yet that gradients get unscaled.
+    assert guided.alpha_history.dropped == {"gradients_modified": 1, "step_skipped": 2}
+    assert guided.alpha_history.iterations.tolist() == [1, 2, 5, 6]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_gradient_scaler_changes_nothing_but_the_first_pair(kind, clip):
+    reference = plain_run(kind, make_batches(7))
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, kind)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=3)
+    for x, y in make_batches(7):
+        guided.zero_grad()
+        scaler.scale(loss_fn(model(x), y)).backward()
+        if clip:
+            scaler.unscale_(guided)
+            nn.utils.clip_grad_norm_(model.parameters(), 1e9)  # never clips, but multiplies by one
+        scaler.step(guided)
+        scaler.update()
+    assert guided.alpha_history.dropped == {"gradients_modified": 1}
+    same(guided.alpha_history, reference.alpha_history[1:], tolerance=1e-7)
+
+
+def test_gradients_altered_through_data_are_noticed():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, "adam")
+    reference = plain_run("adam")
+    for x, y in make_batches(6):
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        for p in model.parameters():
+            p.grad.data.mul_(0.5)  # Adam does not care, so the steps are the same
+        guided.step()
+    assert guided.alpha_history.dropped == {"gradients_modified": 1}
+    same(guided.alpha_history, reference.alpha_history[1:], ("slope_start", "slope_end"), tolerance=1e-5)
+
+
+def test_two_networks_trained_against_each_other():
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6)).double()
+    critic = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    loss_fn = nn.BCEWithLogitsLoss()
+    both = nn.ModuleList([generator, critic])
+    d = AlphaGuided(torch.optim.SGD(critic.parameters(), lr=0.1), both, loss_fn, variance="exact")
+    g = AlphaGuided(torch.optim.Adam(generator.parameters(), lr=0.01), both, loss_fn, variance="exact")
+    real, fake = torch.ones(12, 1, dtype=torch.float64), torch.zeros(12, 1, dtype=torch.float64)
+    for _ in range(5):
+        noise = torch.randn(12, 4, dtype=torch.float64)
+        d.zero_grad()
+        (loss_fn(critic(torch.randn(12, 6, dtype=torch.float64)), real)
+         + loss_fn(critic(generator(noise).detach()), fake)).backward()  # fmt: skip
+        d.step()
+        g.zero_grad()
+        loss_fn(critic(generator(noise)), real).backward()  # also reaches the critic, whose next step clears it
+        g.step()
+    for guided in (d, g):
+        assert [m.information for m in guided.alpha_history] == ["full"] * 4
+        assert guided.alpha_history.dropped == {}
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
@@ -268,7 +329,37 @@ def test_weights_swapped_and_swapped_back_drop_nothing():
     assert len(guided.alpha_history) == 4
 
 
-def test_a_parameter_edited_between_backward_and_step_drops_both_pairs():
+@pytest.mark.parametrize("edit", ["flip", "negate"])
+def test_edits_that_keep_every_norm_are_noticed_too(edit):
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn)
+    for k, (x, y) in enumerate(make_batches(5)):
+        if k == 2:
+            with torch.no_grad():
+                weight = model[2].weight
+                weight.copy_(weight.flip(0) if edit == "flip" else -weight)
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+    assert guided.alpha_history.iterations.tolist() == [0, 2, 3]
+
+
+def test_foreign_weights_during_the_pass_drop_both_pairs():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided, other = wrap(model, loss_fn), make_model(5).state_dict()
+    for k, (x, y) in enumerate(make_batches(6)):
+        own = copy.deepcopy(model.state_dict())
+        if k == 3:
+            model.load_state_dict(other)
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        model.load_state_dict(own)
+        guided.step()
+    assert 2 not in guided.alpha_history.iterations
+    assert 3 not in guided.alpha_history.iterations
+
+
+def test_a_parameter_edited_between_backward_and_step_drops_the_pair_that_starts_there():
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
     guided = wrap(model, loss_fn, "adam")
     for k, (x, y) in enumerate(make_batches(6)):
@@ -278,7 +369,8 @@ def test_a_parameter_edited_between_backward_and_step_drops_both_pairs():
             with torch.no_grad():
                 model[0].weight.add_(0.01)
         guided.step()
-    assert guided.alpha_history.iterations.tolist() == [0, 1, 4]
+    assert guided.alpha_history.iterations.tolist() == [0, 1, 2, 4]
+    assert guided.alpha_history.dropped == {"parameters_changed": 1}
 
 
 def test_step_without_backward_is_allowed():
@@ -319,9 +411,10 @@ def test_frozen_and_unused_parameters_are_allowed():
         guided.detach()
 
 
-def test_requires_grad_toggled_in_mid_run():
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_requires_grad_toggled_in_mid_run(kind):
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
-    guided = wrap(model, loss_fn, "adam")
+    guided = wrap(model, loss_fn, kind)
     for k, (x, y) in enumerate(make_batches(8)):
         if k == 3:
             model[0].weight.requires_grad_(False)
@@ -642,3 +735,149 @@ def test_gradient_checkpointing_measures_the_same():
             loss_fn(output, y).backward()
             guided.step()
         same(guided.alpha_history, reference.alpha_history)
+
+
+# ------------------------------------------------------------------ losses of other makes
+
+
+@pytest.mark.parametrize("style", ["getattr", "dictionary", "assertion"])
+def test_a_loss_that_knows_no_none_is_recorded_and_said(style):
+    class Custom(nn.Module):
+        reduction = "mean"
+
+        def forward(self, output, y):
+            losses = nn.functional.cross_entropy(output, y, reduction="none")
+            if style == "getattr":
+                return getattr(losses, self.reduction)()
+            if style == "dictionary":
+                return {"mean": torch.mean}[self.reduction](losses)
+            assert self.reduction == "mean"
+            return losses.mean()
+
+    model, loss_fn = make_model(), Custom()
+    guided = wrap(model, loss_fn)
+    with pytest.warns(UserWarning, match="Custom gives no losses of single samples"):
+        for x, y in make_batches(3):
+            guided.zero_grad()
+            loss_fn(model(x), y).backward()
+            guided.step()
+    assert {m.information for m in guided.alpha_history} == {"slopes+variances"}
+
+
+def test_a_loss_of_the_users_own_whose_graph_holds_its_buffers():
+    class Weighted(nn.CrossEntropyLoss):
+        pass
+
+    weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    runs = []
+    for loss_fn in (Weighted(weight=weight), nn.CrossEntropyLoss(weight=weight)):
+        model = make_model()
+        guided = wrap(model, loss_fn)
+        for x, y in make_batches(4):
+            guided.zero_grad()
+            loss_fn(model(x), target=y).backward()
+            guided.step()
+        runs.append(guided.alpha_history)
+    same(*runs, ("alpha", "loss_start", "loss_variance_start"))
+
+
+@pytest.mark.parametrize("sizes", [(8, 12), (8, 16), (16, 8)])
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_two_batches_of_different_size_in_one_backward_pass_have_slopes_only(kind, sizes):
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, kind)
+    with pytest.warns(UserWarning, match="several losses with different numbers of samples"):
+        for first, second in zip(make_batches(3, sizes[0]), make_batches(3, sizes[1], seed=1), strict=True):
+            guided.zero_grad()
+            sum(loss_fn(model(x), y) for x, y in (first, second)).backward()
+            guided.step()
+    assert [m.information for m in guided.alpha_history] == ["slopes"] * 2
+
+
+def test_a_gradient_penalty_has_slopes_only_and_says_so():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, "adam")
+    with pytest.warns(UserWarning, match="the loss contains derivatives of the model"):
+        for x, y in make_batches(3):
+            x.requires_grad_()
+            guided.zero_grad()
+            output = model(x)
+            (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+            (loss_fn(output, y) + slope.square().sum(1).mean()).backward()
+            guided.step()
+    assert [m.information for m in guided.alpha_history] == ["slopes"] * 2
+
+
+def test_the_mean_slope_does_not_depend_on_the_choice_of_variances():
+    runs = []
+    for variance in ("exact", "sampled"):
+        model, loss_fn = make_model(), nn.CrossEntropyLoss()
+        guided = wrap(model, loss_fn, "adam", variance=variance)
+        for x, y in make_batches(4, 40):
+            guided.zero_grad()
+            for xs, ys in zip(x.chunk(2), y.chunk(2), strict=True):
+                penalty = 0.1 * sum(p.square().sum() for p in model.parameters())
+                ((loss_fn(model(xs), ys) + penalty) / 2).backward()
+            guided.step()
+        runs.append(guided.alpha_history)
+    same(*runs, ("slope_start", "slope_end"))
+
+
+def test_an_earlier_forward_pass_of_another_size_does_not_confuse_the_count():
+    reference = plain_run("adam")
+    model = make_model()
+    guided = wrap(model, None, "adam")
+    for x, y in make_batches(6):
+        guided.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        model(x[:4])
+        loss.backward()
+        guided.step()
+    same(guided.alpha_history, reference.alpha_history, ("samples_start", "slope_variance_start"))
+
+
+def test_losses_of_two_forward_passes_together_and_of_tokens():
+    model = make_model()
+    guided = wrap(model, None, "adam")
+    (x, y), (u, v) = make_batches(1, 12)[0], make_batches(1, 7)[0]
+    with pytest.warns(UserWarning, match=r"is neither the number of samples 19 nor a multiple"):
+        for _ in range(3):
+            guided.zero_grad()
+            both = [nn.functional.cross_entropy(model(a), b, reduction="none") for a, b in ((x, y), (u, v))]
+            guided.backward(torch.cat(both))
+            guided.step()
+    assert len(guided.alpha_history) == 2
+    assert guided.alpha_history[0].samples_start == 19
+
+
+def test_the_factor_of_a_recorded_mean_is_divided_out():
+    slopes = []
+    for scale in (1.0, 1024.0):
+        model = make_model()
+        guided = wrap(model, None, "adam")
+        for x, y in make_batches(3):
+            guided.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            guided.record_losses(loss)
+            (loss * scale).backward()
+            guided.step()
+        slopes.append(guided.alpha_history[0].slope_start)
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-5)
+
+
+def test_a_stray_backward_before_a_closure_does_not_count():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn)
+    reference = plain_run()
+    stray = make_batches(1, seed=9)[0]
+    for x, y in make_batches(6):
+        loss_fn(model(stray[0]), stray[1]).backward()
+
+        def closure(x=x, y=y):
+            guided.zero_grad()
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            return loss
+
+        guided.step(closure)
+    same(guided.alpha_history, reference.alpha_history)

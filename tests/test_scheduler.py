@@ -141,6 +141,32 @@ def test_the_scale_does_not_wind_up_against_the_upper_bound():
     assert rates[21][0] == pytest.approx(0.1)
 
 
+def test_the_bound_cuts_the_curve_of_a_schedule_and_leaves_the_rest():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    peak = torch_schedules.LambdaLR(guided, lambda n: [1, 5, 10, 5, 1, 1][min(n, 5)])
+    scheduler = AlphaScheduler(guided, Hold(), schedule=peak, max_lr=0.5, guard=False)
+    rates = train(model, loss_fn, guided, scheduler, batches(4))
+    assert [r for (r,) in rates] == pytest.approx([0.5, 0.5, 0.5, 0.1])
+
+
+def test_a_copied_pair_of_optimizer_and_scheduler_keeps_guard_and_policy():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, total_steps=40)
+    train(model, loss_fn, guided, scheduler, batches(5))
+    model2, loss_fn2, guided2, scheduler2 = copy.deepcopy((model, loss_fn, guided, scheduler))
+    first = train(model, loss_fn, guided, scheduler, batches(12, seed=1))
+    assert train(model2, loss_fn2, guided2, scheduler2, batches(12, seed=1)) == first
+    x, y = batches(1)[0]
+    loss_fn2(model2(x * math.nan), y).backward()
+    guided2.step()
+    assert [event.reason for event in guided2.guard_events] == ["loss_not_finite"]
+    assert guided.guard_events == ()
+
+
 def test_tensor_rates_are_written_in_place():
     model, base = make(tensor_lr=True)
     loss_fn = nn.CrossEntropyLoss()

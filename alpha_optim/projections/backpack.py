@@ -42,8 +42,9 @@ class BackpackBackend:
         """Hook the model."""
         self.discard()
         self._params, self._start = params, start
-        changes = end_of.changes if end_of is not None else [None] * len(params)
-        self._changes = dict(zip(map(id, params), changes, strict=True))
+        changes = end_of.changes if end_of is not None else []
+        # Shorter than the parameters if a group was added; then the pair is dropped.
+        self._changes = dict(zip(map(id, params), changes, strict=False))
         self._is_end = end_of is not None
         self._recorder.begin(params, self._store)
 
@@ -72,9 +73,11 @@ class BackpackBackend:
 
     def end_slopes(self, direction: Direction) -> SampleSlopes | None:
         """Per-sample slopes along the previous step."""
+        if self._recorder.refused():
+            return None
         parts, taken = [], 0
         for entry in self._recorder.sampled_passes():
-            if self._recorder.missing(entry, self._projected.get(entry, set())):
+            if self._recorder.missing(entry, self._projected.get(entry, set())) or self._unfinished(entry):
                 return None
             values = list(self._at_end.get(entry, {}).values())
             if values:
@@ -91,10 +94,14 @@ class BackpackBackend:
         measurements keep the slopes of the gradients.
         """
         sampled = self._recorder.sampled_passes()
+        if self._recorder.refused():
+            return None
         if len(sampled) != 1 or len(self._log.reached) != 1:
+            several = "several backward passes per step; backend='cached' can"
+            self.unaccounted.add(["all parameters"], several)
             return None
         entry = sampled[0]
-        if self._recorder.missing(entry, self._projected.get(entry, set())):
+        if self._recorder.missing(entry, self._projected.get(entry, set())) or self._unfinished(entry):
             return None
         total: Tensor | None = None
         for param, change, gradient in zip(self._params, direction.changes, gradients, strict=True):
@@ -117,10 +124,15 @@ class BackpackBackend:
         self.discard()
         self._recorder.close()
 
+    def _unfinished(self, entry: BackwardPass) -> bool:
+        """Whether gradients wait for a parameter that was not watched (unfrozen after the step)."""
+        return bool(self._buffers.get(entry))
+
     def _store(self, entry: BackwardPass, param: Tensor, gradients: Tensor) -> None:
         cache = self._buffers.setdefault(entry, {})
         earlier = cache.get(id(param))
-        cache[id(param)] = gradients if earlier is None else earlier + gradients
+        if earlier is None or len(earlier) == len(gradients):  # else the pass is mixed, and refused
+            cache[id(param)] = gradients if earlier is None else earlier + gradients
 
 
 def _multiple(change: Tensor, gradient: Tensor) -> Tensor:

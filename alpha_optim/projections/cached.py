@@ -64,9 +64,12 @@ class CachedBackend:
     def _store(self, entry: BackwardPass, param: Tensor, gradients: Tensor) -> None:
         cache = self._gradients.setdefault(entry, {})
         earlier = cache.get(id(param))
-        cache[id(param)] = gradients if earlier is None else earlier + gradients
+        if earlier is None or len(earlier) == len(gradients):  # else the pass is mixed, and refused
+            cache[id(param)] = gradients if earlier is None else earlier + gradients
 
     def _reduce(self, direction: Direction) -> SampleSlopes | None:
+        if self._recorder.refused():
+            return None
         parts, taken = [], 0
         changes = dict(zip(map(id, self._params), direction.changes, strict=True))
         for entry in self._recorder.sampled_passes():

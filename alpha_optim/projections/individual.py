@@ -132,7 +132,7 @@ def _from_backpack(call: LayerCall, rows: int, per_sample: int) -> dict[str, Ten
     try:
         return {
             name: rule.param_mjp(name, standin, (), (gradient,), gradient, sum_batch=False)
-            for name in call.layer.params
+            for name in _wanted(call)
         }
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise UnsupportedLayerError(f"BackPACK has no individual gradients for it ({error})") from error
@@ -156,6 +156,11 @@ def _batch_norm_shares(call: LayerCall, rows: int) -> dict[str, Tensor]:
     return {name: shares[name].sum(spatial) if spatial else shares[name].clone() for name in call.layer.params}
 
 
+def _wanted(call: LayerCall) -> list[str]:
+    """Names of the parameters that get a gradient."""
+    return [name for name, param in call.layer.params.items() if param.requires_grad]
+
+
 def _from_vmap(call: LayerCall, rows: int) -> dict[str, Tensor]:
     """Individual gradients by ``torch.func.vmap`` over one module.
 
@@ -163,7 +168,7 @@ def _from_vmap(call: LayerCall, rows: int) -> dict[str, Tensor]:
         UnsupportedLayerError: If vmap cannot.
     """
     module, batch = call.layer.module, call.output_gradient.shape[0]
-    params = {name: param.detach() for name, param in call.layer.params.items()}
+    params = {name: call.layer.params[name].detach() for name in _wanted(call)}
     standin = copy.copy(module)
     # Own dictionaries: user hooks do not fire, and buffers written by the module stay as they are.
     standin._forward_hooks, standin._forward_pre_hooks = OrderedDict(), OrderedDict()

@@ -45,6 +45,7 @@ class LayerCall:
         output: The output, detached; only where a layer's rule needs it.
         output_index: Which tensor of a nested output the gradient belongs to.
         output_gradient: Gradient of what was sent backward with respect to that tensor.
+        creates_graph: Whether this backward pass will be differentiated itself.
     """
 
     layer: Layer
@@ -53,6 +54,7 @@ class LayerCall:
     output: Tensor | None
     output_index: int
     output_gradient: Tensor
+    creates_graph: bool
 
 
 def layers_of(model: nn.Module, wanted: set[int]) -> list[Layer]:
@@ -71,9 +73,7 @@ def layers_of(model: nn.Module, wanted: set[int]) -> list[Layer]:
         if unit:
             inside_unit |= {id(child) for child in module.modules()}
         named = module.named_parameters(recurse=unit, remove_duplicate=False)
-        params: dict[str, Tensor] = {
-            name: param for name, param in named if id(param) in wanted and param.requires_grad
-        }
+        params: dict[str, Tensor] = {name: param for name, param in named if id(param) in wanted}
         if params:
             layers.append(Layer(module, params))
     return layers
@@ -128,8 +128,17 @@ class LayerTap:
                 # Default arguments: the closure must not hold the output itself (a cycle).
                 def arrived(gradient: Tensor, index: int = index, kept: Tensor | None = kept) -> None:
                     if self._handles:
-                        call = LayerCall(layer, kept_args, kept_kwargs, kept, index, gradient.detach())
-                        self._report(call)
+                        self._report(
+                            LayerCall(
+                                layer,
+                                kept_args,
+                                kept_kwargs,
+                                kept,
+                                index,
+                                gradient.detach(),
+                                torch.is_grad_enabled(),
+                            )
+                        )
 
                 tensor.register_hook(arrived)
 

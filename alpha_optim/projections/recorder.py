@@ -42,9 +42,10 @@ class SampleRecorder:
         self._root: RemovableHandle | None = None
         self._sink: Sink | None = None
         self._known: list[Layer] = []
-        self._known_for: tuple[tuple[int, bool], ...] | None = None
+        self._known_for: tuple[int, ...] | None = None
         self.taken: dict[BackwardPass, int] = {}
         self.reached: dict[BackwardPass, set[int]] = {}
+        self._failed: dict[BackwardPass, set[int]] = {}
         self.unaccounted = Unaccounted()
 
     def begin(self, params: Sequence[Tensor], sink: Sink) -> None:
@@ -69,14 +70,14 @@ class SampleRecorder:
 
     def _layers(self, params: Sequence[Tensor]) -> list[Layer]:
         """Layers with parameters of the optimizer; found anew when those change."""
-        key = tuple((id(param), param.requires_grad) for param in params)
+        key = tuple(map(id, params))
         if key != self._known_for:
             self._known, self._known_for = layers_of(self._model, {id(param) for param in params}), key
         return self._known
 
     def discard(self) -> None:
         """Forget the passes so far."""
-        self.taken, self.reached = {}, {}
+        self.taken, self.reached, self._failed = {}, {}, {}
 
     def accumulated(self, param: Tensor) -> BackwardPass:
         """Note that the running pass reached a parameter."""
@@ -88,6 +89,17 @@ class SampleRecorder:
         """Number of samples in the passes that count."""
         return sum(entry.samples or 0 for entry in self._log.reached)
 
+    def refused(self) -> bool:
+        """Whether what flowed through the layers cannot be split over samples; notes why."""
+        reason = None
+        if any(entry.mixed for entry in self._log.reached):
+            reason = "several losses with different numbers of samples in one backward pass"
+        elif self._log.differentiated_twice:
+            reason = "the loss contains derivatives of the model (create_graph=True)"
+        if reason is not None:
+            self.unaccounted.add(["all parameters"], reason)
+        return reason is not None
+
     def sampled_passes(self) -> list[BackwardPass]:
         """Passes that carry samples; one that only adds a term without samples (a penalty) does not."""
         reached = self._log.reached
@@ -96,7 +108,8 @@ class SampleRecorder:
 
     def missing(self, entry: BackwardPass, have: set[int]) -> bool:
         """Whether a reached parameter has no individual gradients; notes it by name."""
-        lost = self.reached.get(entry, set()) - have
+        reached = self.reached.get(entry, set())
+        lost = (reached - have) | (reached & self._failed.get(entry, set()))
         self.unaccounted.add(
             sorted(self._names.get(key, "?") for key in lost),
             "it got a gradient outside the calls of the modules that own it",
@@ -125,15 +138,19 @@ class SampleRecorder:
                 self._log.anchor(samples=samples)
 
         for tensor in tensors:
-            tensor.register_hook(arrived)
+            handle = tensor.register_hook(arrived)
+            # The last layer may have returned this very tensor: the anchor has to come before its hook.
+            hooks: Any = tensor._backward_hooks
+            anchor, others = hooks.pop(handle.id), list(hooks.items())
+            hooks.clear()
+            hooks.update([(handle.id, anchor), *others])
 
     def _called(self, call: LayerCall) -> None:
         assert self._sink is not None
         entry = self._log.current()
-        if entry.samples is None:  # the model's output may be this layer's: its anchor comes second
-            entry.samples = self._log.forward_samples
+        entry.creates_graph = entry.creates_graph or call.creates_graph
         if entry.samples is None:
-            self._unsupported(call, "the number of samples of its batch is not known")
+            self._unsupported(entry, call, "the number of samples of its batch is not known")
             return
         if entry not in self.taken:
             left = self._limit - sum(self.taken.values())
@@ -143,12 +160,13 @@ class SampleRecorder:
         try:
             gradients = individual_gradients(call, entry.samples, self.taken[entry])
         except UnsupportedLayerError as error:
-            self._unsupported(call, str(error))
+            self._unsupported(entry, call, str(error))
             return
         for name, values in gradients.items():
             self._sink(entry, call.layer.params[name], values)
 
-    def _unsupported(self, call: LayerCall, reason: str) -> None:
+    def _unsupported(self, entry: BackwardPass, call: LayerCall, reason: str) -> None:
+        self._failed.setdefault(entry, set()).update(map(id, call.layer.params.values()))
         names = [self._names.get(id(param), "?") for param in call.layer.params.values()]
         self.unaccounted.add(names, f"{type(call.layer.module).__name__}: {reason}")
 
