@@ -29,6 +29,10 @@ SLOWER = 0.5
 """What the pace is multiplied by at every crossing of the knee."""
 CROSSINGS = 2
 """The knee is known after so many."""
+LOWER_HELD = 2.0
+"""What the held rate is divided by for every stretch in which steps had to be taken back."""
+CALM = 10
+"""After so many measurements without a step taken back the rate returns towards the one held."""
 
 
 class CalibrateThenAnneal:
@@ -72,11 +76,13 @@ class CalibrateThenAnneal:
         self._sign = 0  # -1: below the knee, 1: above, 0: not known yet
         self._crossings: list[float] = []
         self._done = False
+        self._held = 0.0  # log scale to hold after the calibration
+        self._calm = CALM + 1  # measurements since a step was taken back
 
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the factor for this measurement."""
         if self._done:
-            return 1.0
+            return self._return_to_held()
         n = measurement.iteration
         # Products of slope and step grow with the rate; divided by it, old rates weigh as new ones.
         rate = measurement.lr[0] if measurement.lr and measurement.lr[0] > 0.0 else 1.0
@@ -84,6 +90,7 @@ class CalibrateThenAnneal:
         ends = n + 2 >= self.calibration_steps
         if not (usable or self._begun):  # no alpha yet: the envelope keeps the rate low until the end
             self._done = ends
+            self._position = 0.0 if ends else self._position
             return 1.0
         if usable:
             self._where.append(self._position_at(n))
@@ -91,11 +98,21 @@ class CalibrateThenAnneal:
         if ends or len(self._crossings) >= CROSSINGS:
             self._done = True
             change = self._to_the_rate()
+            self._held = self._position + change
         self._position += change
         first, self._begun = not self._begun, True
         # Measurement n is known after step n+1, so a change acts from step n+2 on.
         self._trail = [*self._trail[-4 * WINDOW :], (n + 2, self._position)]
         return START * math.exp(change) if first else math.exp(change)
+
+    def _return_to_held(self) -> float:
+        """The guard lowers the rate by much, for safety; once all is calm, take most of that back."""
+        self._calm += 1
+        if self._calm <= CALM or self._position >= self._held:
+            return 1.0
+        change = min(FASTEST, self._held - self._position)
+        self._position += change
+        return math.exp(change)
 
     def _search(self) -> float:
         """Change of the log rate towards the knee, the bolder the more certain alpha's sign is."""
@@ -153,6 +170,9 @@ class CalibrateThenAnneal:
             self._position += math.log(event.scale_factor)
             self._trail = [*self._trail, (event.iteration, self._position)]
             self._forget_window()
+            if self._done and self._calm > CALM:  # the rate was too high: once per bad stretch
+                self._held -= math.log(LOWER_HELD)
+            self._calm = 0
             if not self._done:
                 if self._sign < 0:
                     self._crossings.append(self._position)
@@ -171,6 +191,8 @@ class CalibrateThenAnneal:
             "sign": self._sign,
             "crossings": list(self._crossings),
             "done": self._done,
+            "held": self._held,
+            "calm": self._calm,
             "warned": self._warned,
         }
 
@@ -181,6 +203,7 @@ class CalibrateThenAnneal:
         self._position, self._pace = float(state["position"]), float(state["pace"])
         self._trail = [(int(n), float(position)) for n, position in state["trail"]]
         self._sign, self._done = int(state["sign"]), bool(state["done"])
-        self._begun = bool(state["begun"])
+        self._begun, self._calm = bool(state["begun"]), int(state["calm"])
+        self._held = float(state["held"])
         self._crossings = [float(position) for position in state["crossings"]]
         self._warned = bool(state["warned"])
