@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from alpha_optim.direction import parameters_of
 
@@ -51,6 +52,11 @@ def check_membership(
     if model is None:
         return
     names = named_parameters(model, loss_fn)
+    if loss_fn is not None and params and not named_parameters(model):
+        raise ValueError(
+            f"model ({type(model).__name__}) has no parameters, loss_fn ({type(loss_fn).__name__}) has; the "
+            "order is AlphaGuided(optimizer, model, loss_fn)"
+        )
     foreign = [
         f"parameter {index} of shape {list(param.shape)}"
         for index, param in enumerate(params)
@@ -103,3 +109,34 @@ def check_losses(losses: Any, method: str, forwards: list[int], graph: bool) -> 
             f"{method}(losses) got {losses.shape[0]} losses, but the model's batch has {expected} "
             f"samples; expected shape [{expected}] or [{expected}, ...]"
         )
+
+
+def check_scheduling(
+    optimizer: Any, policy: Any, total_steps: Any, schedule: Any, bounds: tuple[float, float]
+) -> None:
+    """Refuse arguments of `AlphaScheduler` that cannot work together.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If arguments contradict each other.
+    """
+    if policy is not None and total_steps is not None:
+        raise ValueError(
+            "give either a policy or total_steps (which chooses CalibrateThenAnneal), not both; "
+            "a policy that needs the horizon takes it itself, e.g. CalibrateThenAnneal(total_steps)"
+        )
+    if policy is not None and (not callable(policy) or isinstance(policy, type)):
+        instance = f"; give an instance, {policy.__name__}(...)" if isinstance(policy, type) else ""
+        raise TypeError(f"policy must be callable (measurement -> factor), got {policy!r}{instance}")
+    if schedule is not None and not isinstance(schedule, (LRScheduler, ReduceLROnPlateau)):
+        raise TypeError(f"schedule must be a torch learning rate scheduler, got {type(schedule).__name__}")
+    if schedule is not None and schedule.optimizer not in (optimizer, optimizer.optimizer):
+        raise ValueError(
+            f"schedule belongs to another optimizer ({type(schedule.optimizer).__name__}); build it on this "
+            f"one: {type(schedule).__name__}(optimizer, ...)"
+        )
+    if not 0.0 <= bounds[0] <= bounds[1]:
+        raise ValueError(f"expected 0 <= min_lr <= max_lr, got min_lr={bounds[0]}, max_lr={bounds[1]}")
+    missing = [index for index, group in enumerate(optimizer.param_groups) if "lr" not in group]
+    if missing:
+        raise ValueError(f"param group {missing[0]} has no 'lr'; AlphaScheduler sets learning rates")

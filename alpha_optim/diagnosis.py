@@ -23,13 +23,14 @@ CERTAIN = 2.0
 """How many standard errors make a difference."""
 SHORT = -0.1
 FAR = 0.8
+LARGE = 32
 
 _ADVICE = {
     "undershooting": "Steps end short of the minimum along their direction: the learning rate can grow.",
     "balanced": "Steps end near or a little beyond the minimum along their direction, as in good runs.",
     "overshooting": "Steps end far beyond the minimum along their direction: lower the learning rate.",
     "diverging": "The loss rises or is not finite: lower the learning rate, by 10 to begin with.",
-    "unknown": "The measurements do not tell yet.",
+    "unknown": "The measurements do not tell: too few, too noisy, or batches too small for the sign of alpha.",
 }
 
 
@@ -78,7 +79,9 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
         return Diagnosis("undershooting", alpha, std, count)
     if alpha - CERTAIN * std > FAR:
         return Diagnosis("overshooting", alpha, std, count)
-    if alpha - CERTAIN * std > 0.0:
+    large = bool(recent) and sorted(item.samples_start for item in recent)[len(recent) // 2] >= LARGE
+    # Near 0 means a good rate for large batches, and nothing at all for tiny ones.
+    if alpha - CERTAIN * std > (SHORT if large else 0.0):
         return Diagnosis("balanced", alpha, std, count)
     return Diagnosis("unknown", alpha, std, count)
 

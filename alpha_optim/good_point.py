@@ -3,7 +3,9 @@
 Single steps of small batches may each look harmless while the run diverges: per-sample losses of an
 exploding network scatter as widely as they rise. So the loss is also watched in windows of `WINDOW`
 steps. The best window so far is the good point. A window whose mean lies more than `DRIFT` usual
-batch-to-batch deviations above it has diverged, whatever single steps say.
+batch-to-batch deviations above it has diverged, whatever single steps say; so has one that lost `LOST` of
+all progress since the first step, the second time in a row that this is more than `DRIFT` standard errors
+of a window's mean.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 WINDOW = 10
 DRIFT = 8.0
+LOST = 0.9
 PATIENCE = 10
 """After so many returns without progress in between the higher loss is accepted as the new level."""
 
@@ -28,16 +31,28 @@ class GoodPoint:
         """Start with nothing kept."""
         self.tensors: list[Tensor] = []
         self._level: Tensor | None = None  # mean loss and batch-to-batch deviation of the good window [2]
+        self._first: Tensor | None = None  # loss before the first step []
+        self._lost_before = torch.zeros((), dtype=torch.bool)  # whether the last window had lost it all
         self._losses: list[Tensor] = []  # of the window in progress, on the device
         self._returns = 0
 
     def drifted(self, device: torch.device) -> Tensor | None:
         """Whether the window that is now complete has diverged ``[]``; None if none is complete."""
-        if len(self._losses) < WINDOW or self._level is None:
+        if len(self._losses) < WINDOW or self._level is None or self._first is None:
             return None
         mean, _ = self._window()
         level, deviation = self._level
-        return torch.gt(mean, level + DRIFT * deviation).to(device)
+        far = torch.gt(mean, level + DRIFT * deviation)
+        return (far | (self._lost(mean) & self._lost_before.to(mean.device))).to(device)
+
+    def _lost(self, mean: Tensor) -> Tensor:
+        """Whether a window of this mean lost almost all progress ``[]``."""
+        if self._level is None or self._first is None:
+            return torch.zeros((), dtype=torch.bool, device=mean.device)
+        level, deviation = self._level
+        rise = mean - level
+        much = torch.gt(rise, LOST * (self._first.to(mean.device) - level))
+        return much & torch.gt(rise, DRIFT / math.sqrt(WINDOW) * deviation)
 
     def improved(self, device: torch.device) -> Tensor | None:
         """Whether the window that is now complete is the best so far ``[]``."""
@@ -56,6 +71,7 @@ class GoodPoint:
         """
         mean = mean.detach().double()
         if self._level is None:
+            self._first = mean
             spread = 0.1 * mean.abs() if standard_error is None else standard_error.to(mean.device)
             self._level = torch.stack([mean, torch.maximum(spread, 0.02 * mean.abs())])
             self.keep(state)
@@ -64,8 +80,9 @@ class GoodPoint:
     @torch.no_grad()
     def close_window(self, improved: bool, state: Sequence[Tensor]) -> None:
         """The window is complete and has not diverged: the best one becomes the good point."""
+        mean, deviation = self._window()
+        self._lost_before = self._lost(mean)
         if improved:
-            mean, deviation = self._window()
             self._level = torch.stack([mean, torch.maximum(deviation, 0.02 * mean.abs())])
             self.keep(state)
             self._returns = 0
@@ -75,6 +92,7 @@ class GoodPoint:
     def go_back(self, state: Sequence[Tensor]) -> None:
         """Put the good point back, bit for bit."""
         self._returns += 1
+        self._lost_before = torch.zeros((), dtype=torch.bool)
         for now, kept in zip(state, self.tensors, strict=True):
             now.copy_(kept)
         self._losses = []
@@ -107,6 +125,8 @@ class GoodPoint:
         return {
             "tensors": [tensor.clone() for tensor in self.tensors],
             "level": self._level,
+            "first": self._first,
+            "lost_before": self._lost_before,
             "losses": list(self._losses),
             "returns": self._returns,
         }
@@ -116,7 +136,8 @@ class GoodPoint:
         if len(state["tensors"]) != len(like):
             return
         self.tensors = [kept.to(now.device) for kept, now in zip(state["tensors"], like, strict=True)]
-        self._level, self._losses = state["level"], list(state["losses"])
+        self._level, self._first = state["level"], state["first"]
+        self._losses, self._lost_before = list(state["losses"]), state["lost_before"]
         self._returns = int(state["returns"])
 
 

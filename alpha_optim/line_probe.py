@@ -127,7 +127,8 @@ class LineProbe:
         """
         seen = [entry for entry in self.log.reached if entry.calls]
         calls: list[tuple[Tensor, Tensor | None, int]] = []
-        if self.log.recorded:
+        known = any(call.individual is not None for call in self.log.recorded)
+        if self.log.recorded and (known or not any(entry.losses()[1] is not None for entry in seen)):
             calls = [(call.mean, call.individual, call.samples or 0) for call in self.log.recorded]
         for entry in seen if not calls else []:
             mean, individual = entry.losses()

@@ -136,8 +136,9 @@ class AlphaGuided(Optimizer):
         Raises:
             AttributeError: If that lacks it too.
         """
-        # With this flag GradScaler would hand its scale to the wrapper, where no fused kernel looks.
-        if name == "_step_supports_amp_scaling" or name in ("optimizer", "_session") or name in _HOOKS:
+        # By this flag GradScaler would hand its scale to the wrapper, where no fused kernel looks.
+        hidden = name == "_step_supports_amp_scaling" or name in ("optimizer", "_session", *_HOOKS)
+        if hidden or not hasattr(self.optimizer, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.optimizer, name)
 
@@ -199,8 +200,6 @@ class AlphaGuided(Optimizer):
             losses: The mini-batch loss ``[]``, or losses of the samples ``[N]`` or ``[N, ...]``.
         """
         self._session.record_losses(losses)
-
-    # ---------------------------------------------------------------- what was measured
 
     @property
     def alpha_history(self) -> AlphaHistory:

@@ -48,9 +48,12 @@ class BackwardPass:
 
     def add(self, call: LossCall) -> None:
         """Add a term of the loss; a term that the user handed over replaces those seen."""
-        if call.explicit:
+        if call.explicit and (call.individual is not None or not self.calls):
             self.calls = [call]
-        elif not any(seen.explicit for seen in self.calls):
+        elif not call.explicit and not any(
+            seen.explicit and seen.individual is not None for seen in self.calls
+        ):
+            self.calls = [seen for seen in self.calls if not seen.explicit]
             self.calls = sorted([*self.calls, call], key=lambda seen: seen.order)
         if self.samples is None:
             self.samples = call.samples

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from alpha_optim.checks import check_scheduling
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
 from alpha_optim.records import GuardEvent
@@ -68,7 +69,13 @@ class AlphaScheduler(LRScheduler):
             TypeError: If an argument has the wrong type.
             ValueError: If arguments contradict each other.
         """
-        _check_arguments(optimizer, policy, total_steps, schedule, min_lr, max_lr)
+        if not isinstance(optimizer, AlphaGuided):
+            raise TypeError(
+                f"AlphaScheduler needs an AlphaGuided optimizer, got {type(optimizer).__name__}; "
+                "wrap it first: AlphaGuided(optimizer, model, loss_fn)"
+            )
+        check_scheduling(optimizer, policy, total_steps, schedule, (min_lr, max_lr))
+        optimizer._session.check_unsteered()
         if policy is None:
             policy = TargetAlpha() if total_steps is None else CalibrateThenAnneal(
                 total_steps, anneal=schedule is None
@@ -113,6 +120,7 @@ class AlphaScheduler(LRScheduler):
         optimizer = self.optimizer
         assert isinstance(optimizer, AlphaGuided)
         self._step_count += 1
+        optimizer._session.reminders.scheduler_stepped(optimizer.iteration)
         self._take_over_foreign_rates()
         scale = self.scale
         for measurement in self._new_measurements(optimizer):
@@ -272,27 +280,3 @@ class AlphaScheduler(LRScheduler):
             self.schedule.load_state_dict(state_dict["schedule"])
         self._set_rates(self._written)
         self._last_lr = list(self._written)
-
-
-def _check_arguments(
-    optimizer: Any, policy: Any, total_steps: Any, schedule: Any, min_lr: float, max_lr: float
-) -> None:
-    if not isinstance(optimizer, AlphaGuided):
-        raise TypeError(
-            f"AlphaScheduler needs an AlphaGuided optimizer, got {type(optimizer).__name__}; "
-            "wrap it first: AlphaGuided(optimizer, model, loss_fn)"
-        )
-    if policy is not None and total_steps is not None:
-        raise ValueError(
-            "give either a policy or total_steps (which chooses CalibrateThenAnneal), not both; "
-            "a policy that needs the horizon takes it itself, e.g. CalibrateThenAnneal(total_steps)"
-        )
-    if policy is not None and (not callable(policy) or isinstance(policy, type)):
-        raise TypeError(f"policy must be callable (measurement -> factor), got {policy!r}")
-    if schedule is not None and not isinstance(schedule, (LRScheduler, ReduceLROnPlateau)):
-        raise TypeError(f"schedule must be a torch learning rate scheduler, got {type(schedule).__name__}")
-    if not 0.0 <= min_lr <= max_lr:
-        raise ValueError(f"expected 0 <= min_lr <= max_lr, got min_lr={min_lr}, max_lr={max_lr}")
-    missing = [index for index, group in enumerate(optimizer.param_groups) if "lr" not in group]
-    if missing:
-        raise ValueError(f"param group {missing[0]} has no 'lr'; AlphaScheduler sets learning rates")

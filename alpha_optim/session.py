@@ -22,6 +22,7 @@ from alpha_optim.line_probe import LineProbe
 from alpha_optim.pairs import BatchLoss
 from alpha_optim.plan import Plan
 from alpha_optim.records import GuardEvent
+from alpha_optim.reminders import Reminders
 
 VERSION = 1
 
@@ -45,6 +46,7 @@ class Session:
         self.active = True
         self.guard: Guard | None = None
         self.events: list[GuardEvent] = []
+        self.reminders = Reminders(plan.loss_fn)
         self._on_event: Callable[[GuardEvent], GuardEvent] | None = None
         self._saved_guard: dict[str, Any] | None = None
         # Optimizers that fill their state at the first step do so again when it is empty.
@@ -77,12 +79,25 @@ class Session:
         self, wants: Callable[[int], bool] | None, guard: bool, on_event: Callable[[GuardEvent], GuardEvent]
     ) -> None:
         """A scheduler takes over: it is asked what to measure and told what the guard did."""
+        self.reminders.scheduler_stepped(self.iteration)
         self._on_event = on_event
         self.plan.ask_policy(wants)
         self.guard = Guard(self.plan.model) if guard else None
         if self.guard is not None and self._saved_guard is not None:
             self.guard.load_state_dict(self._saved_guard, parameters_of(self.optimizer))
         self.begin()
+
+    def check_unsteered(self) -> None:
+        """Refuse a second scheduler.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        if self._on_event is not None:
+            raise ValueError(
+                "this optimizer already has an AlphaScheduler, and only one can set its rates; combine "
+                "policies with Bounded and WithWarmup, and schedules with schedule="
+            )
 
     def detach(self) -> None:
         """Remove every hook; from here on the wrapped optimizer steps alone."""
@@ -207,6 +222,7 @@ class Session:
         self.probe.watch.step_done(parameters_of(self.optimizer))
         self._in_step, self._before, self._gradients = False, None, None
         self.iteration += 1
+        self.reminders.after_step(self.iteration, self.probe.pending is not None, self._loss.mean is not None)
         if self.guard is not None:
             self.guard.stepped = True
         self.begin()
@@ -258,6 +274,7 @@ class Session:
             self.probe.load_state_dict(state["probe"], params)
             self._saved_guard = state["guard"]
             self.plan.load_state_dict(state["plan"])
+            self.reminders.resumed(self.iteration)
             self.events = [GuardEvent(**event) for event in state["events"]]
         if self.guard is not None:
             self.guard = Guard(self.plan.model)

@@ -26,7 +26,9 @@ class Data(NamedTuple):
 
 
 def load(path: str | None = None) -> Data:
-    """Load Fashion-MNIST from ``path`` or Debian's place if it is there, else the digits."""
+    """Load Fashion-MNIST from ``path`` or Debian's place if it is there, else (or for "digits") the digits."""
+    if path == "digits":
+        return digits()
     folder = Path(path) if path else DEBIAN
     if path and not folder.is_dir():
         raise SystemExit(f"--data {path}: no such folder; expected one with the four Fashion-MNIST files")

@@ -39,7 +39,7 @@ def train(data: Data, lr: float, steps: int, guided: bool) -> tuple[float, Alpha
     else:
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: max(0.0, 1.0 - n / steps))
     label = f"{'with alpha' if guided else 'bare      '}  lr={lr:<6g}"
-    for index in tqdm(shuffled_batches(data, BATCH, steps, seed=0), desc=label, leave=False):
+    for index in tqdm(shuffled_batches(data, BATCH, steps, seed=0), desc=label, leave=False, disable=None):
         optimizer.zero_grad()
         loss_fn(model(data.x_train[index]), data.y_train[index]).backward()
         optimizer.step()
@@ -49,7 +49,7 @@ def train(data: Data, lr: float, steps: int, guided: bool) -> tuple[float, Alpha
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="folder with the four Fashion-MNIST files")
+    parser.add_argument("--data", help="'digits', or a folder with the four Fashion-MNIST files")
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps per run")
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"), help="where the picture goes")
     args = parser.parse_args()
@@ -72,7 +72,7 @@ def main() -> None:
     history = optimizer.alpha_history
     first, half = 30, len(history) // 2
     print(f"\nWhat alpha said in the run from {lr:g}:")
-    print(f"  {np.nanmean(history.alphas[:first]):+.2f} over the first {first} steps: far short of the minimum")
+    print(f"  {np.nanmean(history.alphas[:first]):+.2f} over the first {first} steps")
     print(f"  {history.windowed(half).alpha:+.2f} over the second half of the run")
     print(f"  at the end {optimizer.diagnose()}")
     figure = plot_history(history, optimizer.guard_events, title=f"{data.name}, initial learning rate {lr:g}")

@@ -12,7 +12,7 @@ import alpha_optim
 ROOT = pathlib.Path(alpha_optim.__file__).parent
 LAYERS = [  # each part may import from parts above it
     {"records", "hooks", "direction"},
-    {"quadratic_fit", "passes", "gradient_watch", "checks", "good_point"},
+    {"quadratic_fit", "passes", "gradient_watch", "checks", "good_point", "reminders"},
     {"alpha", "losses", "projections"},
     {"rows", "pairs", "window"},
     {"history"},

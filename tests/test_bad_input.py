@@ -190,6 +190,29 @@ def test_policy_that_is_no_policy(model, sgd, policy):
         AlphaScheduler(AlphaGuided(sgd, model), policy)
 
 
+def test_a_second_scheduler(model, sgd):
+    guided = AlphaGuided(sgd, model)
+    AlphaScheduler(guided)
+    with pytest.raises(ValueError, match=r"already has an AlphaScheduler, and only one can set its rates"):
+        AlphaScheduler(guided)
+
+
+def test_a_schedule_of_another_optimizer(model, sgd):
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"schedule belongs to another optimizer \(SGD\); build it on this"):
+        AlphaScheduler(AlphaGuided(sgd, model), schedule=torch.optim.lr_scheduler.StepLR(other, 3))
+
+
+def test_model_and_loss_in_the_wrong_order(model, sgd):
+    with pytest.raises(ValueError, match=r"the order is AlphaGuided\(optimizer, model, loss_fn\)"):
+        AlphaGuided(sgd, nn.CrossEntropyLoss(), model)
+
+
+def test_an_attribute_that_neither_has_is_missed_on_the_wrapper(model, sgd):
+    with pytest.raises(AttributeError, match=r"'AlphaGuided' object has no attribute 'information'"):
+        _ = AlphaGuided(sgd, model).information
+
+
 def test_scheduler_arguments(model, sgd):
     guided = AlphaGuided(sgd, model)
     with pytest.raises(TypeError, match=r"schedule must be a torch learning rate scheduler, got int"):

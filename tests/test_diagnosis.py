@@ -11,13 +11,16 @@ from alpha_optim import AlphaGuided, AlphaHistory, GuardEvent, Observation, meas
 from alpha_optim.diagnosis import diagnose
 
 
-def history(alpha, count=100, spread=0.3, losses=None):
+def history(alpha, count=100, spread=0.3, losses=None, samples=8):
     rng = np.random.default_rng(0)
     filled = AlphaHistory()
     for n in range(count):
         start = -1.0 + 0.1 * rng.normal()
         loss = None if losses is None else losses(n) + 0.05 * rng.normal()
-        ends = (Observation(8, start, None, loss), Observation(8, alpha + spread * rng.normal(), None, loss))
+        ends = (
+            Observation(samples, start, None, loss),
+            Observation(samples, alpha + spread * rng.normal(), None, loss),
+        )
         filled.append(measure_alpha(n, 1.0, *ends, (0.1,)))
     return filled
 
@@ -32,6 +35,12 @@ def test_verdicts(alpha, verdict):
     assert said.suggested_lr is None
     assert str(said).startswith(f"{verdict}: ")
     assert f"over {said.count} steps" in str(said)
+
+
+def test_near_zero_is_balanced_for_large_batches_and_says_nothing_for_small_ones():
+    assert diagnose(history(0.0, samples=64)).verdict == "balanced"
+    assert diagnose(history(0.0, samples=8)).verdict == "unknown"
+    assert diagnose(history(-0.3, samples=64)).verdict == "undershooting"
 
 
 def test_too_few_or_too_noisy_measurements_tell_nothing():

@@ -881,3 +881,28 @@ def test_a_stray_backward_before_a_closure_does_not_count():
 
         guided.step(closure)
     same(guided.alpha_history, reference.alpha_history)
+
+
+def test_a_loss_function_that_is_never_called_is_noticed_once():
+    model = make_model()
+    guided = wrap(model, nn.CrossEntropyLoss())
+    with pytest.warns(UserWarning, match="none of its calls was seen in the backward pass") as caught:
+        for x, y in make_batches(5):
+            guided.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            guided.step()
+    assert len(caught) == 1
+
+
+def test_a_recorded_mean_does_not_replace_what_loss_fn_says():
+    reference = plain_run("adam")
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, "adam")
+    for x, y in make_batches(6):
+        guided.zero_grad()
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        guided.record_losses(loss.detach())
+        guided.step()
+    same(guided.alpha_history, reference.alpha_history)
+    assert {m.information for m in guided.alpha_history} == {"full"}

@@ -255,6 +255,21 @@ def test_policies_see_every_measurement_once_in_order():
     assert seen == list(range(8))
 
 
+def test_a_scheduler_that_is_not_stepped_is_noticed_once():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, Hold())
+    with pytest.warns(UserWarning, match=r"10 optimizer steps without scheduler.step\(\)") as caught:
+        for k, (x, y) in enumerate(batches(40)):
+            guided.zero_grad()
+            loss_fn(model(x), y).backward()
+            guided.step()
+            if k % 20 == 19:
+                scheduler.step()
+    assert len(caught) == 1
+
+
 def test_defaults():
     def policy_of(**arguments):
         model, base = make()

@@ -21,10 +21,12 @@ FEWEST = 100
 """Calibration takes at least this many steps, or a fifth of shorter runs."""
 WINDOW = 8
 START = 1e-2
-"""The first steps are made with this fraction of the initial rate: a few steps at a rate far too high damage
-a network for good, and no alpha is known before the second."""
+"""The first steps are made with this fraction of the initial rate (more in runs too short to climb back): a
+few steps at a rate far too high damage a network for good, and no alpha is known before the second."""
 FASTEST = 0.25
-"""Largest change of the log rate per measurement: a decade in nine steps."""
+"""Largest change of the log rate per step: a decade in nine."""
+LARGEST = 1.2
+"""Largest change per measurement, where steps are measured now and then."""
 SLOWER = 0.5
 """What the pace is multiplied by at every crossing of the knee."""
 CROSSINGS = 2
@@ -43,7 +45,7 @@ class CalibrateThenAnneal:
         total_steps: int,
         *,
         calibrate: float = 0.1,
-        boost: float = 1.0,
+        boost: float | None = None,
         anneal: bool = True,
     ) -> None:
         """Set the horizon.
@@ -52,7 +54,8 @@ class CalibrateThenAnneal:
             total_steps: Number of optimizer steps of the whole run.
             calibrate: Share of the run for the calibration, in (0, 1); at least 100 steps where the run
                 is long enough for that.
-            boost: How far above the knee the rate is set, a factor >= 1.
+            boost: How far above the knee the rate is set, a factor >= 1; None: by the batch size, 1 for
+                batches of up to 32 samples, 1.5 for 128, at most 2.
             anneal: Whether to anneal linearly to 0 (not if a schedule does).
 
         Raises:
@@ -62,16 +65,19 @@ class CalibrateThenAnneal:
             raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
         if not 0.0 < calibrate < 1.0:
             raise ValueError(f"calibrate must lie strictly between 0 and 1, got {calibrate}")
-        if not boost >= 1.0:
+        if boost is not None and not boost >= 1.0:
             raise ValueError(f"boost must be >= 1, got {boost}")
         self.total_steps, self.boost, self.anneal = total_steps, boost, anneal
         self.calibration_steps = max(int(calibrate * total_steps), min(FEWEST, total_steps // 5))
         self._warned = False
         self._window = AlphaWindow(WINDOW)
         self._where: deque[float] = deque(maxlen=WINDOW)  # log scale at which the window was measured
-        self._position = math.log(START)  # log scale now, while no alpha is known through the envelope
+        # In half of the calibration the given rate can be reached again.
+        self._start = max(START, math.exp(-0.5 * FASTEST * self.calibration_steps))
+        self._position = math.log(self._start)  # log scale now, while no alpha is known through the envelope
         self._trail: list[tuple[int, float]] = [(0, self._position)]  # from which iteration on it was what
         self._begun = False
+        self._last: int | None = None  # iteration of the last measurement
         self._pace = FASTEST
         self._sign = 0  # -1: below the knee, 1: above, 0: not known yet
         self._crossings: list[float] = []
@@ -94,16 +100,18 @@ class CalibrateThenAnneal:
             return 1.0
         if usable:
             self._where.append(self._position_at(n))
-        change = self._search() if len(self._window) >= 2 else 0.0
+        steps = 1 if self._last is None else max(1, n - self._last)
+        self._last = n
+        change = self._search(steps) if len(self._window) >= 2 else 0.0
         if ends or len(self._crossings) >= CROSSINGS:
             self._done = True
-            change = self._to_the_rate()
+            change = self._to_the_rate(measurement.samples_start)
             self._held = self._position + change
         self._position += change
         first, self._begun = not self._begun, True
         # Measurement n is known after step n+1, so a change acts from step n+2 on.
         self._trail = [*self._trail[-4 * WINDOW :], (n + 2, self._position)]
-        return START * math.exp(change) if first else math.exp(change)
+        return self._start * math.exp(change) if first else math.exp(change)
 
     def _return_to_held(self) -> float:
         """The guard lowers the rate by much, for safety; once all is calm, take most of that back."""
@@ -114,15 +122,19 @@ class CalibrateThenAnneal:
         self._position += change
         return math.exp(change)
 
-    def _search(self) -> float:
-        """Change of the log rate towards the knee, the bolder the more certain alpha's sign is."""
+    def _search(self, steps: int) -> float:
+        """Change of the log rate towards the knee, the bolder the more certain alpha's sign is.
+
+        Args:
+            steps: Number of steps since the last measurement.
+        """
         alpha, std = self._window.alpha, self._window.alpha_std
         if not (math.isfinite(alpha) and math.isfinite(std)):
             return 0.0
         certainty = max(-1.0, min(1.0, 0.5 * alpha / std)) if std > 0.0 else math.copysign(1.0, alpha)
         if abs(certainty) >= 0.5:
             self._side(1 if alpha > 0.0 else -1)
-        return -self._pace * certainty
+        return -min(LARGEST, self._pace * steps) * certainty
 
     def _side(self, sign: int) -> None:
         """Take note on which side of the knee the window lies."""
@@ -132,13 +144,17 @@ class CalibrateThenAnneal:
             self._forget_window()
         self._sign = sign
 
-    def _to_the_rate(self) -> float:
-        """Change of the log rate to a little above the knee."""
+    def _to_the_rate(self, samples: int) -> float:
+        """Change of the log rate to the knee, or a little above it.
+
+        Greedy steps are too short over a run, the more so the less noisy the batches are.
+        """
         if not self._crossings:
-            # Not a word from alpha (tiny batches): the user's own rate.
-            return 0.0 if self._sign else -self._position
+            # Not a word from alpha (tiny batches), or still too low: at least the user's own rate.
+            return 0.0 if self._sign > 0 else max(0.0, -self._position)
         # The highest: alpha of a fixed rate rises as training goes on, so a late crossing lies too low.
-        return max(self._crossings) + math.log(self.boost) - self._position
+        boost = min(2.0, max(1.0, (samples / 32) ** 0.3)) if self.boost is None else self.boost
+        return max(self._crossings) + math.log(boost) - self._position
 
     def _position_at(self, iteration: int) -> float:
         """Log scale of the step of an iteration."""
@@ -149,7 +165,7 @@ class CalibrateThenAnneal:
         self._where.clear()
 
     def envelope(self, iteration: int) -> float:
-        """Return `START` until the first alpha, 1 in the calibration, then fall linearly to 0."""
+        """Return a low start until the first alpha, 1 in the calibration, then fall linearly to 0."""
         if iteration > self.total_steps and not self._warned:
             self._warned = True
             warnings.warn(
@@ -157,12 +173,15 @@ class CalibrateThenAnneal:
                 stacklevel=2,
             )
         if iteration < self.calibration_steps:
-            return 1.0 if self._begun else START
+            return 1.0 if self._begun else self._start
+        late = 1.0  # the calibration is over, but no alpha has come since to say so
+        if not self._done and not self._crossings and self._sign <= 0:
+            late = math.exp(max(0.0, -self._position)) if self._begun else 1.0
         if not self.anneal:
-            return 1.0
+            return late
         last = self.total_steps - 1
         left = self.total_steps - min(iteration, last)
-        return left / max(1, self.total_steps - self.calibration_steps)
+        return late * left / max(1, self.total_steps - self.calibration_steps)
 
     def on_event(self, event: GuardEvent) -> None:
         """A step was taken back and the rate lowered: it was above the knee, old alphas are void."""
@@ -186,6 +205,7 @@ class CalibrateThenAnneal:
             "where": list(self._where),
             "position": self._position,
             "begun": self._begun,
+            "last": self._last,
             "trail": [list(entry) for entry in self._trail],
             "pace": self._pace,
             "sign": self._sign,
@@ -204,6 +224,6 @@ class CalibrateThenAnneal:
         self._trail = [(int(n), float(position)) for n, position in state["trail"]]
         self._sign, self._done = int(state["sign"]), bool(state["done"])
         self._begun, self._calm = bool(state["begun"]), int(state["calm"])
-        self._held = float(state["held"])
+        self._held, self._last = float(state["held"]), state["last"]
         self._crossings = [float(position) for position in state["crossings"]]
         self._warned = bool(state["warned"])

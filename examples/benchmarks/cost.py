@@ -133,7 +133,7 @@ def measure(model: str, optimizer: str, batch: int, blocks: int) -> dict[str, fl
         steps[name] = make(net, OPTIMIZERS[optimizer](net), x, y)
     times: dict[str, list[float]] = {name: [] for name in steps}
     label = f"{model}, {optimizer}"
-    for block in tqdm(range(blocks + 1), desc=label, leave=False):
+    for block in tqdm(range(blocks + 1), desc=label, leave=False, disable=None):
         for name, step in steps.items():
             # Blocks of ten steps, so that every=10 is measured whole; Cockpit is too slow for that.
             count = 1 if name == "Cockpit" else 10

@@ -61,7 +61,7 @@ def run(
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: max(0.0, 1.0 - n / steps))
     rates = []
     label = f"{base} {'guided' if guided else 'fixed'} {lr:g}"
-    for index in tqdm(shuffled_batches(data, batch, steps, seed=0), desc=label, leave=False):
+    for index in tqdm(shuffled_batches(data, batch, steps, seed=0), desc=label, leave=False, disable=None):
         optimizer.zero_grad()
         loss_fn(model(data.x_train[index]), data.y_train[index]).backward()
         optimizer.step()

@@ -70,7 +70,21 @@ def calibrate(initial, knee, steps=1000, width=1.0):
 @pytest.mark.parametrize("initial", [1e-6, 1e-3, 0.1, 10.0])
 def test_calibration_finds_the_rate_from_either_side(initial):
     policy, lr = calibrate(initial, knee=0.02)
-    assert 0.02 / 3 < lr / policy.boost < 0.02 * 3
+    assert 0.02 / 3 < lr < 0.02 * 3
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("steps", [20, 60, 600])
+def test_short_runs_and_sparse_measurements_do_not_end_below_a_rate_that_is_too_low_already(steps, every):
+    policy, lr = CalibrateThenAnneal(steps), 1e-3
+    rates = {}
+    for n in range(policy.calibration_steps + 3):
+        annealed = 1.0 if n < policy.calibration_steps else (steps - n) / (steps - policy.calibration_steps)
+        rates[n] = lr * policy.envelope(n) / annealed
+        if n >= 1 and (n - 1) % every == 0:
+            level = max(-0.7, min(0.3, math.log(rates[n - 1] / 0.5)))
+            lr *= policy(seen(level + 0.01 * (n % 3), n - 1, rates[n - 1]))
+    assert rates[n] >= 1e-3 * (1 - 1e-9)
 
 
 def test_where_alpha_says_nothing_the_users_rate_is_used():

@@ -1,0 +1,57 @@
+"""What is easily forgotten, said once."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+UNSCHEDULED = 10
+"""After so many steps without the scheduler's the user is reminded."""
+
+
+class Reminders:
+    """Watches for a scheduler that is not stepped and a loss function that is not called."""
+
+    def __init__(self, loss_fn: nn.Module | None) -> None:
+        """Start with nothing said.
+
+        Args:
+            loss_fn: The loss function that was given, if any.
+        """
+        self._loss_fn = loss_fn
+        self._scheduled_at: int | None = None
+        self._said: set[str] = set()
+
+    def scheduler_stepped(self, iteration: int) -> None:
+        """The scheduler was built or stepped."""
+        self._scheduled_at = iteration
+
+    def resumed(self, iteration: int) -> None:
+        """The run goes on at another iteration."""
+        self._scheduled_at = None if self._scheduled_at is None else iteration
+
+    def after_step(self, iteration: int, measured: bool, saw_loss: bool) -> None:
+        """Look at a step that was made.
+
+        Args:
+            iteration: Number of steps made so far.
+            measured: Whether the step starts a pair.
+            saw_loss: Whether its loss was seen.
+        """
+        if self._scheduled_at is not None and iteration - self._scheduled_at > UNSCHEDULED:
+            self._say(
+                f"{UNSCHEDULED} optimizer steps without scheduler.step(): AlphaScheduler is stepped once per "
+                "optimizer step, not once per epoch; until then the rates stay as they are"
+            )
+        if self._loss_fn is not None and measured and not saw_loss:
+            self._say(
+                f"loss_fn ({type(self._loss_fn).__name__}) was given, but none of its calls was seen in the "
+                "backward pass, so losses are not used; call this very instance, or hand the losses over with "
+                "optimizer.backward(losses)"
+            )
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=5)
