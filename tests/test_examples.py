@@ -28,8 +28,8 @@ def test_the_readmes_code_runs(capsys):
         "epochs": 2,
     }
     exec(code, names)
-    assert len(names["optimizer"].alpha_history) == 7
-    assert "over 7 steps" in capsys.readouterr().out
+    assert len(names["optimizer"].alpha_history) == 15
+    assert "over 15 steps" in capsys.readouterr().out
 
 
 def test_the_demo_trains_and_saves_a_picture(tmp_path):

@@ -69,7 +69,7 @@ def calibrate(initial, knee, steps=1000, width=1.0):
 
 @pytest.mark.parametrize("initial", [1e-6, 1e-3, 0.1, 10.0])
 def test_calibration_finds_the_rate_from_either_side(initial):
-    policy, lr = calibrate(initial, knee=0.02)
+    _, lr = calibrate(initial, knee=0.02)
     assert 0.02 / 3 < lr < 0.02 * 3
 
 
