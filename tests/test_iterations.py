@@ -47,7 +47,7 @@ def plain_run(kind="sgd", batches=None, **options):
     return guided
 
 
-def same(a, b, fields=FIELDS, tolerance=1e-9):
+def check_same(a, b, fields=FIELDS, tolerance=1e-9):
     for left, right in zip(a, b, strict=True):
         for name in fields:
             assert getattr(left, name) == pytest.approx(getattr(right, name), rel=tolerance), name
@@ -62,7 +62,7 @@ KINDS = ["sgd", "momentum", "adam"]
 def test_every_third_pair_has_the_values_it_has_when_every_pair_is_measured():
     dense, sparse = plain_run("adam", make_batches(9)), plain_run("adam", make_batches(9), every=3)
     assert sparse.alpha_history.iterations.tolist() == [0, 3, 6]
-    same(sparse.alpha_history, [dense.alpha_history[n] for n in (0, 3, 6)])
+    check_same(sparse.alpha_history, [dense.alpha_history[n] for n in (0, 3, 6)])
 
 
 def test_every_may_be_a_function_asked_once_per_iteration_before_its_forward_pass():
@@ -120,7 +120,7 @@ def test_other_passes_do_not_disturb(kind):
         torch.autograd.grad(loss_fn(model(x.clone().requires_grad_()), y), model[2].bias)
         loss.backward()
         guided.step()
-    same(guided.alpha_history, reference.alpha_history)
+    check_same(guided.alpha_history, reference.alpha_history)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,7 +135,7 @@ def test_accumulation_over_micro_batches_measures_the_whole_batch(kind, parts):
         for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
             (loss_fn(model(xs), ys) / parts).backward()
         guided.step()
-    same(guided.alpha_history, reference.alpha_history, (*FIELDS, "loss_start", "loss_variance_start"))
+    check_same(guided.alpha_history, reference.alpha_history, (*FIELDS, "loss_start", "loss_variance_start"))
     assert {m.samples_start for m in guided.alpha_history} == {12}
 
 
@@ -148,7 +148,7 @@ def test_accumulation_in_micro_batches_of_different_size():
         for part in (slice(0, 7), slice(7, 12)):
             (loss_fn(model(x[part]), y[part]) * (len(y[part]) / 12)).backward()
         guided.step()
-    same(guided.alpha_history, reference.alpha_history, (*FIELDS, "loss_start", "loss_variance_start"))
+    check_same(guided.alpha_history, reference.alpha_history, (*FIELDS, "loss_start", "loss_variance_start"))
 
 
 def test_plain_sgd_under_accumulation_goes_from_the_fast_path_to_one_that_can():
@@ -164,7 +164,7 @@ def test_plain_sgd_under_accumulation_goes_from_the_fast_path_to_one_that_can():
     assert "several backward passes" in repr(guided)
     reference = plain_run()
     assert [m.information for m in guided.alpha_history] == ["slopes", "full", "full", "full", "full"]
-    same(guided.alpha_history[1:], reference.alpha_history[1:])
+    check_same(guided.alpha_history[1:], reference.alpha_history[1:])
     assert guided.alpha_history[0].slope_end == pytest.approx(reference.alpha_history[0].slope_end)
 
 
@@ -214,7 +214,7 @@ def test_a_loss_scale_is_divided_out(kind, scale):
             p.grad.div_(scale)
         guided.step()
     # Scaling and unscaling by a power of two loses nothing, so the run is the same; the first pair goes.
-    same(list(guided.alpha_history)[:4], list(reference.alpha_history)[1:], tolerance=1e-8)
+    check_same(list(guided.alpha_history)[:4], list(reference.alpha_history)[1:], tolerance=1e-8)
 
 
 @pytest.mark.parametrize("clear", ["wrapper", "model", "in place"])
@@ -253,7 +253,7 @@ def test_a_gradient_scaler_changes_nothing_but_the_first_pair(kind, clip):
         scaler.step(guided)
         scaler.update()
     assert guided.alpha_history.dropped == {"gradients_modified": 1}
-    same(guided.alpha_history, reference.alpha_history[1:], tolerance=1e-7)
+    check_same(guided.alpha_history, reference.alpha_history[1:], tolerance=1e-7)
 
 
 def test_gradients_altered_through_data_are_noticed():
@@ -267,7 +267,7 @@ def test_gradients_altered_through_data_are_noticed():
             p.grad.data.mul_(0.5)  # Adam does not care, so the steps are the same
         guided.step()
     assert guided.alpha_history.dropped == {"gradients_modified": 1}
-    same(guided.alpha_history, reference.alpha_history[1:], ("slope_start", "slope_end"), tolerance=1e-5)
+    check_same(guided.alpha_history, reference.alpha_history[1:], ("slope_start", "slope_end"), tolerance=1e-5)
 
 
 def test_two_networks_trained_against_each_other():
@@ -473,7 +473,9 @@ def test_the_direction_of_plain_sgd_is_right_at_tiny_rates():
             guided.step()
         return guided.alpha_history
 
-    same(run(torch.float32), run(torch.float64), ("step_length", "slope_start", "slope_end"), tolerance=1e-4)
+    check_same(
+        run(torch.float32), run(torch.float64), ("step_length", "slope_start", "slope_end"), tolerance=1e-4
+    )
 
 
 def test_a_closure_is_seen_once_and_its_loss_used():
@@ -490,7 +492,7 @@ def test_a_closure_is_seen_once_and_its_loss_used():
             return loss
 
         guided.step(closure)
-    same(guided.alpha_history, reference.alpha_history, FIELDS[1:])
+    check_same(guided.alpha_history, reference.alpha_history, FIELDS[1:])
     for m, r in zip(guided.alpha_history, reference.alpha_history, strict=True):
         assert m.loss_start == pytest.approx(r.loss_start)
         assert m.information == "slopes+variances"
@@ -564,7 +566,7 @@ def test_groups_with_rates_of_their_own():
             guided.step()
         runs[backend] = guided.alpha_history
         assert guided.alpha_history[0].lr == (0.3, 0.01)
-    same(runs["backpack"], runs["cached"])
+    check_same(runs["backpack"], runs["cached"])
 
 
 def test_momentum_switched_on_in_mid_run_leaves_the_fast_path():
@@ -620,7 +622,7 @@ def test_functional_losses(kind, how):
             losses.mean().backward()
             guided.record_losses(losses.detach())
         guided.step()
-    same(guided.alpha_history, reference.alpha_history)
+    check_same(guided.alpha_history, reference.alpha_history)
     assert {m.information for m in guided.alpha_history} == {"full"}
 
 
@@ -632,7 +634,7 @@ def test_losses_of_reduction_none_also_handed_over_count_once():
         guided.zero_grad()
         guided.backward(loss_fn(model(x), y))
         guided.step()
-    same(guided.alpha_history, reference.alpha_history, (*FIELDS, "loss_start", "loss_variance_start"))
+    check_same(guided.alpha_history, reference.alpha_history, (*FIELDS, "loss_start", "loss_variance_start"))
 
 
 def test_a_recorded_mean_is_only_recorded():
@@ -734,7 +736,7 @@ def test_gradient_checkpointing_measures_the_same():
             output = checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
             loss_fn(output, y).backward()
             guided.step()
-        same(guided.alpha_history, reference.alpha_history)
+        check_same(guided.alpha_history, reference.alpha_history)
 
 
 # ------------------------------------------------------------------ losses of other makes
@@ -778,7 +780,7 @@ def test_a_loss_of_the_users_own_whose_graph_holds_its_buffers():
             loss_fn(model(x), target=y).backward()
             guided.step()
         runs.append(guided.alpha_history)
-    same(*runs, ("alpha", "loss_start", "loss_variance_start"))
+    check_same(*runs, ("alpha", "loss_start", "loss_variance_start"))
 
 
 @pytest.mark.parametrize("sizes", [(8, 12), (8, 16), (16, 8)])
@@ -820,7 +822,7 @@ def test_the_mean_slope_does_not_depend_on_the_choice_of_variances():
                 ((loss_fn(model(xs), ys) + penalty) / 2).backward()
             guided.step()
         runs.append(guided.alpha_history)
-    same(*runs, ("slope_start", "slope_end"))
+    check_same(*runs, ("slope_start", "slope_end"))
 
 
 def test_an_earlier_forward_pass_of_another_size_does_not_confuse_the_count():
@@ -833,7 +835,7 @@ def test_an_earlier_forward_pass_of_another_size_does_not_confuse_the_count():
         model(x[:4])
         loss.backward()
         guided.step()
-    same(guided.alpha_history, reference.alpha_history, ("samples_start", "slope_variance_start"))
+    check_same(guided.alpha_history, reference.alpha_history, ("samples_start", "slope_variance_start"))
 
 
 def test_losses_of_two_forward_passes_together_and_of_tokens():
@@ -880,7 +882,7 @@ def test_a_stray_backward_before_a_closure_does_not_count():
             return loss
 
         guided.step(closure)
-    same(guided.alpha_history, reference.alpha_history)
+    check_same(guided.alpha_history, reference.alpha_history)
 
 
 def test_a_loss_function_that_is_never_called_is_noticed_once():
@@ -904,5 +906,5 @@ def test_a_recorded_mean_does_not_replace_what_loss_fn_says():
         loss.backward()
         guided.record_losses(loss.detach())
         guided.step()
-    same(guided.alpha_history, reference.alpha_history)
+    check_same(guided.alpha_history, reference.alpha_history)
     assert {m.information for m in guided.alpha_history} == {"full"}
