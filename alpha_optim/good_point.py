@@ -102,7 +102,6 @@ class GoodPoint:
         """Whether patience is over; then the point reached becomes the good point."""
         if self._returns < PATIENCE:
             return False
-        self._returns = 0
         self.close_window(True, state)
         return True
 

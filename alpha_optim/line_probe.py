@@ -125,15 +125,12 @@ class LineProbe:
         Args:
             fallback: A closure's loss, used if no other was seen.
         """
-        seen = [entry for entry in self.log.reached if entry.calls]
-        calls: list[tuple[Tensor, Tensor | None, int]] = []
-        known = any(call.individual is not None for call in self.log.recorded)
-        if self.log.recorded and (known or not any(entry.losses()[1] is not None for entry in seen)):
-            calls = [(call.mean, call.individual, call.samples or 0) for call in self.log.recorded]
-        for entry in seen if not calls else []:
-            mean, individual = entry.losses()
-            assert mean is not None
-            calls.append((mean, individual, entry.samples or 0))
+        calls = [(*entry.losses(), entry.samples or 0) for entry in self.log.reached if entry.calls]
+        recorded = [(call.mean, call.individual, call.samples or 0) for call in self.log.recorded]
+        # What was handed over counts, unless it is a mere mean and single losses were seen.
+        handed_singly = any(single is not None for _, single, _ in recorded)
+        if recorded and (handed_singly or all(single is None for _, single, _ in calls)):
+            calls = recorded
         samples = sum(entry.samples or 0 for entry in self.log.reached)
         if calls:
             whole = put_together(calls)

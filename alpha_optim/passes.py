@@ -65,10 +65,8 @@ class BackwardPass:
         """Factor between the mean loss and what was sent backward, None if not seen."""
         return self.calls[0].gamma if self.calls else None
 
-    def losses(self) -> tuple[Tensor | None, Tensor | None]:
-        """Mean loss ``[]`` and individual losses ``[N]`` of the pass, terms added up."""
-        if not self.calls:
-            return None, None
+    def losses(self) -> tuple[Tensor, Tensor | None]:
+        """Mean loss ``[]`` and individual losses ``[N]``, terms added up; only for a pass with calls."""
         first = self.calls[0]
         mean, individual = first.mean, first.individual
         for other in self.calls[1:]:

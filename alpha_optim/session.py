@@ -82,10 +82,15 @@ class Session:
         self.reminders.scheduler_stepped(self.iteration)
         self._on_event = on_event
         self.plan.ask_policy(wants)
-        self.guard = Guard(self.plan.model) if guard else None
-        if self.guard is not None and self._saved_guard is not None:
-            self.guard.load_state_dict(self._saved_guard, parameters_of(self.optimizer))
+        self.guard = self._new_guard() if guard else None
         self.begin()
+
+    def _new_guard(self) -> Guard:
+        """A guard that remembers what was saved, if anything was."""
+        guard = Guard(self.plan.model)
+        if self._saved_guard is not None:
+            guard.load_state_dict(self._saved_guard, parameters_of(self.optimizer))
+        return guard
 
     def check_unsteered(self) -> None:
         """Refuse a second scheduler.
@@ -260,7 +265,6 @@ class Session:
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Continue from a state; None (a bare optimizer's state) starts at iteration 0."""
-        params = parameters_of(self.optimizer)
         self.probe.close()
         self._reset()
         self._saved_guard, self.events = None, []
@@ -271,15 +275,13 @@ class Session:
         else:
             self.iteration = int(state["iteration"])
             self.history.load_state_dict(state["history"])
-            self.probe.load_state_dict(state["probe"], params)
+            self.probe.load_state_dict(state["probe"], parameters_of(self.optimizer))
             self._saved_guard = state["guard"]
             self.plan.load_state_dict(state["plan"])
             self.reminders.resumed(self.iteration)
             self.events = [GuardEvent(**event) for event in state["events"]]
         if self.guard is not None:
-            self.guard = Guard(self.plan.model)
-            if self._saved_guard is not None:
-                self.guard.load_state_dict(self._saved_guard, params)
+            self.guard = self._new_guard()
         self.begin()
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from alpha_optim import AlphaGuided, AlphaScheduler
+from alpha_optim import AlphaGuided
 from alpha_optim.plots import plot_history
-from examples.data import Data, load, shuffled_batches
+from examples.data import Data, load
+from examples.training import Run, train
 
 RATES = (1e-6, 1e-2, 10.0)
 BATCH = 64
@@ -24,27 +24,10 @@ def make_model(data: Data) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
-def accuracy(model: nn.Module, data: Data) -> float:
-    with torch.no_grad():
-        return float((model(data.x_test).argmax(1) == data.y_test).float().mean())
-
-
-def train(data: Data, lr: float, steps: int, guided: bool) -> tuple[float, AlphaGuided | None]:
-    model, loss_fn = make_model(data), nn.CrossEntropyLoss()
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    if guided:
-        optimizer = AlphaGuided(optimizer, model, loss_fn)
-        scheduler = AlphaScheduler(optimizer, total_steps=steps)
-    else:
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: max(0.0, 1.0 - n / steps))
-    label = f"{'with alpha' if guided else 'bare      '}  lr={lr:<6g}"
-    for index in tqdm(shuffled_batches(data, BATCH, steps, seed=0), desc=label, leave=False, disable=None):
-        optimizer.zero_grad()
-        loss_fn(model(data.x_train[index]), data.y_train[index]).backward()
-        optimizer.step()
-        scheduler.step()
-    return accuracy(model, data), optimizer if isinstance(optimizer, AlphaGuided) else None
+def run(data: Data, lr: float, steps: int, guided: bool) -> Run:
+    model = make_model(data)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    return train(data, model, optimizer, BATCH, steps, guided)
 
 
 def main() -> None:
@@ -60,13 +43,14 @@ def main() -> None:
     print(f"{'initial rate':>12} {'bare':>8} {'with alpha':>11} {'rate found':>11} {'taken back':>11}")
     shown = None
     for lr in RATES:
-        bare, _ = train(data, lr, steps, guided=False)
-        accuracy_guided, optimizer = train(data, lr, steps, guided=True)
-        assert optimizer is not None
+        bare = run(data, lr, steps, guided=False)
+        with_alpha = run(data, lr, steps, guided=True)
+        optimizer = with_alpha.optimizer
+        assert isinstance(optimizer, AlphaGuided)
         shown = shown or (lr, optimizer)
         found = max(m.lr[0] for m in optimizer.alpha_history[steps // 4 :])
         taken_back = sum(event.restored for event in optimizer.guard_events)
-        print(f"{lr:12g} {bare:8.1%} {accuracy_guided:11.1%} {found:11.2g} {taken_back:11d}")
+        print(f"{lr:12g} {bare.accuracy:8.1%} {with_alpha.accuracy:11.1%} {found:11.2g} {taken_back:11d}")
     assert shown is not None
     lr, optimizer = shown
     history = optimizer.alpha_history

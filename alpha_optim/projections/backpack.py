@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from alpha_optim.direction import Direction, inner_product
 from alpha_optim.passes import BackwardPass, PassLog
 from alpha_optim.projections.base import Names, SampleSlopes
-from alpha_optim.projections.recorder import SampleRecorder, project
+from alpha_optim.projections.recorder import SampleRecorder, add_gradients, project
 
 PARALLEL = 1e-4
 """Relative squared distance up to which a clipped gradient counts as a multiple of the gradient."""
@@ -45,7 +45,6 @@ class BackpackBackend:
         changes = end_of.changes if end_of is not None else []
         # Shorter than the parameters if a group was added; then the pair is dropped.
         self._changes = dict(zip(map(id, params), changes, strict=False))
-        self._is_end = end_of is not None
         self._recorder.begin(params, self._store)
 
     def accumulated(self, param: Tensor) -> None:
@@ -56,9 +55,8 @@ class BackpackBackend:
             return
         key = id(param)
         change = self._changes.get(key)
-        self._at_end.setdefault(entry, {})
-        if self._is_end and change is not None:
-            self._at_end[entry][key] = project(gradients, change)
+        if change is not None:
+            self._at_end.setdefault(entry, {})[key] = project(gradients, change)
         if self._start:
             self._at_start.setdefault(entry, {})[key] = project(gradients, param.grad)
         self._projected.setdefault(entry, set()).add(key)
@@ -73,19 +71,9 @@ class BackpackBackend:
 
     def end_slopes(self, direction: Direction) -> SampleSlopes | None:
         """Per-sample slopes along the previous step."""
-        if self._recorder.refused():
-            return None
-        parts, taken = [], 0
-        for entry in self._recorder.sampled_passes():
-            if self._recorder.missing(entry, self._projected.get(entry, set())) or self._unfinished(entry):
-                return None
-            values = list(self._at_end.get(entry, {}).values())
-            if values:
-                parts.append(torch.stack(values).sum(0) * self._recorder.scale(entry))
-                taken += self._recorder.taken[entry]
-        if not parts:
-            return None
-        return SampleSlopes(torch.cat(parts), complete=taken == self._recorder.total_samples())
+        return self._recorder.combine(
+            lambda entry: None if self._missing(entry) else list(self._at_end.get(entry, {}).values())
+        )
 
     def start_slopes(self, direction: Direction, gradients: Sequence[Tensor | None]) -> SampleSlopes | None:
         """Per-sample slopes along the step just made, from projections on the gradient.
@@ -93,27 +81,22 @@ class BackpackBackend:
         With several backward passes the gradient was not complete when the first was projected; those
         measurements keep the slopes of the gradients.
         """
-        sampled = self._recorder.sampled_passes()
-        if self._recorder.refused():
-            return None
-        if len(sampled) != 1 or len(self._log.reached) != 1:
+        if len(self._log.reached) != 1:
             several = "several backward passes per step; backend='cached' can"
             self.unaccounted.add(["all parameters"], several)
             return None
-        entry = sampled[0]
-        if self._recorder.missing(entry, self._projected.get(entry, set())) or self._unfinished(entry):
-            return None
-        total: Tensor | None = None
-        for param, change, gradient in zip(self._params, direction.changes, gradients, strict=True):
-            projections = self._at_start.get(entry, {}).get(id(param))
-            if projections is None or change is None or gradient is None:
-                continue
-            part = _multiple(change, gradient).to(projections.device) * projections
-            total = part if total is None else total + part.to(total.device)
-        if total is None:
-            return None
-        complete = self._recorder.taken[entry] == self._recorder.total_samples()
-        return SampleSlopes(total * self._recorder.scale(entry), complete)
+
+        def projections_of(entry: BackwardPass) -> list[Tensor] | None:
+            if self._missing(entry):
+                return None
+            projections = self._at_start.get(entry, {})
+            return [
+                _multiple(change, gradient).to(projections[id(param)].device) * projections[id(param)]
+                for param, change, gradient in zip(self._params, direction.changes, gradients, strict=True)
+                if id(param) in projections and change is not None and gradient is not None
+            ]
+
+        return self._recorder.combine(projections_of)
 
     def mute(self) -> None:
         """Remove every hook; what was collected stays."""
@@ -124,15 +107,13 @@ class BackpackBackend:
         self.discard()
         self._recorder.close()
 
-    def _unfinished(self, entry: BackwardPass) -> bool:
-        """Whether gradients wait for a parameter that was not watched (unfrozen after the step)."""
-        return bool(self._buffers.get(entry))
+    def _missing(self, entry: BackwardPass) -> bool:
+        """Whether a parameter has no projections, or was not watched (unfrozen after the step)."""
+        unfinished = bool(self._buffers.get(entry))
+        return self._recorder.missing(entry, self._projected.get(entry, set())) or unfinished
 
     def _store(self, entry: BackwardPass, param: Tensor, gradients: Tensor) -> None:
-        cache = self._buffers.setdefault(entry, {})
-        earlier = cache.get(id(param))
-        if earlier is None or len(earlier) == len(gradients):  # else the pass is mixed, and refused
-            cache[id(param)] = gradients if earlier is None else earlier + gradients
+        add_gradients(self._buffers.setdefault(entry, {}), param, gradients)
 
 
 def _multiple(change: Tensor, gradient: Tensor) -> Tensor:

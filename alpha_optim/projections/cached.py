@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from alpha_optim.direction import Direction
 from alpha_optim.passes import BackwardPass, PassLog
 from alpha_optim.projections.base import Names, SampleSlopes
-from alpha_optim.projections.recorder import SampleRecorder, project
+from alpha_optim.projections.recorder import SampleRecorder, add_gradients, project
 
 
 class CachedBackend:
@@ -62,29 +61,19 @@ class CachedBackend:
         self._recorder.close()
 
     def _store(self, entry: BackwardPass, param: Tensor, gradients: Tensor) -> None:
-        cache = self._gradients.setdefault(entry, {})
-        earlier = cache.get(id(param))
-        if earlier is None or len(earlier) == len(gradients):  # else the pass is mixed, and refused
-            cache[id(param)] = gradients if earlier is None else earlier + gradients
+        add_gradients(self._gradients.setdefault(entry, {}), param, gradients)
 
     def _reduce(self, direction: Direction) -> SampleSlopes | None:
-        if self._recorder.refused():
-            return None
-        parts, taken = [], 0
         changes = dict(zip(map(id, self._params), direction.changes, strict=True))
-        for entry in self._recorder.sampled_passes():
+
+        def projections_of(entry: BackwardPass) -> list[Tensor] | None:
             cache = self._gradients.get(entry, {})
             if self._recorder.missing(entry, set(cache)):
                 return None
-            projections = [
+            return [
                 project(values, change)
                 for key, values in cache.items()
                 if (change := changes.get(key)) is not None
             ]
-            if projections:
-                total = torch.stack([value.to(projections[0].device) for value in projections]).sum(0)
-                parts.append(total * self._recorder.scale(entry))
-                taken += self._recorder.taken[entry]
-        if not parts:
-            return None
-        return SampleSlopes(torch.cat(parts), complete=taken == self._recorder.total_samples())
+
+        return self._recorder.combine(projections_of)

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from alpha_optim.hooks import Hook
 from alpha_optim.passes import BackwardPass, PassLog
-from alpha_optim.projections.base import Names, Unaccounted
+from alpha_optim.projections.base import Names, SampleSlopes, Unaccounted
 from alpha_optim.projections.individual import NEEDS_OUTPUT, UnsupportedLayerError, individual_gradients
 from alpha_optim.projections.layers import Layer, LayerCall, LayerTap, layers_of, tensors_in
 
@@ -116,6 +116,31 @@ class SampleRecorder:
         )
         return bool(lost)
 
+    def combine(self, projections_of: Callable[[BackwardPass], list[Tensor] | None]) -> SampleSlopes | None:
+        """Add up the projections of every pass over its parameters, and put the passes together.
+
+        Args:
+            projections_of: The projections ``[n]`` of a pass, one per parameter; None if one is missing.
+
+        Returns:
+            The slopes of the samples, unscaled; None if they are not known.
+        """
+        if self.refused():
+            return None
+        parts, taken = [], 0
+        for entry in self.sampled_passes():
+            projections = projections_of(entry)
+            if projections is None:
+                return None
+            if projections:
+                device = projections[0].device
+                total = torch.stack([value.to(device) for value in projections]).sum(0)
+                parts.append(total * self.scale(entry))
+                taken += self.taken[entry]
+        if not parts:
+            return None
+        return SampleSlopes(torch.cat(parts), complete=taken == self.total_samples())
+
     def scale(self, entry: BackwardPass) -> Tensor | float:
         """Factor from a sample's share of what was sent backward to its own gradient: N_j / gamma_j."""
         if entry.gamma is None:
@@ -169,6 +194,15 @@ class SampleRecorder:
         self._failed.setdefault(entry, set()).update(map(id, call.layer.params.values()))
         names = [self._names.get(id(param), "?") for param in call.layer.params.values()]
         self.unaccounted.add(names, f"{type(call.layer.module).__name__}: {reason}")
+
+
+def add_gradients(cache: dict[int, Tensor], param: Tensor, gradients: Tensor) -> None:
+    """Add individual gradients to those that earlier calls left for the same parameter."""
+    earlier = cache.get(id(param))
+    if earlier is None:
+        cache[id(param)] = gradients
+    elif len(earlier) == len(gradients):  # else the pass is mixed, and refused
+        cache[id(param)] = earlier + gradients
 
 
 def project(gradients: Tensor, direction: Tensor) -> Tensor:

@@ -12,10 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from alpha_optim import AlphaGuided, AlphaScheduler
-from examples.data import Data, load, shuffled_batches
+from examples.data import Data, load
+from examples.training import train
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: nn.Sequential(
@@ -49,27 +48,11 @@ def run(
 ) -> tuple[float, float]:
     """Train once; return test accuracy in % and the highest rate after the calibration."""
     torch.manual_seed(0)
-    model, loss_fn = MODELS[model_name](), nn.CrossEntropyLoss()
+    model = MODELS[model_name]()
     model(data.x_test[:1])  # lazy layers take their shape
     steps = epochs * (len(data.y_train) // batch)
-    optimizer = BASES[base](model, lr)
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    if guided:
-        optimizer = AlphaGuided(optimizer, model, loss_fn)
-        scheduler = AlphaScheduler(optimizer, total_steps=steps)
-    else:
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: max(0.0, 1.0 - n / steps))
-    rates = []
-    label = f"{base} {'guided' if guided else 'fixed'} {lr:g}"
-    for index in tqdm(shuffled_batches(data, batch, steps, seed=0), desc=label, leave=False, disable=None):
-        optimizer.zero_grad()
-        loss_fn(model(data.x_train[index]), data.y_train[index]).backward()
-        optimizer.step()
-        scheduler.step()
-        rates.append(float(optimizer.param_groups[0]["lr"]))
-    with torch.no_grad():
-        accuracy = float((model(data.x_test).argmax(1) == data.y_test).float().mean())
-    return 100 * accuracy, max(rates[len(rates) // 5 :])
+    done = train(data, model, BASES[base](model, lr), batch, steps, guided)
+    return 100 * done.accuracy, max(done.rates[steps // 5 :])
 
 
 def main() -> None:
