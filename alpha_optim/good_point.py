@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alpha_optim.direction import copied
+
 WINDOW = 10
 DRIFT = 8.0
 LOST = 0.9
@@ -138,15 +140,3 @@ class GoodPoint:
         self._level, self._first = state["level"], state["first"]
         self._losses, self._lost_before = list(state["losses"]), state["lost_before"]
         self._returns = int(state["returns"])
-
-
-def copied(store: list[Tensor], now: Sequence[Tensor]) -> list[Tensor]:
-    """Copy ``now`` into ``store``, reusing its memory where shapes and places agree."""
-    if len(store) == len(now) and all(
-        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-        for a, b in zip(store, now, strict=True)
-    ):
-        if store:
-            torch._foreach_copy_(store, [tensor.detach() for tensor in now])
-        return store
-    return [tensor.detach().clone() for tensor in now]

@@ -1,8 +1,9 @@
 """Sees the gradients as the backward passes leave them, before clipping or unscaling.
 
 The slopes are those of the loss; what clipping or a loss scale leaves in ``.grad`` is not the loss
-gradient. A gradient that nobody touched until the step is used where it lies. Where gradients turn
-out to be modified, copies are taken from the next iteration on.
+gradient. Mostly it is a multiple of it, and some elements of every tensor, looked at when the backward
+pass ends and again at the step, tell the factor. Norms are taken as well once gradients were written to
+in between. Where it was something else than one factor, gradients are copied from then on.
 """
 
 from __future__ import annotations
@@ -10,19 +11,56 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
+
+from alpha_optim.direction import copied
+from alpha_optim.spots import factor_between, spots
+
+PRECISION = 1e-5
+"""Relative deviation of a gradient's norm up to which it counts as scaled by the common factor."""
+
+
+@dataclass(frozen=True)
+class LossGradients:
+    """Gradients of what was sent backward, up to a factor.
+
+    Attributes:
+        tensors: One per parameter, None where there is none; divided by ``factor`` they are what the backward
+            passes left.
+        factor: What happened to them since, float64 ``[]``.
+        lost: Whether they were changed otherwise, so that the gradient of the loss is not known ``[]``.
+    """
+
+    tensors: list[Tensor | None]
+    factor: Tensor
+    lost: Tensor
+
+    def kept(self) -> LossGradients:
+        """The same in tensors that nobody else holds."""
+        copies = [None if tensor is None else tensor.clone() for tensor in self.tensors]
+        return LossGradients(copies, self.factor, self.lost)
 
 
 @dataclass
 class _Seen:
     gradient: Tensor
     version: int
-    norm: Tensor
     param_version: int
-    copy: Tensor | None
+
+
+@dataclass
+class _Left:
+    """What the last backward pass left, in the order of ``keys``."""
+
+    keys: list[int]
+    spots: Tensor
+    norms: Tensor | None
+    copies: list[Tensor] | None
 
 
 class GradientWatch:
@@ -37,8 +75,13 @@ class GradientWatch:
         self._on_accumulated = on_accumulated
         self._handles: list[RemovableHandle] = []
         self._seen: dict[int, _Seen] = {}
+        self._left: _Left | None = None
+        self._awaited: int | None = None  # backward pass at whose end we look
         self._stale: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._buffer: list[Tensor] = []
+        self.compare_norms = False
         self.keep_copies = False
+        self._asked = False
 
     def attach(self, params: Sequence[Tensor]) -> None:
         """Hook every parameter that can get a gradient."""
@@ -50,7 +93,7 @@ class GradientWatch:
     def detach(self) -> None:
         """Remove the hooks and forget what was seen."""
         self.mute()
-        self._seen = {}
+        self.forget()
 
     def mute(self) -> None:
         """Remove the hooks; what was seen stays."""
@@ -58,32 +101,57 @@ class GradientWatch:
             handle.remove()
         self._handles = []
 
+    def forget(self) -> None:
+        """Forget the gradients seen so far; the hooks stay."""
+        self._seen, self._left, self._awaited = {}, None, None
+
     def _accumulated(self, param: Tensor) -> None:
         gradient = param.grad
         assert gradient is not None
         self._on_accumulated(param)
-        copy = None
+        self._seen[id(param)] = _Seen(gradient, gradient._version, param._version)
+        task = torch._C._current_graph_task_id()
+        if task != self._awaited:
+            self._awaited = task
+            engine: Any = Variable._execution_engine
+            engine.queue_callback(self._backward_done)
+
+    @torch.no_grad()
+    def _backward_done(self) -> None:
+        """Look at the gradients while nobody has touched them."""
+        self._awaited = None
+        records = list(self._seen.values())
+        if not records or not self._handles:
+            return
+        gradients = [record.gradient for record in records]
         if self.keep_copies:
-            copy = gradient.detach().clone()
-        version, norm = gradient._version, _norm(gradient)
-        self._seen[id(param)] = _Seen(gradient, version, norm, param._version, copy)
+            self._buffer = copied(self._buffer, gradients)
+        self._left = _Left(
+            list(self._seen),
+            spots(gradients),
+            _norms(gradients) if self.compare_norms else None,
+            self._buffer if self.keep_copies else None,
+        )
+        for record in records:
+            record.version = record.gradient._version
 
     def gradients_gone(self, params: Sequence[Tensor]) -> bool:
         """Whether every gradient seen in this iteration was taken off its parameter or set to zero."""
         seen = [(param, self._seen[id(param)]) for param in params if id(param) in self._seen]
         return bool(seen) and all(
-            param.grad is not record.gradient or not bool(record.norm.ne(0) & _norm(param.grad).ne(0))
+            param.grad is not record.gradient
+            or (param.grad._version != record.version and not bool(_norms([param.grad]).any()))
             for param, record in seen
         )
 
     def not_finite(self) -> bool:
         """Whether a gradient seen in this iteration was not finite as the backward pass left it."""
-        norms = [record.norm for record in self._seen.values()]
-        return not all(bool(torch.isfinite(norm)) for norm in norms)
-
-    def forget(self) -> None:
-        """Forget the gradients seen so far; the hooks stay."""
-        self._seen = {}
+        if self._left is None:
+            return False
+        seen = [record.gradient for record in self._seen.values()]
+        unwritten = all(record.gradient._version == record.version for record in self._seen.values())
+        norms = _norms(seen) if unwritten else self._left.spots
+        return not bool(torch.isfinite(norms).all())
 
     def saw_backward(self, params: Sequence[Tensor]) -> bool:
         """Whether there is a gradient that the last step did not already use."""
@@ -96,31 +164,39 @@ class GradientWatch:
                     return True
         return False
 
-    def loss_gradients(self, params: Sequence[Tensor]) -> list[Tensor | None] | None:
-        """Gradients as the backward passes left them, in the order of ``params``.
+    @torch.no_grad()
+    def loss_gradients(self, params: Sequence[Tensor]) -> LossGradients:
+        """Gradients as the backward passes left them, in the order of ``params``."""
+        device = params[0].device
+        factor = torch.ones((), dtype=torch.float64, device=device)
+        lost = torch.zeros((), dtype=torch.bool, device=device)
+        left = self._left
+        if left is None:  # set by hand, or no gradient at all
+            return LossGradients([param.grad for param in params], factor, lost)
+        if left.copies is not None:
+            copies = dict(zip(left.keys, left.copies, strict=True))
+            return LossGradients([copies.get(id(param), param.grad) for param in params], factor, lost)
+        records = [self._seen[key] for key in left.keys]
+        written = any(record.gradient._version != record.version for record in records)
+        factor, lost = factor_between(spots([record.gradient for record in records]), left.spots)
+        surely = lost
+        if written:
+            norms = _norms([record.gradient for record in records])
+            lost = lost | _otherwise(norms, left.norms, factor)
+            surely = surely if left.norms is None else lost
+        self._decide_on_copies(written, surely)
+        seen = {key: record.gradient for key, record in zip(left.keys, records, strict=True)}
+        return LossGradients(
+            [seen.get(id(param), param.grad) for param in params], factor.to(device), lost.to(device)
+        )
 
-        Returns:
-            One entry per parameter (None: no gradient); None instead of the list if gradients were
-            modified since and there is no copy.
-        """
-        gradients: list[Tensor | None] = []
-        untouched: list[_Seen] = []
-        for param in params:
-            record = self._seen.get(id(param))
-            if record is None:  # set by hand, or no gradient at all
-                gradients.append(None if param.grad is None else param.grad.detach())
-            elif record.copy is not None:
-                gradients.append(record.copy)
-            elif record.gradient._version == record.version:
-                untouched.append(record)
-                gradients.append(record.gradient.detach())
-            else:
-                self.keep_copies = True
-                return None
-        if _altered(untouched):
-            self.keep_copies = True
-            return None
-        return gradients
+    def _decide_on_copies(self, written: bool, lost: Tensor) -> None:
+        """Copy from now on if gradients are changed by more than a factor."""
+        if lost.device.type == "cpu":  # reading memory, not waiting for a device
+            self.keep_copies = bool(lost.tolist())
+        elif written and self.compare_norms and not self._asked:
+            self._asked, self.keep_copies = True, bool(lost)
+        self.compare_norms = self.compare_norms or written
 
     def params_edited(self, params: Sequence[Tensor]) -> bool:
         """Whether a parameter was written to between its gradient and now."""
@@ -128,6 +204,11 @@ class GradientWatch:
             record is not None and record.param_version != param._version
             for param, record in ((param, self._seen.get(id(param))) for param in params)
         )
+
+    def reuses_gradients(self, params: Sequence[Tensor]) -> bool:
+        """Whether gradients are written into the tensors of the step before, or may be."""
+        known = [(param, self._stale.get(id(param))) for param in params if param.grad is not None]
+        return any(used is None or used[0]() is param.grad for param, used in known)
 
     def step_done(self, params: Sequence[Tensor]) -> None:
         """Remember which gradients the step used up."""
@@ -137,41 +218,32 @@ class GradientWatch:
             if param.grad is not None
         }
 
+    def state_dict(self) -> dict[str, bool]:
+        """Return what was learned about the loop."""
+        return {
+            "compare_norms": self.compare_norms,
+            "keep_copies": self.keep_copies,
+            "asked": self._asked,
+        }
 
-def _norm(gradient: Tensor) -> Tensor:
-    values = gradient.detach()
-    values = values.coalesce().values() if values.is_sparse else values
-    half = values.dtype in (torch.float16, torch.bfloat16)
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32 if half else None)
-    return norm
-
-
-def _altered(records: Sequence[_Seen]) -> bool:
-    """Whether gradients were altered without a trace in their version.
-
-    GradScaler unscales without one, and so does everything that goes through ``.data``.
-    """
-    if not records:
-        return False
-    device = records[0].norm.device
-    then = torch.stack([record.norm.to(device, torch.float64) for record in records])
-    now = torch.stack([_norm(record.gradient).to(device, torch.float64) for record in records])
-    return not bool(torch.isclose(then, now, rtol=0.0, atol=0.0, equal_nan=True).all())
+    def load_state_dict(self, state: dict[str, bool]) -> None:
+        """Take over what was learned about the loop."""
+        self.compare_norms, self.keep_copies = bool(state["compare_norms"]), bool(state["keep_copies"])
+        self._asked = bool(state["asked"])
 
 
-SAMPLED = 32
+def _otherwise(now: Tensor, then: Tensor | None, factor: Tensor) -> Tensor:
+    """Whether norms say that gradients changed by something else than the factor ``[]``."""
+    if then is None:
+        # All looked-at elements as they were: clipping by value may have changed others.
+        return factor == 1.0
+    expected = then * factor.abs()
+    return ((now - expected).abs() > PRECISION * expected).any()
 
 
-@torch.no_grad()
-def fingerprint(params: Sequence[Tensor]) -> Tensor:
-    """Norm and some elements of every parameter, float64; another one means that parameters were edited.
-
-    Versions do not tell: edits through ``.data`` leave none, weights swapped and swapped back do.
-    """
-    parts = []
-    for param in params:
-        values = torch.view_as_real(param.detach()) if param.is_complex() else param.detach()
-        parts.append(_norm(values).reshape(1))
-        if values.is_contiguous():
-            parts.append(values.view(-1)[:: max(1, values.numel() // SAMPLED)][:SAMPLED])
-    return torch.cat([part.to(parts[0].device, torch.float64) for part in parts])
+def _norms(gradients: Sequence[Tensor]) -> Tensor:
+    """Norms of gradients, float64 ``[K]``."""
+    values = [g.detach()._values() if g.is_sparse else g.detach() for g in gradients]
+    half = any(value.dtype in (torch.float16, torch.bfloat16) for value in values)
+    norms = torch._foreach_norm(values, 2.0, dtype=torch.float32 if half else None)
+    return torch.stack([norm.to(values[0].device, torch.float64) for norm in norms])

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alpha_optim.good_point import GoodPoint, copied
+from alpha_optim.direction import copied
+from alpha_optim.good_point import GoodPoint
 from alpha_optim.pairs import BatchLoss
 from alpha_optim.records import GuardEvent
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def inert(*_args: Any, **_kwargs: Any) -> None:
@@ -39,3 +39,15 @@ class Hook:
 
 def _make_inert() -> Callable[..., None]:
     return inert
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a nested output, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from tensors_in(entry)
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from tensors_in(entry)

@@ -18,63 +18,90 @@ from torch.optim import Optimizer
 from alpha_optim.direction import (
     Direction,
     change_since,
-    copy_parameters,
-    inner_product,
+    copied,
+    direction_left_behind,
     is_plain_sgd,
+    leaves_its_direction,
     parameters_of,
-    plain_sgd_direction,
+    well_resolved,
 )
-from alpha_optim.gradient_watch import GradientWatch, fingerprint
+from alpha_optim.end_point import reduced
+from alpha_optim.gradient_watch import GradientWatch, LossGradients
 from alpha_optim.losses import LossTap
-from alpha_optim.pairs import BatchLoss, EndPoint, PendingPair, PendingStart, put_together, small_tensor
-from alpha_optim.passes import BackwardPass, PassLog
+from alpha_optim.model_tap import ModelTap
+from alpha_optim.pairs import BatchLoss, EndPoint, PendingPair, PendingStart, put_together
+from alpha_optim.passes import PassLog
 from alpha_optim.projections.base import Backend, SampleSlopes
-from alpha_optim.projections.statistics import sample_mean, sample_variance
+from alpha_optim.refresh import Refresh, Role
+from alpha_optim.spots import differ, spots
 
 
 class LineProbe:
     """Watches iterations and turns pairs of them into measurements."""
 
-    def __init__(self, loss_fn: nn.Module | None) -> None:
+    def __init__(self, model: nn.Module | None, loss_fn: nn.Module | None, sampled: bool) -> None:
         """Prepare; nothing is hooked before `begin`.
 
         Args:
+            model: The model, if it was given.
             loss_fn: Loss function of the user, if it was given.
+            sampled: Whether variances of slopes are measured now and then, on few samples.
         """
         self._params: list[Tensor] = []
         self.log = PassLog(self._gradients_gone, self._discarded, self._pass_opened)
         self.losses = LossTap(loss_fn, self.log.forward_started, self.log.anchor)
         self.watch = GradientWatch(self._accumulated)
+        self.refresh = Refresh(sampled)
         self.pending: PendingStart | None = None
+        self._model = ModelTap(model, self.log)
         self._backend: Backend | None = None
+        self._due: set[Role] = set()
         self._edited: Tensor | None = None
+        self._copies: list[Tensor] = []  # of the parameters before a step, reused
+        self._keep_direction = False  # the gradients of a step are written to before the next
+        self._resolved = False  # steps are long against the rounding of the parameters
 
     # ---------------------------------------------------------------- hooks
 
-    def begin(self, optimizer: Optimizer, backend: Backend | None, start: bool, loss: bool) -> None:
+    def begin(
+        self, optimizer: Optimizer, backend: Backend | None, iteration: int, start: bool, loss: bool
+    ) -> None:
         """Hook what the coming iteration needs.
 
         Args:
             optimizer: The wrapped optimizer.
             backend: Backend of the iteration; None if it is in no pair.
+            iteration: The coming iteration.
             start: Whether it is the start of a pair.
             loss: Whether its loss is wanted even if it is in no pair.
         """
         self.close()
-        self._params = parameters_of(optimizer)
+        params = parameters_of(optimizer)
+        if list(map(id, params)) != list(map(id, self._params)):
+            self.refresh.forget()
+        self._params = params
         self._backend = backend
         if backend is not None:
-            end_of = self.pending.direction if self.pending is not None else None
-            backend.begin(end_of, start, self._params)
+            self._model.attach()
+            self._hook_samples(backend, iteration, start)
         if backend is not None or loss:
             self.watch.attach(self._params)
             self.losses.attach()
 
+    def _hook_samples(self, backend: Backend, iteration: int, start: bool) -> None:
+        """Hook what the variances need, at those ends of steps for which they are due."""
+        end_of = None if self.pending is None else self.pending.direction
+        roles: list[tuple[Role, bool]] = [("start", start), ("end", end_of is not None)]
+        self._due = {role for role, wanted in roles if wanted and self.refresh.due(role, iteration)}
+        if self._due:
+            backend.begin(end_of if "end" in self._due else None, "start" in self._due, self._params)
+
     def close(self) -> None:
         """Remove every hook and forget the iteration."""
-        if self._backend is not None:
+        if self._backend is not None and self._due:
             self._backend.close()
-        self._backend = None
+        self._backend, self._due = None, set()
+        self._model.detach()
         self.watch.detach()
         self.losses.detach()
         self.log.clear()
@@ -82,8 +109,9 @@ class LineProbe:
 
     def mute(self) -> None:
         """Remove every hook; what was seen stays."""
-        if self._backend is not None:
+        if self._backend is not None and self._due:
             self._backend.mute()
+        self._model.detach()
         self.watch.mute()
         self.losses.detach()
 
@@ -94,27 +122,29 @@ class LineProbe:
         """The passes so far do not count; whether a step was skipped for them."""
         skipped = self.watch.not_finite()
         self.watch.forget()
-        if self._backend is not None:
+        if self._backend is not None and self._due:
             self._backend.discard()
         return skipped
 
     def _pass_opened(self) -> None:
         """Compare the parameters that this backward pass belongs to with what the step left."""
         if self.pending is not None:
-            edited = self._edited_since(self.pending)
+            direction = self.pending.direction
+            uncleared = zip(direction.bases, self._params, strict=False)
+            if direction.of_gradient and any(base is not None and base is p.grad for base, p in uncleared):
+                direction.keep()  # the coming gradients are going to be added to those of the step
+            edited = differ(spots(self._params), self.pending.spots)
             self._edited = edited if self._edited is None else self._edited | edited
 
-    def _edited_since(self, pending: PendingStart) -> Tensor:
-        now = fingerprint(self._params)
-        if now.shape != pending.fingerprint.shape:
-            return torch.ones((), dtype=torch.bool, device=now.device)
-        return ~torch.isclose(now, pending.fingerprint, rtol=0.0, atol=0.0, equal_nan=True).all()
-
     def _accumulated(self, param: Tensor) -> None:
-        entry = self.log.current()
-        entry.reached = True
-        if self._backend is not None:
+        self.log.current().reached = True
+        if self._backend is not None and self._due:
             self._backend.accumulated(param)
+
+    def gradients_overwritten(self) -> None:
+        """The gradients are about to be zeroed in place: keep those that are the pending direction."""
+        if self.pending is not None and self.pending.direction.of_gradient:
+            self.pending.direction.keep()
 
     # ---------------------------------------------------------------- observing
 
@@ -138,34 +168,40 @@ class LineProbe:
         mean = None if fallback is None else torch.as_tensor(fallback).detach()
         return BatchLoss(mean, None, samples)
 
-    def _point(
+    def _observe(
         self,
+        role: Role,
+        iteration: int,
         direction: Direction,
-        gradients: Sequence[Tensor | None],
+        gradients: LossGradients,
         slopes: SampleSlopes | None,
         loss: BatchLoss,
     ) -> EndPoint:
+        """One end of a step in four numbers; variances as they were the last time if not measured now."""
         passes = self.log.reached
-        length = direction.squared_length.sqrt()
-        slope = inner_product(direction.changes, gradients) / length
-        gammas = [entry.gamma for entry in passes if entry.gamma is not None]
-        if gammas:
-            slope = slope / torch.stack([g.double().to(slope.device) for g in gammas]).sum()
-        if slopes is not None and slopes.complete and len(passes) > 1:
-            mean = sample_mean(slopes.values / length)
-            slope = torch.where(_evenly_weighted(passes, slope.device), slope, mean)
-        # Divided by the length first: squares of <d, gradient> overflow in a diverging run.
-        variance = None if slopes is None else sample_variance(slopes.values / length)
-        parts = [loss.mean, loss.variance, slope, variance]
-        observed = (loss.mean is not None, loss.variance is not None, variance is not None)
-        return EndPoint(small_tensor(parts, slope.device), loss.samples, observed)
+        alone = loss.samples == 1 or any(entry.mixed for entry in passes)
+        carried = None if alone or role in self._due else self.refresh.variance(role)
+        point, variance, of_parameters = reduced(direction, gradients, passes, loss, slopes, carried)
+        if role in self._due and loss.samples != 1:
+            assert self._backend is not None
+            known = ~gradients.lost
+            verified = None if variance is None else self._backend.verified(of_parameters, known)
+            if variance is not None and verified is not None:
+                variance = torch.where(verified.to(variance.device), variance, torch.nan)
+                numbers = torch.cat([point.numbers[:3], variance.to(point.numbers).reshape(1)])
+                point = replace(point, numbers=numbers)
+            self.refresh.measured(role, iteration, variance, loss.samples)
+        return point
 
     @torch.no_grad()
-    def finish(self, gradients: Sequence[Tensor | None] | None, loss: BatchLoss) -> PendingPair | str | None:
+    def finish(
+        self, iteration: int, gradients: LossGradients | None, loss: BatchLoss
+    ) -> PendingPair | str | None:
         """Complete the pair that ends in this iteration; called before the optimizer steps.
 
         Args:
-            gradients: Gradients of the loss, one per parameter; None if they are lost.
+            iteration: This iteration.
+            gradients: Gradients of the loss.
             loss: Loss of the iteration.
 
         Returns:
@@ -174,107 +210,83 @@ class LineProbe:
         pending, self.pending = self.pending, None
         if pending is None:
             return None
-        reason = self._obstacle(gradients)
+        reason = self._obstacle()
         if reason is not None or gradients is None:
             return reason
-        if len(pending.direction.changes) != len(self._params):
+        if len(pending.direction.bases) != len(self._params):
             return "parameters_changed"
+        if not pending.direction.intact():
+            self._keep_direction = True
+            return "direction_overwritten"
         assert self._backend is not None
-        slopes = self._backend.end_slopes(pending.direction)
-        point = self._point(pending.direction, gradients, slopes, loss)
-        edited = self._edited_since(pending) if self._edited is None else self._edited
+        slopes = self._backend.end_slopes(pending.direction) if "end" in self._due else None
+        point = self._observe("end", iteration, pending.direction, gradients, slopes, loss)
+        edited = differ(spots(self._params), pending.spots) if self._edited is None else self._edited
         return PendingPair.of(pending, point, edited)
 
-    def start_obstacle(self, gradients: Sequence[Tensor | None] | None) -> str | None:
+    def start_obstacle(self) -> str | None:
         """Say why this iteration cannot start a pair, or None; called before the optimizer steps."""
-        reason = self._obstacle(gradients)
+        reason = self._obstacle()
         if reason is None and self.watch.params_edited(self._params):
             return "parameters_changed"
         return reason
 
-    def _obstacle(self, gradients: Sequence[Tensor | None] | None) -> str | None:
+    def _obstacle(self) -> str | None:
         """Say why nothing was observed in this iteration, or None."""
         if self.log.skipped:
             return "step_skipped"
-        if gradients is None:
-            return "gradients_modified"
         return None if self.watch.saw_backward(self._params) else "no_backward"
 
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer) -> Direction | list[Tensor]:
-        """Return the direction if it is known before the step, else copies of the parameters."""
-        if is_plain_sgd(optimizer):
-            return plain_sgd_direction(optimizer)
-        return copy_parameters(self._params)
+    def before_step(self, optimizer: Optimizer) -> Tensor | list[Tensor]:
+        """Return what tells the direction after the step: some elements of the parameters, or all."""
+        if is_plain_sgd(optimizer) or (self._resolved and leaves_its_direction(optimizer)):
+            return spots(self._params)
+        self._copies = copied(self._copies, self._params)
+        return self._copies
 
     @torch.no_grad()
     def after_step(
         self,
         iteration: int,
-        before: Direction | list[Tensor],
-        gradients: Sequence[Tensor | None],
+        optimizer: Optimizer,
+        before: Tensor | list[Tensor],
+        gradients: LossGradients,
         loss: BatchLoss,
         lr: tuple[float | Tensor, ...],
     ) -> None:
         """Reduce the start along the step just made and wait for its end."""
-        direction = before if isinstance(before, Direction) else change_since(before, self._params)
+        if isinstance(before, Tensor):
+            direction = direction_left_behind(optimizer, before)
+        else:
+            direction = change_since(before, self._params)
         assert self._backend is not None
-        slopes = self._backend.start_slopes(direction, gradients)
-        point = self._point(direction, gradients, slopes, loss)
-        self.pending = PendingStart(iteration, direction, point, fingerprint(self._params), lr)
-
-    def start_was_turned(self) -> bool:
-        """Whether the step just made is no multiple of the gradient, where the backend needed that."""
-        if self.pending is None or not self.watch.keep_copies:
-            return False
-        return self.pending.point.observed[2] and bool(self.pending.point.numbers[3].isnan())
+        slopes = self._backend.start_slopes(direction, gradients) if "start" in self._due else None
+        point = self._observe("start", iteration, direction, gradients, slopes, loss)
+        if direction.of_gradient and (self._keep_direction or self.watch.reuses_gradients(self._params)):
+            direction.keep()
+        elements = spots(self._params)
+        # On another device reading would mean waiting, and a copy costs less.
+        self._resolved = elements.device.type == "cpu" and well_resolved(direction, elements)
+        self.pending = PendingStart(iteration, direction, point, elements, lr)
 
     # ---------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: the pending step, and whether gradients are copied."""
-        state: dict[str, Any] = {"keep_copies": self.watch.keep_copies, "pending": None}
-        if self.pending is not None:
-            pending = self.pending
-            state["pending"] = {
-                "iteration": pending.iteration,
-                "changes": [None if c is None else c.clone() for c in pending.direction.changes],
-                "moved": pending.direction.moved,
-                "squared_length": pending.direction.squared_length,
-                "numbers": pending.point.numbers,
-                "samples": pending.point.samples,
-                "observed": list(pending.point.observed),
-                "fingerprint": pending.fingerprint,
-                "lr": [rate.clone() if isinstance(rate, Tensor) else rate for rate in pending.lr],
-            }
-        return state
+        """Return what a resumed run needs: the pending step, variances, what was learned about the loop."""
+        return {
+            "watch": self.watch.state_dict(),
+            "keep_direction": self._keep_direction,
+            "resolved": self._resolved,
+            "refresh": self.refresh.state_dict(),
+            "pending": None if self.pending is None else self.pending.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
         """Take over a state; its tensors move to the devices of ``params``."""
-        self.watch.keep_copies = bool(state["keep_copies"])
-        self.pending = None
+        self.watch.load_state_dict(state["watch"])
+        self.refresh.load_state_dict(state["refresh"])
+        self._keep_direction, self._resolved = bool(state["keep_direction"]), bool(state["resolved"])
+        self._params = list(params)
         saved = state["pending"]
-        if saved is None or len(saved["changes"]) != len(params):
-            return
-        changes = [
-            None if change is None else change.to(param.device)
-            for change, param in zip(saved["changes"], params, strict=True)
-        ]
-        device = params[0].device
-        a, b, c = saved["observed"]
-        self.pending = PendingStart(
-            int(saved["iteration"]),
-            Direction(changes, saved["squared_length"].to(device), saved["moved"].to(device)),
-            EndPoint(saved["numbers"].to(device), int(saved["samples"]), (bool(a), bool(b), bool(c))),
-            saved["fingerprint"].to(device),
-            tuple(saved["lr"]),
-        )
-
-
-def _evenly_weighted(passes: Sequence[BackwardPass], device: torch.device) -> Tensor:
-    """Whether every sample has the same weight in the gradient, whichever pass it came with ``[]``."""
-    shares = [entry.gamma / entry.samples for entry in passes if entry.gamma is not None and entry.samples]
-    if not shares:
-        return torch.ones((), dtype=torch.bool, device=device)
-    weights = torch.stack([share.double().to(device) for share in shares])
-    return weights.max() - weights.min() <= 1e-6 * weights.abs().max()
+        self.pending = None if saved is None else PendingStart.from_state(saved, params)

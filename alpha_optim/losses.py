@@ -7,7 +7,6 @@ numbers or buffers, at the moment of the user's own call.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from alpha_optim.hooks import Hook
 from alpha_optim.passes import LossCall
+from alpha_optim.projections.stand_in import stand_in
 
 _WEIGHTED = (nn.CrossEntropyLoss, nn.NLLLoss)
 
@@ -148,7 +148,7 @@ def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tenso
     if not isinstance(first, Tensor) or first.dim() == 0:
         return None
     samples = first.shape[0]
-    single = _stand_in(loss_fn)
+    single = stand_in(loss_fn)
     vars(single)["reduction"] = "none"
     try:
         with _same_random_numbers(loss_fn, first.device):
@@ -181,18 +181,6 @@ def _total_weight(loss_fn: Any, args: Any, kwargs: Any, values: Tensor) -> Any:
     if not isinstance(weight, Tensor):
         return kept.sum().to(values.dtype)
     return (weight[target.clamp_min(0).clamp_max(len(weight) - 1)] * kept).sum()
-
-
-def _stand_in(module: nn.Module) -> nn.Module:
-    """A copy that shares parameters but has buffers of its own: the user's graph may hold the originals."""
-    copied = copy.copy(module)
-    copied._buffers = {
-        name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
-    }
-    copied._modules = {
-        name: None if child is None else _stand_in(child) for name, child in module._modules.items()
-    }
-    return copied
 
 
 @contextmanager

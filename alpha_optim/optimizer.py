@@ -157,7 +157,7 @@ class AlphaGuided(Optimizer):
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         """Clear the gradients as the wrapped optimizer does; see `torch.optim.Optimizer.zero_grad`."""
-        self._session.gradients_cleared()
+        self._session.gradients_cleared(in_place=set_to_none is False)
         self.optimizer.zero_grad(*(() if set_to_none is None else (set_to_none,)))
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:

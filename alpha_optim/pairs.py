@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alpha_optim.alpha import AlphaMeasurement, measure_alpha
-from alpha_optim.direction import Direction
+from alpha_optim.direction import Direction, versions_of
 from alpha_optim.projections.statistics import sample_mean, sample_variance
 from alpha_optim.records import Observation
 
 NAN = math.nan
 Observed = tuple[bool, bool, bool]
+DROPPED = ("", "parameters_changed", "gradients_modified")
+"""Why a pair has to be dropped, by the number that says so on the device; 0: it has not."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,13 @@ class EndPoint:
             float64 ``[4]``, nan where not observed.
         samples: N, 0 if not known.
         observed: Which of loss, its variance and the slope variance were observed.
+        lost: Whether the gradient of the loss is not known, so that there is no slope ``[]``.
     """
 
     numbers: Tensor
     samples: int
     observed: Observed
+    lost: Tensor
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,57 @@ class PendingStart:
         iteration: Iteration n of the start.
         direction: Parameter change of the step.
         point: What was seen at the start.
-        fingerprint: Norms of the parameters as the step left them ``[L]``.
+        spots: Some elements of every parameter as the step left them.
         lr: Learning rates of the step, one per group.
     """
 
     iteration: int
     direction: Direction
     point: EndPoint
-    fingerprint: Tensor
+    spots: Tensor
     lr: tuple[float | Tensor, ...]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values and copies of the tensors."""
+        return {
+            "iteration": self.iteration,
+            "moved": self.direction.moved,
+            "squares": self.direction.squares,
+            "rates": [rate.clone() if isinstance(rate, Tensor) else rate for rate in self.direction.rates],
+            "bases": [None if base is None else base.clone() for base in self.direction.bases],
+            "of_gradient": self.direction.of_gradient,
+            "numbers": self.point.numbers,
+            "samples": self.point.samples,
+            "observed": list(self.point.observed),
+            "lost": self.point.lost,
+            "spots": self.spots,
+            "lr": [rate.clone() if isinstance(rate, Tensor) else rate for rate in self.lr],
+        }
+
+    @classmethod
+    def from_state(cls, saved: dict[str, Any], params: Sequence[Tensor]) -> PendingStart | None:
+        """Build it anew on the devices of ``params``; None if it does not belong to them."""
+        if len(saved["bases"]) != len(params):
+            return None
+        bases = [
+            None if base is None else base.to(param.device).clone()
+            for base, param in zip(saved["bases"], params, strict=True)
+        ]
+        device = params[0].device
+        a, b, c = saved["observed"]
+        direction = Direction(
+            bases,
+            list(saved["rates"]),
+            saved["squares"].to(device),
+            saved["moved"].to(device),
+            bool(saved["of_gradient"]),
+            versions_of(bases),
+        )
+        observed = (bool(a), bool(b), bool(c))
+        numbers, lost = saved["numbers"].to(device), saved["lost"].to(device)
+        point = EndPoint(numbers, int(saved["samples"]), observed, lost)
+        spots = saved["spots"].to(device)
+        return cls(int(saved["iteration"]), direction, point, spots, tuple(saved["lr"]))
 
 
 @dataclass(frozen=True)
@@ -74,8 +121,8 @@ class PendingPair:
 
     Attributes:
         iteration: Iteration n of the start.
-        numbers: Squared length, moved, edited, then the four numbers of the start and those of the end,
-            float64 ``[11]``.
+        numbers: Squared length, moved, index into `DROPPED`, then the four numbers of the start and those of
+            the end, float64 ``[11]``.
         samples: N at start and end.
         observed: What was observed at start and end, as in `EndPoint`.
         lr: Learning rates of the step, one per group.
@@ -91,16 +138,18 @@ class PendingPair:
     def of(cls, start: PendingStart, end: EndPoint, edited: Tensor) -> PendingPair:
         """Put both ends into one small tensor."""
         device = end.numbers.device
-        head = small_tensor([start.direction.squared_length, start.direction.moved, edited], device)
+        lost = start.point.lost.to(device) | end.lost.to(device)
+        dropped = torch.where(edited.to(device), 1.0, torch.where(lost, 2.0, 0.0))
+        head = small_tensor([start.direction.squared_length, start.direction.moved, dropped], device)
         numbers = torch.cat([head, start.point.numbers.to(device), end.numbers])
         samples, observed = (start.point.samples, end.samples), (start.point.observed, end.observed)
         return cls(start.iteration, numbers, samples, observed, start.lr)
 
     def resolve(self) -> AlphaMeasurement | str:
         """Fetch the numbers and measure; or the reason why the pair has to be dropped."""
-        squared, moved, edited, *rest = self.numbers.tolist()
-        if edited:
-            return "parameters_changed"
+        squared, moved, dropped, *rest = self.numbers.tolist()
+        if dropped:
+            return DROPPED[int(dropped)]
         length = math.sqrt(squared) if squared >= 0.0 else NAN
         length = length if moved or not math.isfinite(length) else 0.0
         start = _observation(rest[:4], self.samples[0], self.observed[0])
@@ -116,9 +165,9 @@ def put_together(calls: list[tuple[Tensor, Tensor | None, int]]) -> BatchLoss:
         values = torch.cat([part.flatten() for part in parts])
         return BatchLoss(sample_mean(values), sample_variance(values), samples)
     weights = [count if samples else 1 for _, _, count in calls]
-    means = torch.stack([mean.double() for mean, _, _ in calls])
-    shares = torch.tensor(weights, dtype=torch.float64, device=means.device)
-    return BatchLoss((means * shares).sum() / shares.sum(), None, samples)
+    total = sum(weights)
+    means = [mean.double() * (weight / total) for (mean, _, _), weight in zip(calls, weights, strict=True)]
+    return BatchLoss(torch.stack(means).sum(), None, samples)
 
 
 def small_tensor(parts: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -132,7 +181,7 @@ def small_tensor(parts: Sequence[Tensor | None], device: torch.device) -> Tensor
 def _observation(numbers: list[float], samples: int, observed: Observed) -> Observation:
     loss, loss_variance, slope, slope_variance = numbers
     has_loss, has_loss_variance, has_slope_variance = observed
-    # A direction that is no multiple of the gradient leaves a nan here, the slope itself is right.
+    # A nan beside a finite slope: the samples did not add up to the gradient; the slope itself is right.
     usable = has_slope_variance and not (math.isnan(slope_variance) and math.isfinite(slope))
     return Observation(
         samples=samples,

@@ -38,6 +38,7 @@ class Plan:
         self._asked: tuple[int, bool] | None = None
         self._built: dict[str, Backend] = {}
         self._warned: set[str] = set()
+        self._learned: dict[str, Any] = {}  # of the model, by a backend of an earlier run
 
     def wants(self, iteration: int) -> bool:
         """Whether the pair that starts in this iteration is measured; functions are asked once."""
@@ -61,12 +62,14 @@ class Plan:
             log: Where it finds the backward passes.
         """
         if self.wanted == "auto" and self.choice.name == "backpack" and not is_plain_sgd(self.optimizer):
-            self.choice = Choice("cached", "the steps are no longer those of plain SGD")
+            self.choice = Choice("layerwise", "the steps are no longer those of plain SGD")
         name = self.choice.name
         if name not in self._built:
             names = named_parameters(self.model, self.loss_fn)
             model = self.model if self.model is not None else nn.Module()
             self._built[name] = BACKENDS[name](model, names, log, self.variance == "sampled")
+            if name in self._learned:
+                self._built[name].load_state_dict(self._learned[name])
         return self._built[name]
 
     def forget_backends(self) -> None:
@@ -78,13 +81,18 @@ class Plan:
 
         Args:
             passes: Number of backward passes of the step; it needs one.
-            turned: Whether the step is no multiple of the gradient (clipping by value).
+            turned: Whether steps are no multiples of the gradient (clipping by value).
         """
-        if self.wanted == "auto" and self.choice.name == "backpack" and (passes > 1 or turned):
-            reason = (
-                "several backward passes per step" if passes > 1 else "steps are no multiples of the gradient"
-            )
-            self.choice = Choice("cached", reason)
+        if self.wanted != "auto" or self.choice.name != "backpack":
+            return
+        built = self._built.get("backpack")
+        if passes > 1:
+            self.choice = Choice("layerwise", "several backward passes per step")
+        elif turned:
+            self.choice = Choice("layerwise", "steps are no multiples of the gradient")
+        elif built is not None and built.unaccounted.reasons:
+            names = ", ".join(sorted(built.unaccounted.reasons))
+            self.choice = Choice("layerwise", f"backpack could not account for {names}")
 
     def warn_unaccounted(self) -> None:
         """Say once which parameters have no slopes of single samples, and why."""
@@ -103,13 +111,18 @@ class Plan:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must not decide anew."""
-        return {"choice": list(self.choice), "asked": None if self._asked is None else list(self._asked)}
+        return {
+            "choice": list(self.choice),
+            "asked": None if self._asked is None else list(self._asked),
+            "learned": {name: backend.state_dict() for name, backend in self._built.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Take over earlier decisions; None forgets them."""
         self._asked = None
         if state is None:
             return
+        self._learned = dict(state["learned"])
         if self.wanted == "auto":
             self.choice = Choice(*state["choice"])
         if state["asked"] is not None:

@@ -7,7 +7,7 @@ All mutable state of a wrapped optimizer lives in one `Session`, so that proxies
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from alpha_optim.checks import check_losses
-from alpha_optim.direction import Direction, parameters_of
+from alpha_optim.direction import parameters_of
+from alpha_optim.gradient_watch import LossGradients
 from alpha_optim.guard import Guard
 from alpha_optim.history import AlphaHistory
 from alpha_optim.line_probe import LineProbe
@@ -56,11 +57,11 @@ class Session:
 
     def _reset(self) -> None:
         """Forget the iteration in progress and the pending step."""
-        self.probe = LineProbe(self.plan.loss_fn)
+        self.probe = LineProbe(self.plan.model, self.plan.loss_fn, self.plan.variance == "sampled")
         self.plan.forget_backends()
         self._in_step = False
-        self._before: Direction | list[Tensor] | None = None
-        self._gradients: Sequence[Tensor | None] | None = None
+        self._before: Tensor | list[Tensor] | None = None
+        self._gradients: LossGradients | None = None
         self._loss = BatchLoss(None, None, 0)
         self._rates: tuple[float | Tensor, ...] = ()
 
@@ -73,7 +74,8 @@ class Session:
         self._start = self.plan.wants(self.iteration)
         in_pair = self._start or self.probe.pending is not None
         backend = self.plan.backend(self.probe.log) if in_pair else None
-        self.probe.begin(self.optimizer, backend, self._start, loss=self.guard is not None)
+        loss = self.guard is not None
+        self.probe.begin(self.optimizer, backend, self.iteration, self._start, loss)
 
     def steered(
         self, wants: Callable[[int], bool] | None, guard: bool, on_event: Callable[[GuardEvent], GuardEvent]
@@ -110,9 +112,11 @@ class Session:
         self.probe.pending = None
         self.active = False
 
-    def gradients_cleared(self) -> None:
-        """``zero_grad`` was called."""
+    def gradients_cleared(self, in_place: bool) -> None:
+        """``zero_grad`` was called; whether gradients are overwritten."""
         if self.active and not self._in_step:
+            if in_place:
+                self.probe.gradients_overwritten()
             self.probe.log.discard()
 
     # ---------------------------------------------------------------- losses handed over
@@ -180,7 +184,7 @@ class Session:
         if watched or self.guard is not None:
             scalar = closure_loss if isinstance(closure_loss, (Tensor, float, int)) else None
             self._loss = probe.batch_loss(scalar)
-        outcome = probe.finish(self._gradients, self._loss)
+        outcome = probe.finish(self.iteration, self._gradients, self._loss)
         if isinstance(outcome, str):
             self.history.drop(outcome)
         elif outcome is not None:
@@ -189,7 +193,7 @@ class Session:
             self._judge(self.guard, params, closure_loss)
         self._before = None
         if self._start:
-            reason = probe.start_obstacle(self._gradients)
+            reason = probe.start_obstacle()
             if reason is not None:
                 self.history.drop(reason)
             else:
@@ -221,8 +225,10 @@ class Session:
             self.history.drop("no_backward")
         if self._before is not None:
             assert self._gradients is not None
-            self.probe.after_step(self.iteration, self._before, self._gradients, self._loss, self._rates)
-            self.plan.saw_step(len(self.probe.log.reached), self.probe.start_was_turned())
+            self.probe.after_step(
+                self.iteration, self.optimizer, self._before, self._gradients, self._loss, self._rates
+            )
+            self.plan.saw_step(len(self.probe.log.reached), self.probe.watch.keep_copies)
             self.plan.warn_unaccounted()
         self.probe.watch.step_done(parameters_of(self.optimizer))
         self._in_step, self._before, self._gradients = False, None, None
@@ -234,7 +240,7 @@ class Session:
 
     def _keep_gradients(self) -> None:
         if self._gradients is not None:
-            self._gradients = [None if g is None else g.clone() for g in self._gradients]
+            self._gradients = self._gradients.kept()
         self.probe.mute()
 
     def _begin_again(self) -> None:

@@ -37,7 +37,7 @@ SHORT = [case for index, case in enumerate(CASES) if index % 13 == 0]
 
 
 def backends(optimizer):
-    return ("backpack", "cached") if optimizer == "sgd" else ("cached",)
+    return ("backpack", "layerwise", "cached") if optimizer == "sgd" else ("layerwise", "cached")
 
 
 def run_ours(problem, optimizer, lr, sizes, every, backend, dtype):

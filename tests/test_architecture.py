@@ -11,11 +11,12 @@ import alpha_optim
 
 ROOT = pathlib.Path(alpha_optim.__file__).parent
 LAYERS = [  # each part may import from parts above it
-    {"records", "hooks", "direction"},
-    {"quadratic_fit", "passes", "gradient_watch", "checks", "good_point", "reminders"},
-    {"alpha", "losses", "projections"},
-    {"rows", "pairs", "window"},
-    {"history"},
+    {"records", "hooks", "spots", "refresh"},
+    {"quadratic_fit", "passes", "direction", "reminders"},
+    {"alpha", "checks", "gradient_watch", "good_point", "model_tap"},
+    {"projections"},
+    {"losses", "rows", "pairs", "window"},
+    {"history", "end_point"},
     {"line_probe", "plan"},
     {"guard", "policies", "diagnosis"},
     {"session"},

@@ -88,22 +88,17 @@ def test_variance(model, sgd):
 
 def test_backend_unknown(model, sgd):
     with pytest.raises(
-        ValueError, match=r"unknown backend 'fast'. Known backends: 'backpack', 'cached', 'gradients', 'auto'"
+        ValueError,
+        match=r"unknown backend 'fast'. Known backends: 'backpack', 'layerwise', 'cached', 'gradients', 'auto'",
     ):
         AlphaGuided(sgd, model, backend="fast")
-
-
-def test_backend_that_does_not_exist_yet(model, sgd):
-    with pytest.raises(
-        ValueError, match=r"'layerwise' is not available in this version.*work here: 'backpack', 'cached'"
-    ):
-        AlphaGuided(sgd, model, backend="layerwise")
 
 
 def test_backend_impossible_for_the_optimizer(model):
     adam = torch.optim.Adam(model.parameters())
     with pytest.raises(
-        ValueError, match=r"needs plain torch.optim.SGD .* These work: 'cached', 'gradients', or 'auto'"
+        ValueError,
+        match=r"needs plain torch.optim.SGD .* These work: 'layerwise', 'cached', 'gradients', or 'auto'",
     ):
         AlphaGuided(adam, model, backend="backpack")
     assert hooks(model) == 0
@@ -112,7 +107,9 @@ def test_backend_impossible_for_the_optimizer(model):
 def test_backend_impossible_for_the_model():
     net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"does not cover these layers: 1 \(LayerNorm\). These work: 'cached'"):
+    with pytest.raises(
+        ValueError, match=r"does not cover these layers: 1 \(LayerNorm\). These work: 'layerwise', 'cached'"
+    ):
         AlphaGuided(sgd, net, backend="backpack")
 
 

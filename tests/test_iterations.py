@@ -1,5 +1,6 @@
 """Which pairs are measured, under everything a training loop may do."""
 
+import contextlib
 import copy
 import math
 
@@ -160,7 +161,7 @@ def test_plain_sgd_under_accumulation_goes_from_the_fast_path_to_one_that_can():
         for xs, ys in zip(x.chunk(2), y.chunk(2), strict=True):
             (loss_fn(model(xs), ys) / 2).backward()
         guided.step()
-    assert guided.backend == "cached"
+    assert guided.backend == "layerwise"
     assert "several backward passes" in repr(guided)
     reference = plain_run()
     assert [m.information for m in guided.alpha_history] == ["slopes", "full", "full", "full", "full"]
@@ -189,15 +190,16 @@ def test_slopes_are_those_of_the_loss_also_under_clipping(kind, clip):
             true.append((float(d.norm()), float(gradient @ d / d.norm())))
         return guided, true
 
-    for backend in ("auto", "cached", "gradients"):
+    for backend in ("auto", "layerwise", "cached", "gradients"):
         guided, true = run(backend)
-        # The first pair is dropped: until its step nobody could know that gradients get modified.
-        assert guided.alpha_history.dropped == {"gradients_modified": 1}
-        assert guided.alpha_history.iterations.tolist() == [1, 2, 3, 4, 5]
+        # Clipping by norm is one factor, which is found; clipping by value costs the first pair.
+        assert guided.alpha_history.dropped == ({} if clip == "norm" else {"gradients_modified": 1})
+        assert guided.alpha_history.iterations.tolist() == [0, 1, 2, 3, 4, 5][clip == "value" :]
+        assert guided._session.probe.watch.keep_copies == (clip == "value")
         for m in guided.alpha_history:
             assert m.step_length == pytest.approx(true[m.iteration][0], rel=1e-6)
             assert m.slope_start == pytest.approx(true[m.iteration][1], rel=1e-6)
-        if backend == "cached" or (backend == "auto" and (clip == "norm" or kind != "sgd")):
+        if backend != "gradients":
             assert {m.information for m in guided.alpha_history} == {"full"}
 
 
@@ -213,8 +215,8 @@ def test_a_loss_scale_is_divided_out(kind, scale):
         for p in model.parameters():
             p.grad.div_(scale)
         guided.step()
-    # Scaling and unscaling by a power of two loses nothing, so the run is the same; the first pair goes.
-    check_same(list(guided.alpha_history)[:4], list(reference.alpha_history)[1:], tolerance=1e-8)
+    # Scaling and unscaling by a power of two loses nothing, so the run is the same.
+    check_same(list(guided.alpha_history)[:5], list(reference.alpha_history), tolerance=1e-8)
 
 
 @pytest.mark.parametrize("clear", ["wrapper", "model", "in place"])
@@ -232,14 +234,13 @@ def test_a_step_skipped_by_a_scaler_keeps_the_iteration_and_drops_the_pairs_that
         scaler.step(guided)
         scaler.update()
     assert guided.iteration == 8
-    # The first pair goes because nobody knew yet that gradients get unscaled.
-    assert guided.alpha_history.dropped == {"gradients_modified": 1, "step_skipped": 2}
-    assert guided.alpha_history.iterations.tolist() == [1, 2, 5, 6]
+    assert guided.alpha_history.dropped == {"step_skipped": 2}
+    assert guided.alpha_history.iterations.tolist() == [0, 1, 2, 5, 6]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("clip", [False, True])
-def test_a_gradient_scaler_changes_nothing_but_the_first_pair(kind, clip):
+def test_a_gradient_scaler_changes_nothing(kind, clip):
     reference = plain_run(kind, make_batches(7))
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
     guided = wrap(model, loss_fn, kind)
@@ -252,8 +253,8 @@ def test_a_gradient_scaler_changes_nothing_but_the_first_pair(kind, clip):
             nn.utils.clip_grad_norm_(model.parameters(), 1e9)  # never clips, but multiplies by one
         scaler.step(guided)
         scaler.update()
-    assert guided.alpha_history.dropped == {"gradients_modified": 1}
-    check_same(guided.alpha_history, reference.alpha_history[1:], tolerance=1e-7)
+    assert guided.alpha_history.dropped == {}
+    check_same(guided.alpha_history, reference.alpha_history, tolerance=1e-7)
 
 
 def test_gradients_altered_through_data_are_noticed():
@@ -266,8 +267,8 @@ def test_gradients_altered_through_data_are_noticed():
         for p in model.parameters():
             p.grad.data.mul_(0.5)  # Adam does not care, so the steps are the same
         guided.step()
-    assert guided.alpha_history.dropped == {"gradients_modified": 1}
-    check_same(guided.alpha_history, reference.alpha_history[1:], ("slope_start", "slope_end"), tolerance=1e-5)
+    assert guided.alpha_history.dropped == {}
+    check_same(guided.alpha_history, reference.alpha_history, ("slope_start", "slope_end"), tolerance=1e-5)
 
 
 def test_two_networks_trained_against_each_other():
@@ -578,7 +579,7 @@ def test_momentum_switched_on_in_mid_run_leaves_the_fast_path():
         guided.zero_grad()
         loss_fn(model(x), y).backward()
         guided.step()
-    assert guided.backend == "cached"
+    assert guided.backend == "layerwise"
     assert guided.alpha_history[-1].information == "full"
 
 
@@ -814,7 +815,7 @@ def test_the_mean_slope_does_not_depend_on_the_choice_of_variances():
     runs = []
     for variance in ("exact", "sampled"):
         model, loss_fn = make_model(), nn.CrossEntropyLoss()
-        guided = wrap(model, loss_fn, "adam", variance=variance)
+        guided = wrap(model, loss_fn, "adam", backend="cached", variance=variance)
         for x, y in make_batches(4, 40):
             guided.zero_grad()
             for xs, ys in zip(x.chunk(2), y.chunk(2), strict=True):
@@ -823,6 +824,22 @@ def test_the_mean_slope_does_not_depend_on_the_choice_of_variances():
             guided.step()
         runs.append(guided.alpha_history)
     check_same(*runs, ("slope_start", "slope_end"))
+
+
+def test_a_penalty_is_noticed_and_the_whole_model_differentiated():
+    histories = {}
+    for backend in ("cached", "layerwise"):
+        model, loss_fn = make_model(), nn.CrossEntropyLoss()
+        guided = wrap(model, loss_fn, "adam", backend=backend)
+        said = pytest.warns(UserWarning, match="0.weight: its samples do not add up to its gradient")
+        with said if backend == "layerwise" else contextlib.nullcontext():
+            for x, y in make_batches(6):
+                guided.zero_grad()
+                (loss_fn(model(x), y) + 0.1 * sum(p.square().sum() for p in model.parameters())).backward()
+                guided.step()
+        histories[backend] = list(guided.alpha_history)
+    assert [m.information for m in histories["layerwise"]] == ["slopes"] + ["full"] * 4
+    check_same(histories["layerwise"][1:], histories["cached"][1:])
 
 
 def test_an_earlier_forward_pass_of_another_size_does_not_confuse_the_count():

@@ -32,6 +32,56 @@ class Attention(nn.Module):
         return self.head(self.norm(x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
 
 
+class Products(nn.Module):
+    """Attention written by hand, normalised by root mean squares."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+        self.norm, self.head = nn.RMSNorm(dim), nn.Linear(dim, 3)
+
+    def forward(self, x):
+        q, k, v = (part.unsqueeze(1) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
+        return self.head((x + self.out(mixed)).mean(1))
+
+
+class Encoder(nn.Module):
+    """torch's own layer, whose attention uses parameters of a child without calling it."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(dim, 2, 8, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(dim, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(x).mean(1))
+
+
+class Gap(nn.Module):
+    """Token 0 is padding."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(3, dim, padding_idx=0), nn.Linear(dim, 3)
+        with torch.no_grad():
+            self.embedding.weight[0] = 1.0  # moved by weight decay, never by a gradient
+
+    def forward(self, x):
+        return self.head(self.embedding(x).mean(1))
+
+
+class Outside(nn.Module):
+    """Uses a layer's parameters without calling it."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.inner, self.head = nn.Linear(dim, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(F.linear(x, self.inner.weight, self.inner.bias).tanh())
+
+
 class Tied(nn.Module):
     """Embedding and output head share their weight."""
 
@@ -59,10 +109,10 @@ class Twice(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind, dim):
+    def __init__(self, kind, dim, **options):
         super().__init__()
-        self.cell = kind(dim, 5, batch_first=True)
-        self.head = nn.Linear(5, 3)
+        self.cell = kind(dim, 5, batch_first=True, **options)
+        self.head = nn.Linear(10 if options.get("bidirectional") else 5, 3)
 
     def forward(self, x):
         return self.head(self.cell(x)[0][:, -1])
@@ -133,9 +183,42 @@ ZOO = {
     "called twice": (lambda: Twice(6), VECTOR),
     "lstm": (lambda: Recurrent(nn.LSTM, 6), SEQUENCE),
     "rnn": (lambda: Recurrent(nn.RNN, 6), SEQUENCE),
+    "gru": (lambda: Recurrent(nn.GRU, 6), SEQUENCE),
+    "deep lstm": (lambda: Recurrent(nn.LSTM, 6, num_layers=2, bidirectional=True), SEQUENCE),
+    "conv1d transpose, instance norm": (
+        sequential(
+            lambda: nn.ConvTranspose1d(4, 3, 3),
+            lambda: nn.InstanceNorm1d(3, affine=True),
+            nn.Tanh,
+            nn.Flatten,
+            lambda: nn.Linear(24, 3),
+        ),
+        SEQUENCE,
+    ),
+    "conv3d, layer norm over all": (
+        sequential(
+            lambda: nn.Unflatten(1, (1, 2)),
+            lambda: nn.Conv3d(1, 2, (1, 3, 3)),
+            lambda: nn.LayerNorm([2, 2, 4, 4]),
+            nn.Flatten,
+            lambda: nn.Linear(64, 3),
+        ),
+        IMAGE,
+    ),
+    "attention by hand": (lambda: Products(6), SEQUENCE),
+    "transformer encoder": (lambda: Encoder(6), SEQUENCE),
+    "padding": (lambda: Gap(4), "tokens"),
+    "weight norm": (
+        sequential(
+            lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), nn.Tanh, lambda: nn.Linear(3, 3)
+        ),
+        VECTOR,
+    ),
     "rows folded into dimension 0": (lambda: Flattened(6), SEQUENCE),
     "tied embedding": (lambda: Tied(3, 5), "tokens"),
 }
+NOT_CACHED = {"gru", "deep lstm", "weight norm"}
+"""Layers without a rule for vmap, or whose parameters are not used by the module that owns them."""
 
 
 def make(name, batch_sizes, dtype=torch.float64, seed=0):

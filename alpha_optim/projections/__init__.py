@@ -16,14 +16,14 @@ from alpha_optim.projections.cached import CachedBackend
 from alpha_optim.projections.gradients import GradientsBackend
 from alpha_optim.projections.individual import backpack_covers
 from alpha_optim.projections.layers import layers_of
+from alpha_optim.projections.layerwise import LayerwiseBackend
 
 BACKENDS: dict[str, Callable[[nn.Module, Names, PassLog, bool], Backend]] = {
     "backpack": BackpackBackend,
+    "layerwise": LayerwiseBackend,
     "cached": CachedBackend,
     "gradients": lambda model, names, log, sampled: GradientsBackend(),
 }
-
-_PLANNED = {"layerwise"}
 
 
 class Choice(NamedTuple):
@@ -61,11 +61,6 @@ def choose_backend(wanted: str, optimizer: Optimizer, model: nn.Module | None) -
             )
         return Choice(wanted, "asked for")
     known = ", ".join(map(repr, [*BACKENDS, "auto"]))
-    if wanted in _PLANNED:
-        raise ValueError(
-            f"backend={wanted!r} is not available in this version. "
-            f"Known backends: {known}; these work here: {', '.join(map(repr, working))}."
-        )
     raise ValueError(
         f"unknown backend {wanted!r}. Known backends: {known}; these work here: "
         f"{', '.join(map(repr, working))}."
@@ -78,7 +73,7 @@ def obstacle(name: str, optimizer: Optimizer, model: nn.Module | None) -> str | 
         return None
     if model is None:
         return "it needs the model: AlphaGuided(optimizer, model, loss_fn)"
-    if name == "cached":
+    if name in ("layerwise", "cached"):
         return None
     if not is_plain_sgd(optimizer):
         return "it needs plain torch.optim.SGD (no momentum, dampening, nesterov or weight decay)"
@@ -100,8 +95,8 @@ def uncovered_layers(optimizer: Optimizer, model: nn.Module) -> list[str]:
 
 
 def _automatic(obstacles: dict[str, str | None]) -> Choice:
-    if obstacles["cached"] is not None:
+    if obstacles["layerwise"] is not None:
         return Choice("gradients", "no model given")
     if obstacles["backpack"] is None:
         return Choice("backpack", "plain SGD, and BackPACK covers the model")
-    return Choice("cached", obstacles["backpack"])
+    return Choice("layerwise", f"any optimizer and model; not backpack: {obstacles['backpack']}")

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from alpha_optim.direction import Direction
+from alpha_optim.gradient_watch import LossGradients
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Backend(Protocol):
         """Hook the model for the coming iteration.
 
         Args:
-            end_of: Direction of the previous step if this iteration is the end of a pair.
-            start: Whether this iteration is the start of a pair.
+            end_of: Direction of the previous step if slopes along it are wanted.
+            start: Whether slopes along the coming step are wanted.
             params: Parameters of the optimizer, in the order of directions.
         """
 
@@ -65,13 +66,27 @@ class Backend(Protocol):
     def end_slopes(self, direction: Direction) -> SampleSlopes | None:
         """Per-sample slopes along the previous step, called before the next one; None if unknown."""
 
-    def start_slopes(self, direction: Direction, gradients: Sequence[Tensor | None]) -> SampleSlopes | None:
+    def start_slopes(self, direction: Direction, gradients: LossGradients) -> SampleSlopes | None:
         """Per-sample slopes along the step just made, called after it; None if unknown.
 
         Args:
             direction: The step.
             gradients: What the backward passes left, before clipping; one per parameter.
         """
+
+    def verified(self, of_parameters: Tensor, known: Tensor) -> Tensor | None:
+        """Whether the samples of the last answer add up to the gradient ``[]``; None if not known.
+
+        Args:
+            of_parameters: <change, gradient> for every parameter ``[K]``.
+            known: Whether those are known ``[]``.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learned about the model and a resumed run must not learn anew."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was learned."""
 
     def mute(self) -> None:
         """Remove every hook; what was collected stays."""

@@ -7,13 +7,18 @@ watched; afterwards only the direction and numbers per sample).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from alpha_optim.direction import Direction
+from alpha_optim.gradient_watch import LossGradients
 from alpha_optim.passes import BackwardPass, PassLog
 from alpha_optim.projections.base import Names, SampleSlopes
-from alpha_optim.projections.recorder import SampleRecorder, add_gradients, project
+from alpha_optim.projections.individual import NEEDS_OUTPUT, individual_gradients
+from alpha_optim.projections.layers import KnownLayers, LayerCall, layers_of
+from alpha_optim.projections.recorder import SampleRecorder, add_to, project
 
 
 class CachedBackend:
@@ -23,7 +28,8 @@ class CachedBackend:
 
     def __init__(self, model: nn.Module, names: Names, log: PassLog, sampled: bool) -> None:
         """Prepare; see `SampleRecorder` for the arguments."""
-        self._recorder = SampleRecorder(model, names, log, sampled)
+        self._recorder = SampleRecorder(names, log, sampled, NEEDS_OUTPUT)
+        self._layers = KnownLayers(partial(layers_of, model))
         self._gradients: dict[BackwardPass, dict[int, Tensor]] = {}
         self._params: Sequence[Tensor] = ()
         self.unaccounted = self._recorder.unaccounted
@@ -32,7 +38,7 @@ class CachedBackend:
         """Hook the model."""
         self._params = params
         self._gradients = {}
-        self._recorder.begin(params, self._store)
+        self._recorder.begin(self._layers.of(params), self._called)
 
     def accumulated(self, param: Tensor) -> None:
         """Note that the pass reached a parameter."""
@@ -47,9 +53,20 @@ class CachedBackend:
         """Reduce the cached gradients along the previous step."""
         return self._reduce(direction)
 
-    def start_slopes(self, direction: Direction, gradients: Sequence[Tensor | None]) -> SampleSlopes | None:
+    def start_slopes(self, direction: Direction, gradients: LossGradients) -> SampleSlopes | None:
         """Reduce the cached gradients along the step just made."""
         return self._reduce(direction)
+
+    def verified(self, of_parameters: Tensor, known: Tensor) -> Tensor | None:
+        """Return None: what is cached are the parts of the gradient themselves."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: nothing is learned."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over nothing."""
 
     def mute(self) -> None:
         """Remove every hook; what was collected stays."""
@@ -60,8 +77,11 @@ class CachedBackend:
         self._gradients = {}
         self._recorder.close()
 
-    def _store(self, entry: BackwardPass, param: Tensor, gradients: Tensor) -> None:
-        add_gradients(self._gradients.setdefault(entry, {}), param, gradients)
+    def _called(self, entry: BackwardPass, call: LayerCall, samples: int) -> None:
+        assert entry.samples is not None
+        cache = self._gradients.setdefault(entry, {})
+        for name, values in individual_gradients(call, entry.samples, samples).items():
+            add_to(cache, id(call.layer.params[name]), values)
 
     def _reduce(self, direction: Direction) -> SampleSlopes | None:
         changes = dict(zip(map(id, self._params), direction.changes, strict=True))

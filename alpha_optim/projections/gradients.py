@@ -1,12 +1,14 @@
-"""Slopes from gradients alone: no hook on the model, no number per sample."""
+"""Slopes from gradients alone: no hook on the layers, no number per sample."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from alpha_optim.direction import Direction
+from alpha_optim.gradient_watch import LossGradients
 from alpha_optim.projections.base import SampleSlopes, Unaccounted
 
 
@@ -32,9 +34,20 @@ class GradientsBackend:
         """Return None: not known."""
         return None
 
-    def start_slopes(self, direction: Direction, gradients: Sequence[Tensor | None]) -> SampleSlopes | None:
+    def start_slopes(self, direction: Direction, gradients: LossGradients) -> SampleSlopes | None:
         """Return None: not known."""
         return None
+
+    def verified(self, of_parameters: Tensor, known: Tensor) -> Tensor | None:
+        """Return None: nothing to verify."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: nothing is learned."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over nothing."""
 
     def mute(self) -> None:
         """Unhook nothing."""

@@ -8,7 +8,6 @@ get no attribute, and BackPACK's process-wide context is not needed.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +16,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from alpha_optim.projections.layers import LayerCall, tensors_in
+from alpha_optim.hooks import tensors_in
+from alpha_optim.projections.layers import LayerCall, UnsupportedLayerError, has_rows
+from alpha_optim.projections.stand_in import stand_in
 
 if TYPE_CHECKING:
     from backpack.core.derivatives.basederivatives import BaseParameterDerivatives
 
 NEEDS_OUTPUT = (nn.RNN, nn.LSTM)
 """Layers for which BackPACK's rule uses the output."""
-
-
-class UnsupportedLayerError(Exception):
-    """The individual gradients of this call cannot be had; the text says why."""
 
 
 @lru_cache(maxsize=1)
@@ -95,16 +92,10 @@ def individual_gradients(call: LayerCall, samples: int, first: int) -> dict[str,
     Raises:
         UnsupportedLayerError: If they cannot be had; the text says why.
     """
-    module, gradient = call.layer.module, call.output_gradient
-    if gradient.dim() == 0 or gradient.shape[0] % samples or gradient.shape[0] == 0:
-        raise UnsupportedLayerError(
-            f"dimension 0 of its output (shape {list(gradient.shape)}) is neither the number of "
-            f"samples {samples} nor a multiple of it"
-        )
-    per_sample = gradient.shape[0] // samples
+    module = call.layer.module
+    call.check_unaltered()
+    per_sample = call.rows_per_sample(samples)
     rows = min(first, samples) * per_sample
-    if not any(_has_rows(value, gradient.shape[0]) for value in tensors_in((call.args, call.kwargs))):
-        raise UnsupportedLayerError("none of its inputs has the samples along dimension 0")
     if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
         per_row = _batch_norm_shares(call, rows)
     elif backpack_covers(module) and call.output_index == 0 and not call.kwargs:
@@ -169,13 +160,7 @@ def _from_vmap(call: LayerCall, rows: int) -> dict[str, Tensor]:
     """
     module, batch = call.layer.module, call.output_gradient.shape[0]
     params = {name: call.layer.params[name].detach() for name in _wanted(call)}
-    standin = copy.copy(module)
-    # Own dictionaries: user hooks do not fire, and buffers written by the module stay as they are.
-    standin._forward_hooks, standin._forward_pre_hooks = OrderedDict(), OrderedDict()
-    standin._parameters = dict(module._parameters)
-    standin._buffers = {
-        name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
-    }
+    standin = stand_in(module)
     leaves: list[Tensor] = []
     args = tuple(_split(value, batch, rows, leaves) for value in call.args)
     kwargs = {name: _split(value, batch, rows, leaves) for name, value in call.kwargs.items()}
@@ -215,7 +200,7 @@ class _Slot:
 
 def _split(value: Any, batch: int, rows: int, leaves: list[Tensor]) -> Any:
     """Replace tensors with one row per sample by slots and collect their rows."""
-    if _has_rows(value, batch):
+    if has_rows(value, batch):
         leaves.append(value[:rows])
         return _Slot(len(leaves) - 1)
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
@@ -229,10 +214,6 @@ def _rebuild(value: Any, inputs: tuple[Tensor, ...]) -> Any:
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
         return tuple(_rebuild(entry, inputs) for entry in value)
     return value
-
-
-def _has_rows(value: Any, batch: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:

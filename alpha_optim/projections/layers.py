@@ -1,24 +1,29 @@
 """Hooks on the layers that own parameters: inputs and output gradients of every call.
 
-Nothing is left on the modules but forward hooks, and those only while an iteration is watched. The
-output gradient comes from a tensor hook on the layer's output; it is bound to the value that the
-layer returned, so an in-place activation behind it does no harm.
+Nothing is left on the modules but forward hooks, and those only while samples are watched. The output
+gradient comes from a tensor hook on the layer's output; it is bound to the value that the layer
+returned, so an in-place activation behind it does no harm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from alpha_optim.hooks import Hook
+from alpha_optim.hooks import Hook, tensors_in
+from alpha_optim.projections.stand_in import RandomState
 
 UNITS: tuple[type[nn.Module], ...] = (nn.MultiheadAttention,)
 """Modules that use parameters of their children without calling them; treated as one layer."""
+
+
+class UnsupportedLayerError(Exception):
+    """The slopes of single samples cannot be had for this call; the text says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +33,12 @@ class Layer:
     Attributes:
         module: The module that is called.
         params: Local name (``"weight"``, ``"out_proj.weight"``) -> parameter.
+        replayed: Whether calls may have to be repeated, random numbers included.
     """
 
     module: nn.Module
     params: dict[str, Tensor]
+    replayed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,41 +49,118 @@ class LayerCall:
         layer: The layer.
         args: Positional arguments, detached.
         kwargs: Keyword arguments, detached.
+        versions: Versions of the tensors among the arguments at the call.
         output: The output, detached; only where a layer's rule needs it.
         output_index: Which tensor of a nested output the gradient belongs to.
         output_gradient: Gradient of what was sent backward with respect to that tensor.
         creates_graph: Whether this backward pass will be differentiated itself.
+        random: State of the random numbers before the call, if it drew any and may be repeated.
     """
 
     layer: Layer
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    versions: tuple[int, ...]
     output: Tensor | None
     output_index: int
     output_gradient: Tensor
     creates_graph: bool
+    random: RandomState | None
+
+    def rows_per_sample(self, samples: int) -> int:
+        """How many rows of the output belong to one sample.
+
+        Raises:
+            UnsupportedLayerError: If dimension 0 is not that of the samples.
+        """
+        gradient = self.output_gradient
+        if gradient.dim() == 0 or gradient.shape[0] % samples or gradient.shape[0] == 0:
+            raise UnsupportedLayerError(
+                f"dimension 0 of its output (shape {list(gradient.shape)}) is neither the number of "
+                f"samples {samples} nor a multiple of it"
+            )
+        rows = gradient.shape[0]
+        if not any(has_rows(value, rows) for value in tensors_in((self.args, self.kwargs))):
+            raise UnsupportedLayerError("none of its inputs has the samples along dimension 0")
+        return rows // samples
+
+    def first(self, rows: int) -> LayerCall:
+        """The call with the first rows only, in memory of its own; itself if these are all."""
+        whole = self.output_gradient.shape[0]
+        if rows >= whole:
+            return self
+
+        def cut(value: Any) -> Any:
+            return value[:rows].clone() if has_rows(value, whole) else value
+
+        args = map_tensors(cut, self.args)
+        kwargs = {name: map_tensors(cut, value) for name, value in self.kwargs.items()}
+        versions = _versions((args, kwargs))
+        gradient = self.output_gradient[:rows].clone()
+        return replace(self, args=args, kwargs=kwargs, versions=versions, output_gradient=gradient)
+
+    def check_unaltered(self) -> None:
+        """Refuse a call whose input has been written to since.
+
+        Raises:
+            UnsupportedLayerError: If it has.
+        """
+        if _versions((self.args, self.kwargs)) != self.versions:
+            raise UnsupportedLayerError("its input was changed in place after the call")
 
 
-def layers_of(model: nn.Module, wanted: set[int]) -> list[Layer]:
+def uses_its_children(module: nn.Module, owns_parameters: bool) -> bool:
+    """Whether a module and everything in it is one layer, see `UNITS`."""
+    return isinstance(module, UNITS)
+
+
+def layers_of(
+    model: nn.Module,
+    wanted: set[int],
+    as_one: Callable[[nn.Module, bool], bool] = uses_its_children,
+) -> list[Layer]:
     """List the layers of a model that use parameters of the optimizer.
 
     Args:
         model: The model.
         wanted: ``id`` of the parameters of the optimizer.
+        as_one: Says whether everything in a module, which may own parameters itself, is one layer.
     """
     layers = []
-    inside_unit: set[int] = set()
+    inside: set[int] = set()
     for module in model.modules():
-        if id(module) in inside_unit:
+        if id(module) in inside:
             continue
-        unit = isinstance(module, UNITS)
-        if unit:
-            inside_unit |= {id(child) for child in module.modules()}
-        named = module.named_parameters(recurse=unit, remove_duplicate=False)
-        params: dict[str, Tensor] = {name: param for name, param in named if id(param) in wanted}
+        params = wanted_parameters(module, wanted, recurse=False)
+        if as_one(module, bool(params)):
+            params = wanted_parameters(module, wanted, recurse=True)
+            inside |= {id(child) for child in module.modules()}
         if params:
             layers.append(Layer(module, params))
     return layers
+
+
+def wanted_parameters(module: nn.Module, wanted: set[int], recurse: bool) -> dict[str, Tensor]:
+    """Parameters of a module that belong to the optimizer, by local name; shared ones under each."""
+    named = module.named_parameters(recurse=recurse, remove_duplicate=False)
+    return {name: param for name, param in named if id(param) in wanted}
+
+
+class KnownLayers:
+    """The layers of a model, found anew when the parameters of the optimizer change."""
+
+    def __init__(self, find: Callable[[set[int]], list[Layer]]) -> None:
+        """Take the function that finds them, given the ``id`` of the parameters."""
+        self._find = find
+        self._known: list[Layer] = []
+        self._key: tuple[int, ...] | None = None
+
+    def of(self, params: Sequence[Tensor]) -> list[Layer]:
+        """Layers that use these parameters."""
+        key = tuple(map(id, params))
+        if key != self._key:
+            self._known, self._key = self._find(set(key)), key
+        return self._known
 
 
 class LayerTap:
@@ -104,7 +188,11 @@ class LayerTap:
     def attach(self, layers: list[Layer]) -> None:
         """Hook the layers."""
         for layer in layers:
-            hook = Hook(_Seen(self, layer), owner=layer.module)
+            seen = _Seen(self, layer)
+            if layer.replayed:
+                before = Hook(seen.before, owner=layer.module)
+                self._handles.append(layer.module.register_forward_pre_hook(before))
+            hook = Hook(seen, owner=layer.module)
             self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
@@ -113,13 +201,16 @@ class LayerTap:
             handle.remove()
         self._handles = []
 
-    def seen(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> None:
+    def active(self) -> bool:
+        """Whether calls are to be seen now."""
+        return not self._muted and torch.is_grad_enabled()
+
+    def seen(self, layer: Layer, args: Any, kwargs: Any, output: Any, random: RandomState | None) -> None:
         """Take note of a forward call."""
-        if self._muted or not torch.is_grad_enabled():
-            return
         self._on_forward()
-        kept_args = tuple(_detached(arg) for arg in args)
-        kept_kwargs = {name: _detached(value) for name, value in kwargs.items()}
+        kept_args = map_tensors(Tensor.detach, args)
+        kept_kwargs = {name: map_tensors(Tensor.detach, value) for name, value in kwargs.items()}
+        versions = _versions((kept_args, kept_kwargs))
         keep = isinstance(layer.module, self._keep_output)
         for index, tensor in enumerate(tensors_in(output)):
             if tensor.requires_grad:
@@ -133,10 +224,12 @@ class LayerTap:
                                 layer,
                                 kept_args,
                                 kept_kwargs,
+                                versions,
                                 kept,
                                 index,
                                 gradient.detach(),
                                 torch.is_grad_enabled(),
+                                random,
                             )
                         )
 
@@ -151,30 +244,39 @@ class LayerTap:
             self._muted = False
 
 
-@dataclass(frozen=True)
 class _Seen:
-    tap: LayerTap
-    layer: Layer
+    """The hooks of one layer."""
+
+    def __init__(self, tap: LayerTap, layer: Layer) -> None:
+        self._tap, self._layer = tap, layer
+        self._random: list[RandomState] = []
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        if self._tap.active():
+            self._random.append(RandomState.now(next(iter(self._layer.params.values())).device))
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.tap.seen(self.layer, args, kwargs, output)
+        if self._tap.active():
+            random = self._random.pop() if self._random else None
+            drew = random is not None and random.has_moved()
+            self._tap.seen(self._layer, args, kwargs, output, random if drew else None)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a nested output, in order."""
+def has_rows(value: Any, rows: int) -> bool:
+    """Whether a value is a tensor with so many rows along dimension 0."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to the tensors in a value and in plain tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from tensors_in(entry)
-    elif isinstance(value, (tuple, list)):
-        for entry in value:
-            yield from tensors_in(entry)
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(_detached(entry) for entry in value)
+        return function(value)
+    if type(value) is dict:
+        return {name: map_tensors(function, entry) for name, entry in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(function, entry) for entry in value)
     return value
+
+
+def _versions(value: Any) -> tuple[int, ...]:
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors_in(value))

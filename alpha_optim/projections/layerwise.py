@@ -1,0 +1,228 @@
+"""Any optimizer, any model: slopes of samples from layer inputs and output gradients.
+
+No individual gradient is formed. A layer's call is contracted with the previous step as soon as the
+gradient of its output arrives, and with the coming step once that is known; until then inputs and
+output gradients of the samples in question are kept. Where parameters are used outside the calls of the
+modules that own them, the model as a whole takes the place of its layers.
+
+What the samples contribute to a group of parameters has to add up to <change, gradient> of that group.
+That is checked whenever all samples take part: always with ``variance="exact"``, and at the first end of a
+step otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from alpha_optim.direction import Direction
+from alpha_optim.gradient_watch import LossGradients
+from alpha_optim.passes import BackwardPass, PassLog
+from alpha_optim.projections.base import Names, SampleSlopes
+from alpha_optim.projections.contractions import Contraction, contraction_of, layers_to_contract
+from alpha_optim.projections.forward_mode import ForwardMode
+from alpha_optim.projections.layers import (
+    KnownLayers,
+    Layer,
+    LayerCall,
+    UnsupportedLayerError,
+    wanted_parameters,
+)
+from alpha_optim.projections.recorder import SampleRecorder, add_to
+from alpha_optim.projections.self_check import SelfCheck
+
+_BySample = dict[BackwardPass, dict[int, Tensor]]
+"""Pass -> group of parameters -> numbers of its samples ``[n]``."""
+
+
+class LayerwiseBackend:
+    """Contracts every layer's call with the change of its parameters."""
+
+    name = "layerwise"
+
+    def __init__(self, model: nn.Module, names: Names, log: PassLog, sampled: bool) -> None:
+        """Prepare; see `SampleRecorder` for the arguments."""
+        self._model, self._names = model, names
+        self._recorder = SampleRecorder(names, log, sampled)
+        self._layers = KnownLayers(self._find)
+        self._sampled = sampled
+        self._check = SelfCheck(names)
+        self._whole_model = False
+        self._params: Sequence[Tensor] = ()
+        self._end_of: Direction | None = None
+        self._start = False
+        self.unaccounted = self._recorder.unaccounted
+        self.discard()
+
+    def _find(self, wanted: set[int]) -> list[Layer]:
+        """Layers of the model, or the model as the only one."""
+        if self._whole_model:
+            return [Layer(self._model, wanted_parameters(self._model, wanted, recurse=True), replayed=True)]
+        return layers_to_contract(self._model, wanted)
+
+    def begin(self, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
+        """Hook the model."""
+        self.discard()
+        layers = self._layers.of(params)
+        self._check.watch(layers, params)
+        self._params, self._start, self._end_of = params, start, end_of
+        # Shorter than the parameters if a group was added; then the pair is dropped.
+        if end_of is not None and len(end_of.bases) != len(params):
+            self._end_of = None
+        self._index = {id(param): index for index, param in enumerate(params)}
+        self._recorder.begin(layers, self._called)
+
+    def accumulated(self, param: Tensor) -> None:
+        """Note that the pass reached a parameter."""
+        self._recorder.accumulated(param)
+
+    def discard(self) -> None:
+        """Forget the passes so far."""
+        self._at_end: _BySample = {}
+        self._kept: dict[BackwardPass, list[tuple[Layer, int, Contraction]]] = {}
+        self._covered: dict[BackwardPass, set[int]] = {}
+        self._recorder.discard()
+
+    def end_slopes(self, direction: Direction) -> SampleSlopes | None:
+        """Per-sample slopes along the previous step, contracted while the passes ran."""
+        return self._combine(self._at_end)
+
+    def start_slopes(self, direction: Direction, gradients: LossGradients) -> SampleSlopes | None:
+        """Contract what was kept with the step just made."""
+        at_start: _BySample = {}
+        for entry, calls in self._kept.items():
+            store = at_start.setdefault(entry, {})
+            for layer, per_sample, contraction in calls:
+                self._contract_start(entry, store, layer, per_sample, contraction, direction)
+        self._kept = {}
+        return self._combine(at_start)
+
+    def _contract_start(
+        self,
+        entry: BackwardPass,
+        store: dict[int, Tensor],
+        layer: Layer,
+        per_sample: int,
+        contraction: Contraction,
+        direction: Direction,
+    ) -> None:
+        try:
+            self._add(store, layer, per_sample, contraction, direction, made=True)
+        except UnsupportedLayerError as error:
+            self._recorder.failed(entry, layer, str(error))
+
+    def verified(self, of_parameters: Tensor, known: Tensor) -> Tensor | None:
+        """Whether the samples of the last answer add up to the gradient ``[]``; None if not all took part."""
+        passed = self._check.passed(of_parameters, known)
+        if passed is not None and passed.device.type == "cpu":
+            self.read_check()
+        return passed
+
+    def read_check(self) -> None:
+        """Fetch the outcome of the check from the device, and draw conclusions where it failed."""
+        failed = self._check.read()
+        if failed:
+            self._give_up_layers(failed, "its samples do not add up to its gradient")
+
+    def mute(self) -> None:
+        """Remove every hook; what was collected stays."""
+        self._recorder.mute()
+
+    def close(self) -> None:
+        """Remove every hook and free what was collected."""
+        self.discard()
+        self._recorder.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learned about the model."""
+        return {"whole_model": self._whole_model, "verified": self._check.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was learned about the model."""
+        self._whole_model, self._check.done = bool(state["whole_model"]), bool(state["verified"])
+        self._layers = KnownLayers(self._find)
+
+    # ---------------------------------------------------------------- inside the backward pass
+
+    def _called(self, entry: BackwardPass, call: LayerCall, samples: int) -> None:
+        assert entry.samples is not None
+        per_sample = call.rows_per_sample(entry.samples)
+        layer = Layer(call.layer.module, {n: p for n, p in call.layer.params.items() if p.requires_grad})
+        make: Any = ForwardMode if self._whole_model else contraction_of
+        contraction: Contraction | None = None
+        if self._end_of is not None:
+            taking_part = samples if self._check.done else entry.samples
+            contraction = make(call, taking_part * per_sample)
+            assert contraction is not None
+            self._add(self._at_end.setdefault(entry, {}), layer, per_sample, contraction, self._end_of)
+        if self._start:
+            if contraction is None or (samples < entry.samples and not self._check.done):
+                contraction = make(call, samples * per_sample)
+            self._kept.setdefault(entry, []).append((layer, per_sample, contraction))
+        self._covered.setdefault(entry, set()).update(map(id, call.layer.params.values()))
+
+    def _add(
+        self,
+        store: dict[int, Tensor],
+        layer: Layer,
+        per_sample: int,
+        contraction: Contraction,
+        direction: Direction,
+        made: bool = False,
+    ) -> None:
+        """Contract one call with a step, made or not, and add the result to its group."""
+        changes, rate = self._changes(layer, direction)
+        if not changes:
+            return
+        rows = contraction.along(changes, rate if made else 0.0) * rate
+        values = rows if per_sample == 1 else rows.reshape(-1, per_sample).sum(1)
+        add_to(store, self._check.group_of(layer), values)
+
+    def _changes(self, layer: Layer, direction: Direction) -> tuple[dict[str, Tensor], Any]:
+        """Changes of a layer's parameters by local name, up to one common rate."""
+        moved = {}
+        for name, param in layer.params.items():
+            index = self._index.get(id(param))
+            base = None if index is None else direction.bases[index]
+            if index is not None and base is not None:
+                moved[name] = (base, direction.rates[index])
+        rates = [rate for _, rate in moved.values()]
+        if all(rate is rates[0] or (isinstance(rate, float) and rate == rates[0]) for rate in rates):
+            return {name: base for name, (base, _) in moved.items()}, rates[0] if rates else 1.0
+        return {name: base * rate for name, (base, rate) in moved.items()}, 1.0
+
+    # ---------------------------------------------------------------- putting together
+
+    def _combine(self, by_sample: _BySample) -> SampleSlopes | None:
+        self._check.forget()
+
+        def projections_of(entry: BackwardPass) -> list[Tensor] | None:
+            covered = self._covered.get(entry, set())
+            unseen = self._recorder.unseen(entry, covered)
+            if unseen and not self._whole_model:
+                names = sorted(self._names.get(key, "?") for key in unseen)
+                self._give_up_layers(names, "it got a gradient outside the calls of the modules that own it")
+                return None
+            if self._recorder.missing(entry, covered):
+                return None
+            groups = by_sample.get(entry, {})
+            if len({len(values) for values in groups.values()}) > 1:
+                return None
+            return list(groups.values())
+
+        slopes = self._recorder.combine(projections_of)
+        # Of the whole model everything is accounted for; what is missing does not come through its output (a
+        # penalty on the parameters) and is the same for all samples.
+        if slopes is not None and slopes.complete and not self._whole_model:
+            self._check.collect([by_sample.get(entry, {}) for entry in self._recorder.sampled_passes()])
+        return slopes
+
+    def _give_up_layers(self, names: list[str], reason: str) -> None:
+        """From the next iteration on the whole model takes the place of its layers."""
+        if not self._whole_model:
+            reason += "; from here on the whole model is differentiated along the step"
+            self._whole_model, self._check.done = True, True
+            self._layers = KnownLayers(self._find)
+        self.unaccounted.add(names, reason)

@@ -1,0 +1,104 @@
+"""Do the contributions of the samples add up to the gradient, for every group of parameters?
+
+With c_i the contribution of sample i to a group, before any factor is divided out, the sum over all
+samples of the iteration is <change of the group, its gradient>, which is known from the gradients alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from alpha_optim.projections.base import Names
+from alpha_optim.projections.layers import Layer
+
+TOLERANCE = 1e-2
+"""Deviation that counts, relative to the sum of absolute contributions; rounding in float32 is 1e-6."""
+TOLERANCE_HALF = 5e-2
+"""The same where parameters have 16 bits."""
+
+
+class SelfCheck:
+    """Compares, and remembers what failed until somebody reads it."""
+
+    def __init__(self, names: Names) -> None:
+        """Start with nothing watched."""
+        self._names = names
+        self._key: tuple[int, ...] | None = None
+        self._groups: dict[int, int] = {}  # id of a parameter -> its group
+        self._members: dict[int, list[int]] = {}  # group -> indices of its parameters
+        self._params: Sequence[Tensor] = ()
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+        self._failed: tuple[list[int], Tensor] | None = None
+        self.done = False
+
+    def watch(self, layers: Sequence[Layer], params: Sequence[Tensor]) -> None:
+        """Group the parameters: those that layers use together belong together."""
+        key = (len(layers), *map(id, params))
+        if key == self._key:
+            return
+        self._key, self._params = key, params
+        groups = {id(param): index for index, param in enumerate(params)}
+        for layer in layers:
+            shared = {groups[id(param)] for param in layer.params.values()}
+            merged = {old: min(shared) for old in shared}
+            groups = {key: merged.get(group, group) for key, group in groups.items()}
+        self._groups = groups
+        self._members = {}
+        for index, param in enumerate(params):
+            self._members.setdefault(groups[id(param)], []).append(index)
+
+    def group_of(self, layer: Layer) -> int:
+        """The group that a layer's parameters belong to."""
+        return self._groups[id(next(iter(layer.params.values())))]
+
+    def forget(self) -> None:
+        """Forget the contributions of the last answer."""
+        self._sums = {}
+
+    @torch.no_grad()
+    def collect(self, passes: Sequence[dict[int, Tensor]]) -> None:
+        """Take the contributions of all samples, pass by pass: group -> ``[n]``."""
+        for groups in passes:
+            for group, values in groups.items():
+                signed, size = self._sums.get(group, (0.0, 0.0))
+                self._sums[group] = (signed + values.sum(), size + values.abs().sum())
+
+    @torch.no_grad()
+    def passed(self, of_parameters: Tensor, known: Tensor) -> Tensor | None:
+        """Whether all groups add up ``[]``; None if there is nothing to compare.
+
+        Args:
+            of_parameters: <change, gradient> of every parameter, float64 ``[K]``.
+            known: Whether those are known ``[]``; nothing fails otherwise.
+        """
+        if not self._sums:
+            return None
+        self.done = True
+        device = of_parameters.device
+        slopes = of_parameters.unbind()
+        ids = list(self._sums)
+        expected = torch.stack([torch.stack([slopes[i] for i in self._members[g]]).sum() for g in ids])
+        sizes = torch.stack([torch.stack([slopes[i].abs() for i in self._members[g]]).sum() for g in ids])
+        signed = torch.stack([self._sums[group][0].to(device) for group in ids])
+        sizes = sizes + torch.stack([self._sums[group][1].to(device) for group in ids])
+        half = any(param.dtype in (torch.float16, torch.bfloat16) for param in self._params)
+        tolerance = TOLERANCE_HALF if half else TOLERANCE
+        # A sum that is not finite is told by its own status, not by this one.
+        failed = ((signed - expected).abs() > tolerance * sizes) & known.to(device)
+        self._failed = (ids, failed)
+        self._sums = {}
+        return ~failed.any()
+
+    def read(self) -> list[str]:
+        """Names of the parameters whose samples did not add up, fetched from the device; each time once."""
+        if self._failed is None:
+            return []
+        ids, failed = self._failed
+        self._failed = None
+        groups = [group for group, bad in zip(ids, failed.tolist(), strict=True) if bad]
+        return [
+            self._names.get(id(self._params[index]), "?") for group in groups for index in self._members[group]
+        ]
