@@ -15,7 +15,7 @@ from alpha_optim.projections.base import Names
 from alpha_optim.projections.layers import Layer
 
 TOLERANCE = 1e-2
-"""Deviation that counts, relative to the sum of absolute contributions; rounding in float32 is 1e-6."""
+"""Deviation that counts, relative to all absolute contributions together; rounding in float32 is 1e-6."""
 TOLERANCE_HALF = 5e-2
 """The same where parameters have 16 bits."""
 
@@ -87,7 +87,7 @@ class SelfCheck:
         half = any(param.dtype in (torch.float16, torch.bfloat16) for param in self._params)
         tolerance = TOLERANCE_HALF if half else TOLERANCE
         # A sum that is not finite is told by its own status, not by this one.
-        failed = ((signed - expected).abs() > tolerance * sizes) & known.to(device)
+        failed = ((signed - expected).abs() > tolerance * sizes.sum()) & known.to(device)
         self._failed = (ids, failed)
         self._sums = {}
         return ~failed.any()
