@@ -9,15 +9,15 @@ made, where rounding makes no difference. Everywhere else it is the difference o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_ as is_same
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-
-from alpha_optim.spots import differ, spots
 
 Rate = float | Tensor
 
@@ -31,6 +31,7 @@ class Direction:
             gradient and so did not move.
         rates: The factors: the change of parameter k is ``rates[k] * bases[k]``.
         squares: Squared norms of the bases, float64 ``[K]``.
+        squared_length: |d|^2 over all parameters together, float64 ``[]``.
         moved: Whether any parameter is not what it was ``[]``.
         of_gradient: Whether the bases are the gradients that the step used (plain SGD).
         versions: Versions of the bases when the step was made.
@@ -39,14 +40,10 @@ class Direction:
     bases: list[Tensor | None]
     rates: list[Rate]
     squares: Tensor
+    squared_length: Tensor
     moved: Tensor
     of_gradient: bool
     versions: list[int]
-
-    @property
-    def squared_length(self) -> Tensor:
-        """|d|^2 over all parameters together, float64 ``[]``."""
-        return scaled(scaled(self.squares, self.rates), self.rates).sum()
 
     @property
     def changes(self) -> list[Tensor | None]:
@@ -59,7 +56,6 @@ class Direction:
         """Whether nobody has written to the tensors since the step."""
         return self.versions == versions_of(self.bases)
 
-    @torch.no_grad()
     def keep(self) -> None:
         """Copy the tensors: somebody is about to write to them."""
         self.bases[:] = [None if base is None else base.detach().clone() for base in self.bases]
@@ -94,27 +90,29 @@ def leaves_its_direction(optimizer: Optimizer) -> bool:
             and (group["momentum"] != 0 or (group["weight_decay"] == 0 and group["dampening"] == 0))
             for group in optimizer.param_groups
         )
-        and not any(
-            param.grad is not None and (param.grad.is_sparse or param.is_complex())
-            for param in parameters_of(optimizer)
-        )
+        and all(_dense_and_real(param.grad) for param in parameters_of(optimizer))
     )
 
 
-@torch.no_grad()
-def direction_left_behind(optimizer: Optimizer, before: Tensor) -> Direction:
+def _dense_and_real(gradient: Tensor | None) -> bool:
+    return gradient is None or not (gradient.is_sparse or gradient.is_complex())
+
+
+def direction_left_behind(optimizer: Optimizer, moved: Tensor) -> Direction:
     """Return the change that a step of SGD has just made; see `leaves_its_direction`.
 
     Args:
         optimizer: The optimizer.
-        before: `spots` of its parameters before the step.
+        moved: Whether any of its parameters changed ``[]``.
     """
     bases: list[Tensor | None] = []
     rates: list[Rate] = []
+    plain = True
     for group in optimizer.param_groups:
         rate = -group["lr"]
         rate = rate.detach().clone() if isinstance(rate, Tensor) else rate
         if group["momentum"] != 0:  # the buffers have the sign of maximize in them
+            plain = False
             bases += [
                 None if param.grad is None else optimizer.state[param].get("momentum_buffer")
                 for param in group["params"]
@@ -123,22 +121,13 @@ def direction_left_behind(optimizer: Optimizer, before: Tensor) -> Direction:
             bases += [param.grad for param in group["params"]]
             rate = -rate if group["maximize"] else rate
         rates += [rate] * len(group["params"])
-    params = parameters_of(optimizer)
-    return Direction(
-        bases,
-        rates,
-        _squares(bases, params),
-        differ(spots(params), before),
-        of_gradient=is_plain_sgd(optimizer),
-        versions=versions_of(bases),
-    )
+    return _direction(bases, rates, parameters_of(optimizer), moved, of_gradient=plain)
 
 
 ROUNDING = 1e-6
 """Length of the rounding error of the parameters in a step, relative to the step, that makes no difference."""
 
 
-@torch.no_grad()
 def well_resolved(direction: Direction, some_elements: Tensor) -> bool:
     """Whether the parameters are fine enough for a step that it and what came of it are the same.
 
@@ -156,7 +145,6 @@ def well_resolved(direction: Direction, some_elements: Tensor) -> bool:
     return bool(resolved)
 
 
-@torch.no_grad()
 def copied(store: list[Tensor], now: Sequence[Tensor]) -> list[Tensor]:
     """Copy ``now`` into ``store``, reusing its memory where shapes and places agree."""
     if len(store) == len(now) and all(
@@ -169,14 +157,23 @@ def copied(store: list[Tensor], now: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in now]
 
 
-@torch.no_grad()
 def change_since(before: list[Tensor], params: Sequence[Tensor]) -> Direction:
     """Return params - before; call after the step. ``before`` is used up: it becomes the direction."""
     torch._foreach_sub_(before, [param.detach() for param in params])
-    squares = _squares(before, params)
-    bases: list[Tensor | None] = list(before)
-    rates: list[Rate] = [-1.0] * len(before)
-    return Direction(bases, rates, squares, squares.sum() != 0, of_gradient=False, versions=versions_of(bases))
+    return _direction(list(before), [-1.0] * len(before), params, None, of_gradient=False)
+
+
+def _direction(
+    bases: list[Tensor | None],
+    rates: list[Rate],
+    params: Sequence[Tensor],
+    moved: Tensor | None,
+    of_gradient: bool,
+) -> Direction:
+    squares = _squares(bases, params)
+    squared_length = scaled(scaled(squares, rates), rates).sum()
+    moved = squared_length != 0 if moved is None else moved
+    return Direction(bases, rates, squares, squared_length, moved, of_gradient, versions_of(bases))
 
 
 def _squares(bases: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
@@ -184,36 +181,29 @@ def _squares(bases: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor
 
     Accumulated in float64 where it matters: squares of changes of 1e-30 vanish in float32.
     """
-    there = [_as_real(base) for base in bases if base is not None]
     device = params[0].device if params else torch.device("cpu")
-    if not there:
-        return torch.zeros(len(bases), dtype=torch.float64, device=device)
-    norms = None
-    if all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in there):
-        norms = torch.stack(list(torch._foreach_norm(there))).double()
+    there = [_as_real(base) for base in bases if base is not None]
+    norms: Sequence[Tensor] = ()
+    if there and all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in there):
+        norms = torch._foreach_norm(there)
         # tolist: reads memory, where item() would be counted (and on a GPU wait) as a synchronisation.
-        length: Any = norms.square().sum().sqrt().tolist()
-        norms = norms if 1e-15 < length < 1e15 else None
-    if norms is None:
-        wide = torch._foreach_norm(there, 2.0, dtype=torch.float64)
-        norms = torch.stack([norm.to(device) for norm in wide])
-    return _spread(norms.square(), bases)
-
-
-def _spread(values: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
-    """Put values of the tensors that are there among zeros for those that are not ``[K]``."""
-    if all(base is not None for base in bases):
-        return values
-    remaining = iter(values.unbind())
-    zero = torch.zeros_like(values[0])
-    return torch.stack([zero if base is None else next(remaining) for base in bases])
+        lengths: Any = torch.stack(list(norms)).tolist()
+        if not 1e-15 < max(lengths) < 1e15 or not all(map(math.isfinite, lengths)):
+            norms = ()
+    if there and not norms:
+        norms = torch._foreach_norm(there, 2.0, dtype=torch.float64)
+    remaining = iter(norms)
+    return _numbers([None if base is None else next(remaining) for base in bases], device).square()
 
 
 def scaled(values: Tensor, rates: Sequence[Rate]) -> Tensor:
     """Multiply numbers by a rate each, without sending the rates to the device ``[K]``."""
     first = rates[0] if rates else 1.0
-    if all(rate is first or (isinstance(first, float) and rate == first) for rate in rates):
-        return values * (first.to(values.device) if isinstance(first, Tensor) else first)
+    if isinstance(first, Tensor):
+        if all(rate is first for rate in rates):
+            return values * first.to(values.device)
+    elif not any(isinstance(rate, Tensor) or rate != first for rate in rates):
+        return values * first
     return torch.stack(
         [
             value * (rate.to(value.device) if isinstance(rate, Tensor) else rate)
@@ -222,20 +212,29 @@ def scaled(values: Tensor, rates: Sequence[Rate]) -> Tensor:
     )
 
 
-@torch.no_grad()
 def slopes_of_parameters(direction: Direction, gradients: Sequence[Tensor | None]) -> Tensor:
     """Inner product of change and gradient for every parameter, float64 ``[K]``; None counts as zero."""
-    device = direction.squares.device
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    products = []
-    for base, gradient, square in zip(direction.bases, gradients, direction.squares.unbind(), strict=True):
-        if base is None or gradient is None:
-            products.append(zero)
-        elif base is gradient:
-            products.append(square)
-        else:
-            products.append(_dot(base, gradient).to(device, torch.float64))
-    return scaled(torch.stack(products), direction.rates) if products else zero.reshape(1)
+    if direction.of_gradient and all(map(is_same, direction.bases, gradients)):
+        return scaled(direction.squares, direction.rates)
+    products: list[Tensor | None] = [
+        None if base is None or gradient is None else _dot(base, gradient)
+        for base, gradient in zip(direction.bases, gradients, strict=True)
+    ]
+    return scaled(_numbers(products, direction.squares.device), direction.rates)
+
+
+def _numbers(products: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """One tensor of numbers, zero for None, float64 ``[K]``."""
+    there = [product for product in products if product is not None]
+    if not there:
+        return torch.zeros(len(products), dtype=torch.float64, device=device)
+    if any(product.device != device or product.dtype != there[0].dtype for product in there):
+        there = [product.to(device, torch.float64) for product in there]
+    values = torch.stack(there).double()
+    if len(there) == len(products):
+        return values
+    remaining, zero = iter(values.unbind()), torch.zeros_like(values[0])
+    return torch.stack([zero if product is None else next(remaining) for product in products])
 
 
 def _dot(base: Tensor, gradient: Tensor) -> Tensor:

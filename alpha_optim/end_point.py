@@ -9,7 +9,7 @@ from torch import Tensor
 
 from alpha_optim.direction import Direction, slopes_of_parameters
 from alpha_optim.gradient_watch import LossGradients
-from alpha_optim.pairs import BatchLoss, EndPoint, small_tensor
+from alpha_optim.pairs import BatchLoss, EndPoint
 from alpha_optim.passes import BackwardPass
 from alpha_optim.projections.base import SampleSlopes
 from alpha_optim.projections.statistics import sample_mean, sample_variance
@@ -40,17 +40,17 @@ def reduced(
     length = direction.squared_length.sqrt()
     of_parameters = slopes_of_parameters(direction, gradients.tensors) / gradients.factor
     slope = of_parameters.sum() / length
-    gammas = [entry.gamma for entry in passes if entry.gamma is not None]
+    gammas = [entry.gamma.to(slope) for entry in passes if entry.gamma is not None]
     if gammas:
-        slope = slope / torch.stack([g.double().to(slope.device) for g in gammas]).sum()
+        slope = slope / sum(gammas[1:], gammas[0])
     if slopes is not None and slopes.complete and len(passes) > 1:
         mean = sample_mean(slopes.values / length)
         slope = torch.where(_evenly_weighted(passes, slope.device), slope, mean)
     # Divided by the length first: squares of <d, gradient> overflow in a diverging run.
     variance = carried if slopes is None else sample_variance(slopes.values / length)
-    parts = [loss.mean, loss.variance, slope, variance]
+    parts = (loss.mean, loss.variance, slope, variance)
     observed = (loss.mean is not None, loss.variance is not None, variance is not None)
-    point = EndPoint(small_tensor(parts, slope.device), loss.samples, observed, gradients.lost)
+    point = EndPoint(parts, loss.samples, observed, gradients.lost)
     return point, None if slopes is None else variance, of_parameters
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import is_ as is_same
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from alpha_optim.direction import copied
-from alpha_optim.spots import factor_between, spots
+from alpha_optim.spots import factor_between, stays_view, together, view_of
 
 PRECISION = 1e-5
 """Relative deviation of a gradient's norm up to which it counts as scaled by the common factor."""
@@ -58,6 +59,7 @@ class _Left:
     """What the last backward pass left, in the order of ``keys``."""
 
     keys: list[int]
+    views: list[Tensor]
     spots: Tensor
     norms: Tensor | None
     copies: list[Tensor] | None
@@ -74,6 +76,7 @@ class GradientWatch:
         """
         self._on_accumulated = on_accumulated
         self._handles: list[RemovableHandle] = []
+        self._hooked: list[Tensor] = []
         self._seen: dict[int, _Seen] = {}
         self._left: _Left | None = None
         self._awaited: int | None = None  # backward pass at whose end we look
@@ -82,13 +85,18 @@ class GradientWatch:
         self.compare_norms = False
         self.keep_copies = False
         self._asked = False
+        self._one: Tensor | None = None
+        self._false = torch.zeros((), dtype=torch.bool)
 
     def attach(self, params: Sequence[Tensor]) -> None:
-        """Hook every parameter that can get a gradient."""
-        self.detach()
-        for param in params:
-            if param.requires_grad and param.is_leaf:
-                self._handles.append(param.register_post_accumulate_grad_hook(self._accumulated))
+        """Hook every parameter that can get a gradient; leave hooks that are there where they are."""
+        self.forget()
+        wanted = [param for param in params if param.requires_grad and param.is_leaf]
+        if self._handles and len(wanted) == len(self._hooked) and all(map(is_same, wanted, self._hooked)):
+            return
+        self.mute()
+        self._hooked = wanted
+        self._handles = [param.register_post_accumulate_grad_hook(self._accumulated) for param in wanted]
 
     def detach(self) -> None:
         """Remove the hooks and forget what was seen."""
@@ -99,7 +107,7 @@ class GradientWatch:
         """Remove the hooks; what was seen stays."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._hooked = [], []
 
     def forget(self) -> None:
         """Forget the gradients seen so far; the hooks stay."""
@@ -116,7 +124,6 @@ class GradientWatch:
             engine: Any = Variable._execution_engine
             engine.queue_callback(self._backward_done)
 
-    @torch.no_grad()
     def _backward_done(self) -> None:
         """Look at the gradients while nobody has touched them."""
         self._awaited = None
@@ -126,9 +133,11 @@ class GradientWatch:
         gradients = [record.gradient for record in records]
         if self.keep_copies:
             self._buffer = copied(self._buffer, gradients)
+        views = [view_of(gradient) for gradient in gradients]
         self._left = _Left(
             list(self._seen),
-            spots(gradients),
+            views,
+            together(views),
             _norms(gradients) if self.compare_norms else None,
             self._buffer if self.keep_copies else None,
         )
@@ -164,31 +173,43 @@ class GradientWatch:
                     return True
         return False
 
-    @torch.no_grad()
     def loss_gradients(self, params: Sequence[Tensor]) -> LossGradients:
         """Gradients as the backward passes left them, in the order of ``params``."""
         device = params[0].device
-        factor = torch.ones((), dtype=torch.float64, device=device)
-        lost = torch.zeros((), dtype=torch.bool, device=device)
+        one, false = self._untouched(device)
         left = self._left
         if left is None:  # set by hand, or no gradient at all
-            return LossGradients([param.grad for param in params], factor, lost)
+            return LossGradients([param.grad for param in params], one, false)
         if left.copies is not None:
             copies = dict(zip(left.keys, left.copies, strict=True))
-            return LossGradients([copies.get(id(param), param.grad) for param in params], factor, lost)
+            return LossGradients([copies.get(id(param), param.grad) for param in params], one, false)
         records = [self._seen[key] for key in left.keys]
         written = any(record.gradient._version != record.version for record in records)
-        factor, lost = factor_between(spots([record.gradient for record in records]), left.spots)
+        seen = {key: record.gradient for key, record in zip(left.keys, records, strict=True)}
+        tensors = [seen.get(id(param), param.grad) for param in params]
+        now = together(
+            [
+                view if stays_view(record.gradient) else view_of(record.gradient)
+                for view, record in zip(left.views, records, strict=True)
+            ]
+        )
+        if not written and now.is_cpu and torch.equal(now, left.spots):
+            return LossGradients(tensors, one, false)
+        factor, lost = factor_between(now, left.spots)
         surely = lost
         if written:
             norms = _norms([record.gradient for record in records])
             lost = lost | _otherwise(norms, left.norms, factor)
             surely = surely if left.norms is None else lost
         self._decide_on_copies(written, surely)
-        seen = {key: record.gradient for key, record in zip(left.keys, records, strict=True)}
-        return LossGradients(
-            [seen.get(id(param), param.grad) for param in params], factor.to(device), lost.to(device)
-        )
+        return LossGradients(tensors, factor.to(device), lost.to(device))
+
+    def _untouched(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Factor one, and not lost."""
+        if self._one is None or self._one.device != device:
+            self._one = torch.ones((), dtype=torch.float64, device=device)
+            self._false = torch.zeros((), dtype=torch.bool, device=device)
+        return self._one, self._false
 
     def _decide_on_copies(self, written: bool, lost: Tensor) -> None:
         """Copy from now on if gradients are changed by more than a factor."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import is_ as is_same
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from alpha_optim.pairs import BatchLoss, EndPoint, PendingPair, PendingStart, pu
 from alpha_optim.passes import PassLog
 from alpha_optim.projections.base import Backend, SampleSlopes
 from alpha_optim.refresh import Refresh, Role
-from alpha_optim.spots import differ, spots
+from alpha_optim.spots import Spots, differ
 
 
 class LineProbe:
@@ -57,6 +58,8 @@ class LineProbe:
         self._backend: Backend | None = None
         self._due: set[Role] = set()
         self._edited: Tensor | None = None
+        self._spots = Spots()
+        self._elements: Tensor | None = None  # of the parameters, as the running backward pass found them
         self._copies: list[Tensor] = []  # of the parameters before a step, reused
         self._keep_direction = False  # the gradients of a step are written to before the next
         self._resolved = False  # steps are long against the rounding of the parameters
@@ -75,18 +78,30 @@ class LineProbe:
             start: Whether it is the start of a pair.
             loss: Whether its loss is wanted even if it is in no pair.
         """
-        self.close()
+        self._forget()
         params = parameters_of(optimizer)
-        if list(map(id, params)) != list(map(id, self._params)):
+        if len(params) != len(self._params) or not all(map(is_same, params, self._params)):
             self.refresh.forget()
-        self._params = params
-        self._backend = backend
+        self._params, self._backend = params, backend
         if backend is not None:
             self._model.attach()
             self._hook_samples(backend, iteration, start)
+        else:
+            self._model.detach()
         if backend is not None or loss:
-            self.watch.attach(self._params)
+            self.watch.attach(params)
             self.losses.attach()
+        else:
+            self.watch.detach()
+            self.losses.detach()
+
+    def _forget(self) -> None:
+        """Forget the iteration; hooks that the next one may need stay."""
+        if self._backend is not None and self._due:
+            self._backend.close()
+        self._backend, self._due = None, set()
+        self._edited = self._elements = None
+        self.log.clear()
 
     def _hook_samples(self, backend: Backend, iteration: int, start: bool) -> None:
         """Hook what the variances need, at those ends of steps for which they are due."""
@@ -98,14 +113,10 @@ class LineProbe:
 
     def close(self) -> None:
         """Remove every hook and forget the iteration."""
-        if self._backend is not None and self._due:
-            self._backend.close()
-        self._backend, self._due = None, set()
+        self._forget()
         self._model.detach()
         self.watch.detach()
         self.losses.detach()
-        self.log.clear()
-        self._edited = None
 
     def mute(self) -> None:
         """Remove every hook; what was seen stays."""
@@ -133,7 +144,8 @@ class LineProbe:
             uncleared = zip(direction.bases, self._params, strict=False)
             if direction.of_gradient and any(base is not None and base is p.grad for base, p in uncleared):
                 direction.keep()  # the coming gradients are going to be added to those of the step
-            edited = differ(spots(self._params), self.pending.spots)
+            self._elements = self._spots.of(self._params)
+            edited = differ(self._elements, self.pending.spots)
             self._edited = edited if self._edited is None else self._edited | edited
 
     def _accumulated(self, param: Tensor) -> None:
@@ -148,7 +160,6 @@ class LineProbe:
 
     # ---------------------------------------------------------------- observing
 
-    @torch.no_grad()
     def batch_loss(self, fallback: Tensor | float | None) -> BatchLoss:
         """Put the losses of the iteration's passes together.
 
@@ -188,12 +199,10 @@ class LineProbe:
             verified = None if variance is None else self._backend.verified(of_parameters, known)
             if variance is not None and verified is not None:
                 variance = torch.where(verified.to(variance.device), variance, torch.nan)
-                numbers = torch.cat([point.numbers[:3], variance.to(point.numbers).reshape(1)])
-                point = replace(point, numbers=numbers)
+                point = replace(point, numbers=(*point.numbers[:3], variance))
             self.refresh.measured(role, iteration, variance, loss.samples)
         return point
 
-    @torch.no_grad()
     def finish(
         self, iteration: int, gradients: LossGradients | None, loss: BatchLoss
     ) -> PendingPair | str | None:
@@ -221,7 +230,7 @@ class LineProbe:
         assert self._backend is not None
         slopes = self._backend.end_slopes(pending.direction) if "end" in self._due else None
         point = self._observe("end", iteration, pending.direction, gradients, slopes, loss)
-        edited = differ(spots(self._params), pending.spots) if self._edited is None else self._edited
+        edited = differ(self._spots.of(self._params), pending.spots) if self._edited is None else self._edited
         return PendingPair.of(pending, point, edited)
 
     def start_obstacle(self) -> str | None:
@@ -237,15 +246,13 @@ class LineProbe:
             return "step_skipped"
         return None if self.watch.saw_backward(self._params) else "no_backward"
 
-    @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> Tensor | list[Tensor]:
         """Return what tells the direction after the step: some elements of the parameters, or all."""
         if is_plain_sgd(optimizer) or (self._resolved and leaves_its_direction(optimizer)):
-            return spots(self._params)
+            return self._spots.of(self._params) if self._elements is None else self._elements
         self._copies = copied(self._copies, self._params)
         return self._copies
 
-    @torch.no_grad()
     def after_step(
         self,
         iteration: int,
@@ -256,8 +263,9 @@ class LineProbe:
         lr: tuple[float | Tensor, ...],
     ) -> None:
         """Reduce the start along the step just made and wait for its end."""
+        elements = self._spots.of(self._params)
         if isinstance(before, Tensor):
-            direction = direction_left_behind(optimizer, before)
+            direction = direction_left_behind(optimizer, differ(elements, before))
         else:
             direction = change_since(before, self._params)
         assert self._backend is not None
@@ -265,7 +273,6 @@ class LineProbe:
         point = self._observe("start", iteration, direction, gradients, slopes, loss)
         if direction.of_gradient and (self._keep_direction or self.watch.reuses_gradients(self._params)):
             direction.keep()
-        elements = spots(self._params)
         # On another device reading would mean waiting, and a copy costs less.
         self._resolved = elements.device.type == "cpu" and well_resolved(direction, elements)
         self.pending = PendingStart(iteration, direction, point, elements, lr)

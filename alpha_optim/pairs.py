@@ -41,14 +41,14 @@ class EndPoint:
     """What was seen at one end of a step; numbers stay on the device.
 
     Attributes:
-        numbers: loss, its variance, slope of the mean loss along d / |d|, variance of one sample's slope;
-            float64 ``[4]``, nan where not observed.
+        numbers: loss, its variance, slope of the mean loss along d / |d|, variance of one sample's slope; each
+            ``[]``, None where not observed.
         samples: N, 0 if not known.
         observed: Which of loss, its variance and the slope variance were observed.
         lost: Whether the gradient of the loss is not known, so that there is no slope ``[]``.
     """
 
-    numbers: Tensor
+    numbers: tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]
     samples: int
     observed: Observed
     lost: Tensor
@@ -78,10 +78,11 @@ class PendingStart:
             "iteration": self.iteration,
             "moved": self.direction.moved,
             "squares": self.direction.squares,
+            "squared_length": self.direction.squared_length,
             "rates": [rate.clone() if isinstance(rate, Tensor) else rate for rate in self.direction.rates],
             "bases": [None if base is None else base.clone() for base in self.direction.bases],
             "of_gradient": self.direction.of_gradient,
-            "numbers": self.point.numbers,
+            "numbers": small_tensor(self.point.numbers, self.spots.device),
             "samples": self.point.samples,
             "observed": list(self.point.observed),
             "lost": self.point.lost,
@@ -104,13 +105,15 @@ class PendingStart:
             bases,
             list(saved["rates"]),
             saved["squares"].to(device),
+            saved["squared_length"].to(device),
             saved["moved"].to(device),
             bool(saved["of_gradient"]),
             versions_of(bases),
         )
         observed = (bool(a), bool(b), bool(c))
-        numbers, lost = saved["numbers"].to(device), saved["lost"].to(device)
-        point = EndPoint(numbers, int(saved["samples"]), observed, lost)
+        loss, loss_variance, slope, slope_variance = saved["numbers"].to(device).unbind()
+        numbers = (loss if a else None, loss_variance if b else None, slope, slope_variance if c else None)
+        point = EndPoint(numbers, int(saved["samples"]), observed, saved["lost"].to(device))
         spots = saved["spots"].to(device)
         return cls(int(saved["iteration"]), direction, point, spots, tuple(saved["lr"]))
 
@@ -137,11 +140,11 @@ class PendingPair:
     @classmethod
     def of(cls, start: PendingStart, end: EndPoint, edited: Tensor) -> PendingPair:
         """Put both ends into one small tensor."""
-        device = end.numbers.device
-        lost = start.point.lost.to(device) | end.lost.to(device)
-        dropped = torch.where(edited.to(device), 1.0, torch.where(lost, 2.0, 0.0))
-        head = small_tensor([start.direction.squared_length, start.direction.moved, dropped], device)
-        numbers = torch.cat([head, start.point.numbers.to(device), end.numbers])
+        direction, device = start.direction, end.numbers[2].device
+        lost = start.point.lost | end.lost
+        dropped = torch.where(edited, 1.0, torch.where(lost, 2.0, 0.0))
+        head = (direction.squared_length, direction.moved, dropped)
+        numbers = small_tensor((*head, *start.point.numbers, *end.numbers), device)
         samples, observed = (start.point.samples, end.samples), (start.point.observed, end.observed)
         return cls(start.iteration, numbers, samples, observed, start.lr)
 
@@ -160,9 +163,9 @@ class PendingPair:
 def put_together(calls: list[tuple[Tensor, Tensor | None, int]]) -> BatchLoss:
     """Losses of several micro-batches as those of one batch."""
     samples = sum(count for _, _, count in calls)
-    parts = [individual for _, individual, _ in calls if individual is not None]
+    parts = [individual.flatten() for _, individual, _ in calls if individual is not None]
     if len(parts) == len(calls):
-        values = torch.cat([part.flatten() for part in parts])
+        values = (parts[0] if len(parts) == 1 else torch.cat(parts)).double()
         return BatchLoss(sample_mean(values), sample_variance(values), samples)
     weights = [count if samples else 1 for _, _, count in calls]
     total = sum(weights)
@@ -172,10 +175,15 @@ def put_together(calls: list[tuple[Tensor, Tensor | None, int]]) -> BatchLoss:
 
 def small_tensor(parts: Sequence[Tensor | None], device: torch.device) -> Tensor:
     """One small float64 tensor, nan for what is missing."""
-    return torch.stack(
-        [torch.full((), NAN, dtype=torch.float64, device=device) if part is None
-         else part.detach().to(device, torch.float64) for part in parts]
-    )  # fmt: skip
+    missing = None
+    numbers = []
+    for part in parts:
+        if part is None and missing is None:
+            missing = torch.full((), NAN, dtype=torch.float64, device=device)
+        number = missing if part is None else part
+        assert number is not None
+        numbers.append(number.to(device, torch.float64))
+    return torch.stack(numbers)
 
 
 def _observation(numbers: list[float], samples: int, observed: Observed) -> Observation:

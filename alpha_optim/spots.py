@@ -27,55 +27,75 @@ def stride_of(elements: int) -> int:
     return stride
 
 
-def spots_of(tensor: Tensor) -> Tensor:
-    """Up to `COUNT` elements of a tensor, a view where memory allows ``[n]``."""
+def view_of(tensor: Tensor) -> Tensor:
+    """Up to `COUNT` elements of a tensor; a view, except of tensors with gaps ``[n]``."""
     values = tensor.detach()
     if values.is_sparse:
         values = values._values()
     if values.is_complex():
         values = torch.view_as_real(values.resolve_conj())
-    count = min(COUNT, values.numel())
-    dense = values.is_contiguous() or (
+    if not values.is_contiguous() and not (
         values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
-    )
-    values = values if dense else values.flatten()
-    return values.as_strided((count,), (stride_of(max(1, values.numel())),), values.storage_offset())
+    ):
+        values = values.flatten()
+    size = values.numel()
+    return values.as_strided((min(COUNT, size),), (stride_of(max(1, size)),), values.storage_offset())
 
 
-@torch.no_grad()
-def spots(tensors: Sequence[Tensor]) -> Tensor:
-    """Elements of all tensors in one; a copy ``[n]``."""
-    parts = [spots_of(tensor) for tensor in tensors]
-    if not parts:
+def stays_view(tensor: Tensor) -> bool:
+    """Whether a view made by `view_of` shows what is written to the tensor later."""
+    return not tensor.is_sparse and not tensor.is_complex() and tensor.is_contiguous()
+
+
+def together(views: Sequence[Tensor]) -> Tensor:
+    """The elements in views as they are now; a copy ``[n]``."""
+    if not views:
         return torch.empty(0)
-    if any(part.device != parts[0].device or part.dtype != parts[0].dtype for part in parts):
-        parts = [part.to(parts[0].device, torch.float64) for part in parts]
-    return torch.cat(parts)
+    first = views[0]
+    if any(view.dtype != first.dtype or view.device != first.device for view in views):
+        views = [view.to(first.device, torch.float64) for view in views]
+    return torch.cat(list(views))
 
 
-@torch.no_grad()
+class Spots:
+    """Looks at the same tensors again and again."""
+
+    def __init__(self) -> None:
+        """Start with no tensors."""
+        self._places: list[int] = []
+        self._views: list[Tensor] = []
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Elements of tensors as they are now ``[n]``."""
+        places = [tensor.data_ptr() for tensor in tensors]
+        if places != self._places:
+            self._views = [view_of(tensor) for tensor in tensors]
+            self._places = places if all(map(stays_view, tensors)) else []
+        return together(self._views)
+
+
 def differ(now: Tensor, then: Tensor) -> Tensor:
-    """Whether two results of `spots` differ in any bit ``[]``; so nan equals nan."""
+    """Whether the same elements differ in any bit ``[]``; so nan equals nan."""
     if now.shape != then.shape or now.dtype != then.dtype:
         return torch.ones((), dtype=torch.bool, device=now.device)
     bits = _BITS[now.element_size()]
     return torch.ne(now.view(bits), then.to(now.device).view(bits)).any()
 
 
-@torch.no_grad()
 def factor_between(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
     """By which one factor values changed, and whether it was something else.
 
     Args:
-        now: Spots now ``[n]``.
-        then: Spots of the same tensors before, not all zero.
+        now: Elements now ``[n]``.
+        then: The same elements before.
 
     Returns:
         The factor, float64 ``[]`` (exactly 1 if no bit changed), and whether the change is not explained by
         one factor, within rounding ``[]``.
     """
     if now.shape != then.shape:
-        return torch.ones((), dtype=torch.float64, device=now.device), _true(now.device)
+        one = torch.ones((), dtype=torch.float64, device=now.device)
+        return one, one.bool()
     same = ~differ(now, then)
     limits = torch.finfo(torch.promote_types(now.dtype, then.dtype))
     new, old = now.double(), then.to(now.device).double()
@@ -88,7 +108,3 @@ def factor_between(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
     expected = factor * old
     aside = (new - expected).abs() > 16 * limits.eps * expected.abs() + limits.tiny
     return torch.where(same, 1.0, factor), ~same & (aside.any() | ~torch.isfinite(factor))
-
-
-def _true(device: torch.device) -> Tensor:
-    return torch.ones((), dtype=torch.bool, device=device)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
-@torch.no_grad()
 def sample_variance(values: Tensor) -> Tensor | None:
     """Variance of one sample (ddof=1, centred), float64 ``[]``; None for fewer than two samples.
 
@@ -19,7 +17,6 @@ def sample_variance(values: Tensor) -> Tensor | None:
     return values.double().var(correction=1)
 
 
-@torch.no_grad()
 def sample_mean(values: Tensor) -> Tensor:
     """Mean over samples, float64 ``[]``."""
     return values.double().mean()
