@@ -31,7 +31,7 @@ class Direction:
             gradient and so did not move.
         rates: The factors: the change of parameter k is ``rates[k] * bases[k]``.
         squares: Squared norms of the bases, float64 ``[K]``.
-        squared_length: |d|^2 over all parameters together, float64 ``[]``.
+        length: |d| over all parameters together, float64 ``[]``.
         moved: Whether any parameter is not what it was ``[]``.
         of_gradient: Whether the bases are the gradients that the step used (plain SGD).
         versions: Versions of the bases when the step was made.
@@ -40,7 +40,7 @@ class Direction:
     bases: list[Tensor | None]
     rates: list[Rate]
     squares: Tensor
-    squared_length: Tensor
+    length: Tensor
     moved: Tensor
     of_gradient: bool
     versions: list[int]
@@ -141,7 +141,7 @@ def well_resolved(direction: Direction, some_elements: Tensor) -> bool:
     # A third of the spacing of numbers in each of the parameters, independently of each other: against the
     # step it is this much shorter, and it is no more aligned with a gradient than with any other direction.
     error = torch.finfo(some_elements.dtype).eps / 3.0 * size
-    resolved: Any = (error < ROUNDING * direction.squared_length.sqrt()).tolist()
+    resolved: Any = (error < ROUNDING * direction.length).tolist()
     return bool(resolved)
 
 
@@ -171,9 +171,9 @@ def _direction(
     of_gradient: bool,
 ) -> Direction:
     squares = _squares(bases, params)
-    squared_length = scaled(scaled(squares, rates), rates).sum()
-    moved = squared_length != 0 if moved is None else moved
-    return Direction(bases, rates, squares, squared_length, moved, of_gradient, versions_of(bases))
+    length = scaled(scaled(squares, rates), rates).sum().sqrt()
+    moved = length != 0 if moved is None else moved
+    return Direction(bases, rates, squares, length, moved, of_gradient, versions_of(bases))
 
 
 def _squares(bases: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:

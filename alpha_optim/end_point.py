@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from alpha_optim.direction import Direction, slopes_of_parameters
 from alpha_optim.gradient_watch import LossGradients
-from alpha_optim.pairs import BatchLoss, EndPoint
-from alpha_optim.passes import BackwardPass
+from alpha_optim.pairs import BatchLoss, EndPoint, put_together
+from alpha_optim.passes import BackwardPass, PassLog
 from alpha_optim.projections.base import SampleSlopes
 from alpha_optim.projections.statistics import sample_mean, sample_variance
+
+
+def batch_loss(log: PassLog, fallback: Tensor | float | None) -> BatchLoss:
+    """Put the losses of the iteration's passes together.
+
+    Args:
+        log: The passes.
+        fallback: A closure's loss, used if no other was seen.
+
+    Returns:
+        The loss as that of one batch.
+    """
+    calls = [(*entry.losses(), entry.samples or 0) for entry in log.reached if entry.calls]
+    recorded = [(call.mean, call.individual, call.samples or 0) for call in log.recorded]
+    # What was handed over counts, unless it is a mere mean and single losses were seen.
+    handed_singly = any(single is not None for _, single, _ in recorded)
+    if recorded and (handed_singly or all(single is None for _, single, _ in calls)):
+        calls = recorded
+    samples = sum(entry.samples or 0 for entry in log.reached)
+    if calls:
+        whole = put_together(calls)
+        return whole if whole.samples else replace(whole, samples=samples)
+    mean = None if fallback is None else torch.as_tensor(fallback).detach()
+    return BatchLoss(mean, None, samples)
 
 
 def reduced(
@@ -37,8 +62,10 @@ def reduced(
         The four numbers; the variance of one sample's slope, if it was measured ``[]``; and the slopes of the
         parameters that everything was computed from: <change, gradient> of what was sent backward ``[K]``.
     """
-    length = direction.squared_length.sqrt()
-    of_parameters = slopes_of_parameters(direction, gradients.tensors) / gradients.factor
+    length = direction.length
+    of_parameters = slopes_of_parameters(direction, gradients.tensors)
+    if gradients.factor is not None:
+        of_parameters = of_parameters / gradients.factor
     slope = of_parameters.sum() / length
     gammas = [entry.gamma.to(slope) for entry in passes if entry.gamma is not None]
     if gammas:

@@ -33,12 +33,12 @@ class LossGradients:
     Attributes:
         tensors: One per parameter, None where there is none; divided by ``factor`` they are what the backward
             passes left.
-        factor: What happened to them since, float64 ``[]``.
+        factor: What happened to them since, float64 ``[]``; None if nothing did.
         lost: Whether they were changed otherwise, so that the gradient of the loss is not known ``[]``.
     """
 
     tensors: list[Tensor | None]
-    factor: Tensor
+    factor: Tensor | None
     lost: Tensor
 
     def kept(self) -> LossGradients:
@@ -85,7 +85,6 @@ class GradientWatch:
         self.compare_norms = False
         self.keep_copies = False
         self._asked = False
-        self._one: Tensor | None = None
         self._false = torch.zeros((), dtype=torch.bool)
 
     def attach(self, params: Sequence[Tensor]) -> None:
@@ -176,13 +175,13 @@ class GradientWatch:
     def loss_gradients(self, params: Sequence[Tensor]) -> LossGradients:
         """Gradients as the backward passes left them, in the order of ``params``."""
         device = params[0].device
-        one, false = self._untouched(device)
+        false = self._never(device)
         left = self._left
         if left is None:  # set by hand, or no gradient at all
-            return LossGradients([param.grad for param in params], one, false)
+            return LossGradients([param.grad for param in params], None, false)
         if left.copies is not None:
             copies = dict(zip(left.keys, left.copies, strict=True))
-            return LossGradients([copies.get(id(param), param.grad) for param in params], one, false)
+            return LossGradients([copies.get(id(param), param.grad) for param in params], None, false)
         records = [self._seen[key] for key in left.keys]
         written = any(record.gradient._version != record.version for record in records)
         seen = {key: record.gradient for key, record in zip(left.keys, records, strict=True)}
@@ -194,7 +193,7 @@ class GradientWatch:
             ]
         )
         if not written and now.is_cpu and torch.equal(now, left.spots):
-            return LossGradients(tensors, one, false)
+            return LossGradients(tensors, None, false)
         factor, lost = factor_between(now, left.spots)
         surely = lost
         if written:
@@ -204,12 +203,11 @@ class GradientWatch:
         self._decide_on_copies(written, surely)
         return LossGradients(tensors, factor.to(device), lost.to(device))
 
-    def _untouched(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Factor one, and not lost."""
-        if self._one is None or self._one.device != device:
-            self._one = torch.ones((), dtype=torch.float64, device=device)
+    def _never(self, device: torch.device) -> Tensor:
+        """A false on the device, the same one every time."""
+        if self._false.device != device:
             self._false = torch.zeros((), dtype=torch.bool, device=device)
-        return self._one, self._false
+        return self._false
 
     def _decide_on_copies(self, written: bool, lost: Tensor) -> None:
         """Copy from now on if gradients are changed by more than a factor."""

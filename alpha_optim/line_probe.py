@@ -30,7 +30,7 @@ from alpha_optim.end_point import reduced
 from alpha_optim.gradient_watch import GradientWatch, LossGradients
 from alpha_optim.losses import LossTap
 from alpha_optim.model_tap import ModelTap
-from alpha_optim.pairs import BatchLoss, EndPoint, PendingPair, PendingStart, put_together
+from alpha_optim.pairs import BatchLoss, EndPoint, PendingPair, PendingStart
 from alpha_optim.passes import PassLog
 from alpha_optim.projections.base import Backend, SampleSlopes
 from alpha_optim.refresh import Refresh, Role
@@ -160,25 +160,6 @@ class LineProbe:
 
     # ---------------------------------------------------------------- observing
 
-    def batch_loss(self, fallback: Tensor | float | None) -> BatchLoss:
-        """Put the losses of the iteration's passes together.
-
-        Args:
-            fallback: A closure's loss, used if no other was seen.
-        """
-        calls = [(*entry.losses(), entry.samples or 0) for entry in self.log.reached if entry.calls]
-        recorded = [(call.mean, call.individual, call.samples or 0) for call in self.log.recorded]
-        # What was handed over counts, unless it is a mere mean and single losses were seen.
-        handed_singly = any(single is not None for _, single, _ in recorded)
-        if recorded and (handed_singly or all(single is None for _, single, _ in calls)):
-            calls = recorded
-        samples = sum(entry.samples or 0 for entry in self.log.reached)
-        if calls:
-            whole = put_together(calls)
-            return whole if whole.samples else replace(whole, samples=samples)
-        mean = None if fallback is None else torch.as_tensor(fallback).detach()
-        return BatchLoss(mean, None, samples)
-
     def _observe(
         self,
         role: Role,
@@ -231,7 +212,7 @@ class LineProbe:
         slopes = self._backend.end_slopes(pending.direction) if "end" in self._due else None
         point = self._observe("end", iteration, pending.direction, gradients, slopes, loss)
         edited = differ(self._spots.of(self._params), pending.spots) if self._edited is None else self._edited
-        return PendingPair.of(pending, point, edited)
+        return PendingPair.of(pending, point, edited, self._backend.read_check)
 
     def start_obstacle(self) -> str | None:
         """Say why this iteration cannot start a pair, or None; called before the optimizer steps."""
@@ -273,8 +254,10 @@ class LineProbe:
         point = self._observe("start", iteration, direction, gradients, slopes, loss)
         if direction.of_gradient and (self._keep_direction or self.watch.reuses_gradients(self._params)):
             direction.keep()
-        # On another device reading would mean waiting, and a copy costs less.
-        self._resolved = elements.device.type == "cpu" and well_resolved(direction, elements)
+        if not direction.of_gradient:
+            # On another device reading would mean waiting, and a copy costs less.
+            known = elements.is_cpu and leaves_its_direction(optimizer)
+            self._resolved = known and well_resolved(direction, elements)
         self.pending = PendingStart(iteration, direction, point, elements, lr)
 
     # ---------------------------------------------------------------- resume

@@ -116,7 +116,8 @@ class LossTap:
         scale = samples if reduction == "sum" and samples is not None else 1
 
         def start(gradient: Tensor) -> None:
-            self._on_backward(replace(call, gamma=gradient.detach() * scale))
+            gamma = gradient.detach() if scale == 1 else gradient.detach() * scale
+            self._on_backward(replace(call, gamma=gamma))
 
         output.register_hook(start)
 
@@ -148,8 +149,7 @@ def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tenso
     if not isinstance(first, Tensor) or first.dim() == 0:
         return None
     samples = first.shape[0]
-    single = stand_in(loss_fn)
-    vars(single)["reduction"] = "none"
+    single = _unreduced(loss_fn)
     try:
         with _same_random_numbers(loss_fn, first.device):
             values = single.forward(*args, **kwargs)
@@ -158,7 +158,7 @@ def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tenso
     if not isinstance(values, Tensor) or values.dim() == 0 or values.shape[0] != samples:
         return None
     values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-    sums = values.reshape(samples, -1).sum(1)
+    sums = values if values.dim() == 1 else values.reshape(samples, -1).sum(1)
     if reduction in ("batchmean", "sum"):
         return sums
     if type(loss_fn) in _WEIGHTED:  # a subclass may divide by something else
@@ -169,6 +169,17 @@ def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tenso
     # A loss of unknown make: whatever it divides by, the mean has to come out.
     mean = sums.mean()
     return torch.where(mean == 0, sums, sums * (reduced.to(sums.dtype) / mean))
+
+
+def _unreduced(loss_fn: nn.Module) -> nn.Module:
+    """The loss function with reduction "none"; the user's own is not touched."""
+    if type(loss_fn).__module__.startswith("torch.nn.") and not loss_fn._modules:
+        single: nn.Module = object.__new__(type(loss_fn))  # its buffers are read only
+        single.__dict__ = dict(loss_fn.__dict__)
+    else:
+        single = stand_in(loss_fn)
+    vars(single)["reduction"] = "none"
+    return single
 
 
 def _total_weight(loss_fn: Any, args: Any, kwargs: Any, values: Tensor) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ class PendingStart:
             "iteration": self.iteration,
             "moved": self.direction.moved,
             "squares": self.direction.squares,
-            "squared_length": self.direction.squared_length,
+            "length": self.direction.length,
             "rates": [rate.clone() if isinstance(rate, Tensor) else rate for rate in self.direction.rates],
             "bases": [None if base is None else base.clone() for base in self.direction.bases],
             "of_gradient": self.direction.of_gradient,
@@ -105,7 +105,7 @@ class PendingStart:
             bases,
             list(saved["rates"]),
             saved["squares"].to(device),
-            saved["squared_length"].to(device),
+            saved["length"].to(device),
             saved["moved"].to(device),
             bool(saved["of_gradient"]),
             versions_of(bases),
@@ -124,11 +124,12 @@ class PendingPair:
 
     Attributes:
         iteration: Iteration n of the start.
-        numbers: Squared length, moved, index into `DROPPED`, then the four numbers of the start and those of
+        numbers: Length, moved, index into `DROPPED`, then the four numbers of the start and those of
             the end, float64 ``[11]``.
         samples: N at start and end.
         observed: What was observed at start and end, as in `EndPoint`.
         lr: Learning rates of the step, one per group.
+        on_read: Called when the numbers are read.
     """
 
     iteration: int
@@ -136,24 +137,25 @@ class PendingPair:
     samples: tuple[int, int]
     observed: tuple[Observed, Observed]
     lr: tuple[float | Tensor, ...]
+    on_read: Callable[[], None]
 
     @classmethod
-    def of(cls, start: PendingStart, end: EndPoint, edited: Tensor) -> PendingPair:
+    def of(cls, start: PendingStart, end: EndPoint, edited: Tensor, on_read: Callable[[], None]) -> PendingPair:
         """Put both ends into one small tensor."""
         direction, device = start.direction, end.numbers[2].device
         lost = start.point.lost | end.lost
         dropped = torch.where(edited, 1.0, torch.where(lost, 2.0, 0.0))
-        head = (direction.squared_length, direction.moved, dropped)
+        head = (direction.length, direction.moved, dropped)
         numbers = small_tensor((*head, *start.point.numbers, *end.numbers), device)
         samples, observed = (start.point.samples, end.samples), (start.point.observed, end.observed)
-        return cls(start.iteration, numbers, samples, observed, start.lr)
+        return cls(start.iteration, numbers, samples, observed, start.lr, on_read)
 
     def resolve(self) -> AlphaMeasurement | str:
         """Fetch the numbers and measure; or the reason why the pair has to be dropped."""
-        squared, moved, dropped, *rest = self.numbers.tolist()
+        length, moved, dropped, *rest = self.numbers.tolist()
+        self.on_read()
         if dropped:
             return DROPPED[int(dropped)]
-        length = math.sqrt(squared) if squared >= 0.0 else NAN
         length = length if moved or not math.isfinite(length) else 0.0
         start = _observation(rest[:4], self.samples[0], self.observed[0])
         end = _observation(rest[4:], self.samples[1], self.observed[1])

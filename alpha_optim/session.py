@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alpha_optim.checks import check_losses
 from alpha_optim.direction import parameters_of
+from alpha_optim.end_point import batch_loss
 from alpha_optim.gradient_watch import LossGradients
 from alpha_optim.guard import Guard
 from alpha_optim.history import AlphaHistory
@@ -183,7 +184,7 @@ class Session:
         self._gradients = probe.watch.loss_gradients(params) if watched else None
         if watched or self.guard is not None:
             scalar = closure_loss if isinstance(closure_loss, (Tensor, float, int)) else None
-            self._loss = probe.batch_loss(scalar)
+            self._loss = batch_loss(probe.log, scalar)
         outcome = probe.finish(self.iteration, self._gradients, self._loss)
         if isinstance(outcome, str):
             self.history.drop(outcome)

@@ -655,7 +655,7 @@ def test_a_recorded_mean_is_only_recorded():
 
 def test_a_penalty_is_in_the_slopes_but_not_in_the_losses():
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
-    guided = wrap(model, loss_fn)
+    guided = wrap(model, loss_fn, backend="gradients")
     for x, y in make_batches(4):
         guided.zero_grad()
         loss = loss_fn(model(x), y)

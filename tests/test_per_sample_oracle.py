@@ -276,3 +276,40 @@ def test_random_numbers_inside_a_layer_are_drawn_again():
         guided.step()
         assert torch.equal(after, torch.get_rng_state())
     check(list(guided.alpha_history), expected)
+
+
+WIDE = [8, 8, 6, 8, 8]
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_wide_layers_go_through_inner_products_of_samples(clip, monkeypatch):
+    from alpha_optim.projections.gram import Factors
+
+    calls = []
+    along = Factors.along
+    monkeypatch.setattr(Factors, "along", lambda self, other: calls.append(self is other) or along(self, other))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 3)).double()
+    batches = [(torch.randn(n, 40, dtype=torch.float64), torch.randint(0, 3, (n,))) for n in WIDE]
+    twin, loss_fn = copy.deepcopy(model), nn.CrossEntropyLoss()
+
+    class Clipped(torch.optim.SGD):
+        def step(self, closure=None):
+            if clip:
+                nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 0.1)
+            return super().step(closure)
+
+    expected = observe_run(
+        twin, zoo.cross_entropy_of_one, F.cross_entropy, Clipped(twin.parameters(), lr=0.3), batches
+    )
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.3), model, loss_fn, variance="exact")
+    for x, y in batches:
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        guided.step()
+    assert guided.backend == "backpack"
+    check(list(guided.alpha_history), expected)
+    assert calls.count(True) == 10
+    assert calls.count(False) == 8  # two wide layers, at the ends of four steps

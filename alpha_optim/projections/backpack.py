@@ -4,6 +4,10 @@ For plain SGD the step is known before it is made: -lr times the gradient. As so
 parameter is complete, the layer's derivative is applied to it (start) and to the previous step (end), and
 everything but one number per sample and parameter is let go.
 
+Where all samples take part, wide linear layers go through inner products of samples instead (see `gram`),
+and the inputs and output gradients of one step are kept until the next. Then what the samples contribute
+also has to add up to the gradient, which is checked.
+
 BackPACK's product for a convolution unfolds its input, nine times its memory for a 3x3 kernel; there, and
 for normalisation layers in training mode, the layer itself does the same, see `contractions`.
 """
@@ -11,7 +15,8 @@ for normalisation layers in training mode, the layer itself does the same, see `
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,8 +27,10 @@ from alpha_optim.gradient_watch import LossGradients
 from alpha_optim.passes import BackwardPass, PassLog
 from alpha_optim.projections.base import Names, SampleSlopes
 from alpha_optim.projections.contractions import Contraction, contraction_of, layers_to_contract, rowwise
+from alpha_optim.projections.gram import Factors
 from alpha_optim.projections.layers import KnownLayers, LayerCall
 from alpha_optim.projections.recorder import SampleRecorder, add_to
+from alpha_optim.projections.self_check import NOT_ADDED_UP, SelfCheck
 
 _BySample = dict[BackwardPass, dict[int, Tensor]]
 
@@ -36,8 +43,14 @@ class BackpackBackend:
     def __init__(self, model: nn.Module, names: Names, log: PassLog, sampled: bool) -> None:
         """Prepare; see `SampleRecorder` for the arguments."""
         self._recorder = SampleRecorder(names, log, sampled)
+        self._check = SelfCheck(names)
+        self._last: dict[int, Factors] = {}  # of the step that is the end's direction
+        self._last_factor: Tensor | float = 1.0
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}  # factors of a resumed run
+        self._index: dict[int, int] = {}
         self._layers = KnownLayers(partial(layers_to_contract, model))
         self._log = log
+        self._exact = not sampled
         self._params: Sequence[Tensor] = ()
         self._end_of: Direction | None = None
         self._start = False
@@ -48,27 +61,47 @@ class BackpackBackend:
         """Hook the model."""
         self.discard()
         self._params, self._start = params, start
+        self._index = {id(param): index for index, param in enumerate(params)}
+        self._check.watch([], params)
+        if self._saved:
+            self._last = {
+                id(params[index]): Factors(inputs.to(params[index].device), gradients.to(params[index].device))
+                for index, (inputs, gradients) in self._saved.items()
+            }
+            self._saved = {}
         # Shorter than the parameters if a group was added; then the pair is dropped.
         self._end_of = None if end_of is None or len(end_of.bases) != len(params) else end_of
-        self._index = {id(param): index for index, param in enumerate(params)}
         self._recorder.begin(self._layers.of(params), self._called)
 
     def accumulated(self, param: Tensor) -> None:
         """Project and let go what waits for a parameter whose gradient is complete."""
         entry, key = self._recorder.accumulated(param), id(param)
-        for name, per_sample, contraction in self._waiting.get(entry, {}).pop(key, []):
-            base = None if self._end_of is None else self._end_of.bases[self._index[key]]
-            if self._end_of is not None and base is not None:
-                values = contraction.along({name: base}) * self._end_of.rates[self._index[key]]
-                add_to(self._at_end.setdefault(entry, {}), key, _by_sample(values, per_sample))
+        waiting = self._waiting.get(entry, {}).pop(key, [])
+        for projection in waiting:
+            alone = projection.factors if len(waiting) == 1 else None
+            if (at_end := self._along_end(projection, key, alone)) is not None:
+                add_to(self._at_end.setdefault(entry, {}), key, at_end)
             if self._start and param.grad is not None:
-                values = contraction.along({name: param.grad})
-                add_to(self._at_start.setdefault(entry, {}), key, _by_sample(values, per_sample))
+                add_to(self._at_start.setdefault(entry, {}), key, _along_start(projection, param.grad, alone))
+            if alone is not None:
+                self._factors[key] = alone
             self._projected.setdefault(entry, set()).add(key)
+
+    def _along_end(self, waiting: _Waiting, key: int, factors: Factors | None) -> Tensor | None:
+        if self._end_of is None:
+            return None
+        base, rate = self._end_of.bases[self._index[key]], self._end_of.rates[self._index[key]]
+        last = self._last.get(key)
+        if base is None:
+            return None
+        if factors is not None and last is not None and factors.cheaper_than_product(last):
+            return factors.along(last) * self._last_factor * rate
+        return waiting.along(base) * rate
 
     def discard(self) -> None:
         """Forget the passes so far."""
-        self._waiting: dict[BackwardPass, dict[int, list[tuple[str, int, Contraction]]]] = {}
+        self._waiting: dict[BackwardPass, dict[int, list[_Waiting]]] = {}
+        self._factors: dict[int, Factors] = {}
         self._at_end: _BySample = {}
         self._at_start: _BySample = {}
         self._projected: dict[BackwardPass, set[int]] = {}
@@ -76,9 +109,7 @@ class BackpackBackend:
 
     def end_slopes(self, direction: Direction) -> SampleSlopes | None:
         """Per-sample slopes along the previous step."""
-        return self._recorder.combine(
-            lambda entry: None if self._missing(entry) else list(self._at_end.get(entry, {}).values())
-        )
+        return self._combine(self._at_end, lambda values, key: values)
 
     def start_slopes(self, direction: Direction, gradients: LossGradients) -> SampleSlopes | None:
         """Per-sample slopes along the step just made, from projections on the gradient.
@@ -88,6 +119,8 @@ class BackpackBackend:
         slopes of the gradients.
         """
         reason = None
+        self._last, self._factors = self._factors, {}
+        self._last_factor = 1.0 if gradients.factor is None else gradients.factor
         if not direction.of_gradient:
             return None  # the optimizer is no longer plain SGD
         if len(self._log.reached) != 1:
@@ -98,28 +131,54 @@ class BackpackBackend:
             reason = "the step is no multiple of the gradient; backend='layerwise' can"
         if reason is not None:
             self.unaccounted.add(["all parameters"], reason)
+            self._last = {}
             return None
         rates = {id(param): rate for param, rate in zip(self._params, direction.rates, strict=True)}
 
-        def projections_of(entry: BackwardPass) -> list[Tensor] | None:
-            if self._missing(entry):
-                return None
-            projections = self._at_start.get(entry, {})
-            # What made the step is the gradient times what happened to it since the backward pass.
-            return [values * rates[key] * gradients.factor for key, values in projections.items()]
+        # What made the step is the gradient times what happened to it since the backward pass.
+        return self._combine(self._at_start, lambda values, key: values * rates[key] * self._last_factor)
 
-        return self._recorder.combine(projections_of)
+    def _combine(self, store: _BySample, scaled: Callable[[Tensor, int], Tensor]) -> SampleSlopes | None:
+        self._check.forget()
+        by_parameter = {
+            entry: {key: scaled(values, key) for key, values in groups.items()}
+            for entry, groups in store.items()
+        }
+        slopes = self._recorder.combine(
+            lambda entry: None if self._missing(entry) else list(by_parameter.get(entry, {}).values())
+        )
+        if slopes is not None and slopes.complete:
+            self._check.collect(
+                [
+                    {self._index[key]: values for key, values in by_parameter.get(entry, {}).items()}
+                    for entry in self._recorder.sampled_passes()
+                ]
+            )
+        return slopes
 
     def verified(self, of_parameters: Tensor, known: Tensor) -> Tensor | None:
-        """Return None: parameters without projections are known by name already."""
-        return None
+        """Whether the samples of the last answer add up to the gradient ``[]``; None if not all took part."""
+        passed = self._check.passed(of_parameters, known)
+        if passed is not None and passed.device.type == "cpu":
+            self.read_check()
+        return passed
+
+    def read_check(self) -> None:
+        """Fetch the outcome of the check from the device."""
+        self.unaccounted.add(self._check.read(), NOT_ADDED_UP)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: nothing is learned."""
-        return {}
+        """Return what was learned about the model, and the factors of the pending step."""
+        return {
+            "verified": self._check.done,
+            "factor": self._last_factor,
+            "last": {self._index[key]: (f.inputs, f.gradients) for key, f in self._last.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over nothing."""
+        """Take over what was learned about the model, and the factors of the pending step."""
+        self._check.done = bool(state["verified"])
+        self._last_factor, self._saved = state["factor"], dict(state["last"])
 
     def mute(self) -> None:
         """Remove every hook; what was collected stays."""
@@ -140,11 +199,35 @@ class BackpackBackend:
         per_sample = call.rows_per_sample(entry.samples)
         linear = type(call.layer.module) is nn.Linear and bool(call.args)
         make: Any = BackpackProduct if linear else contraction_of
+        samples = samples if self._check.done else entry.samples
         contraction = make(call, samples * per_sample)
+        whole = self._exact and per_sample == 1
         waiting = self._waiting.setdefault(entry, {})
         for name, param in call.layer.params.items():
             if param.requires_grad:
-                waiting.setdefault(id(param), []).append((name, per_sample, contraction))
+                factors = Factors.of(call) if whole and name == "weight" else None
+                waiting.setdefault(id(param), []).append(_Waiting(name, per_sample, contraction, factors))
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A call that waits until the gradient of a parameter is complete."""
+
+    name: str
+    per_sample: int
+    contraction: Contraction
+    factors: Factors | None
+
+    def along(self, change: Tensor) -> Tensor:
+        """Contract with a change of the parameter, one number per sample."""
+        rows = self.contraction.along({self.name: change})
+        return rows if self.per_sample == 1 else rows.reshape(-1, self.per_sample).sum(1)
+
+
+def _along_start(waiting: _Waiting, gradient: Tensor, factors: Factors | None) -> Tensor:
+    if factors is not None and factors.cheaper_than_product(factors):
+        return factors.along(factors)
+    return waiting.along(gradient)
 
 
 class BackpackProduct:
@@ -177,7 +260,3 @@ def _linear_rule() -> Any:
     from backpack.core.derivatives.linear import LinearDerivatives
 
     return LinearDerivatives()
-
-
-def _by_sample(rows: Tensor, per_sample: int) -> Tensor:
-    return rows if per_sample == 1 else rows.reshape(-1, per_sample).sum(1)

@@ -82,6 +82,9 @@ class Backend(Protocol):
             known: Whether those are known ``[]``.
         """
 
+    def read_check(self) -> None:
+        """Draw conclusions from the last `verified`; somebody reads numbers of that iteration now."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned about the model and a resumed run must not learn anew."""
 

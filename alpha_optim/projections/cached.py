@@ -61,6 +61,9 @@ class CachedBackend:
         """Return None: what is cached are the parts of the gradient themselves."""
         return None
 
+    def read_check(self) -> None:
+        """Fetch nothing."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: nothing is learned."""
         return {}

@@ -42,6 +42,9 @@ class GradientsBackend:
         """Return None: nothing to verify."""
         return None
 
+    def read_check(self) -> None:
+        """Fetch nothing."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: nothing is learned."""
         return {}

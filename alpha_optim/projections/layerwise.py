@@ -31,7 +31,7 @@ from alpha_optim.projections.layers import (
     wanted_parameters,
 )
 from alpha_optim.projections.recorder import SampleRecorder, add_to
-from alpha_optim.projections.self_check import SelfCheck
+from alpha_optim.projections.self_check import NOT_ADDED_UP, SelfCheck
 
 _BySample = dict[BackwardPass, dict[int, Tensor]]
 """Pass -> group of parameters -> numbers of its samples ``[n]``."""
@@ -124,7 +124,7 @@ class LayerwiseBackend:
         """Fetch the outcome of the check from the device, and draw conclusions where it failed."""
         failed = self._check.read()
         if failed:
-            self._give_up_layers(failed, "its samples do not add up to its gradient")
+            self._give_up_layers(failed, NOT_ADDED_UP)
 
     def mute(self) -> None:
         """Remove every hook; what was collected stays."""

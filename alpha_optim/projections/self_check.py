@@ -19,6 +19,8 @@ TOLERANCE = 1e-2
 TOLERANCE_HALF = 5e-2
 """The same where parameters have 16 bits."""
 
+NOT_ADDED_UP = "its samples do not add up to its gradient"
+
 
 class SelfCheck:
     """Compares, and remembers what failed until somebody reads it."""
