@@ -28,8 +28,12 @@ OVERFLOW = "maxlen"
 class Pending(Protocol):
     """A measurement whose numbers may still be on the device."""
 
-    def resolve(self) -> AlphaMeasurement | str:
-        """Return the measurement, or the reason why the pair has to be dropped."""
+    @property
+    def iteration(self) -> int:
+        """Iteration of the start."""
+
+    def resolve(self, pending: Sequence[Any]) -> list[AlphaMeasurement | str]:
+        """Fetch all of ``pending``, and return each one's measurement or why it has to be dropped."""
 
 
 class AlphaHistory(Sequence[AlphaMeasurement]):
@@ -89,14 +93,31 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         self._callbacks.append(callback)
         return lambda: self._callbacks.remove(callback) if callback in self._callbacks else None
 
-    def _fetch(self) -> None:
-        pending, self._pending = self._pending, []
-        for waiting in pending:
-            outcome = waiting.resolve()
+    def _fetch(self, but: int = 0) -> None:
+        """Fetch what waits on the device in one transfer, but for the newest few."""
+        count = len(self._pending) - but
+        if count <= 0:
+            return
+        pending, self._pending = self._pending[:count], self._pending[count:]
+        for outcome in pending[0].resolve(pending):
             if isinstance(outcome, str):
                 self.drop(outcome)
             else:
                 self._store(outcome)
+
+    def up_to(self, iteration: int, after: int) -> list[AlphaMeasurement]:
+        """Measurements of the iterations in ``(after, iteration]``, without fetching newer ones."""
+        newer = 0
+        while newer < len(self._pending) and self._pending[-1 - newer].iteration > iteration:
+            newer += 1
+        self._fetch(but=newer)
+        found = []
+        for measurement in reversed(self._items):
+            if measurement.iteration <= after:
+                break
+            if measurement.iteration <= iteration:
+                found.append(measurement)
+        return found[::-1]
 
     def _store(self, measurement: AlphaMeasurement) -> None:
         self._items.append(measurement)

@@ -54,6 +54,7 @@ class LineProbe:
         self.watch = GradientWatch(self._accumulated)
         self.refresh = Refresh(sampled)
         self.pending: PendingStart | None = None
+        self.newest: PendingPair | None = None
         self._model = ModelTap(model, self.log)
         self._backend: Backend | None = None
         self._due: set[Role] = set()
@@ -212,7 +213,8 @@ class LineProbe:
         slopes = self._backend.end_slopes(pending.direction) if "end" in self._due else None
         point = self._observe("end", iteration, pending.direction, gradients, slopes, loss)
         edited = differ(self._spots.of(self._params), pending.spots) if self._edited is None else self._edited
-        return PendingPair.of(pending, point, edited, self._backend.read_check)
+        self.newest = PendingPair.of(pending, point, edited, self._backend.read_check)
+        return self.newest
 
     def start_obstacle(self) -> str | None:
         """Say why this iteration cannot start a pair, or None; called before the optimizer steps."""

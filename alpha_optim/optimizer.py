@@ -183,14 +183,7 @@ class AlphaGuided(Optimizer):
     step.hooked = True  # type: ignore[attr-defined] # - the mark torch looks for
 
     def backward(self, losses: Tensor) -> Tensor:
-        """Run the backward pass of the mean of some losses, and take note of them.
-
-        Args:
-            losses: Losses of the samples with graph ``[N]`` or ``[N, ...]``.
-
-        Returns:
-            Their mean ``[]``, detached.
-        """
+        """Run the backward pass of the mean of ``losses`` (``[N]``, ``[N, ...]``); return that mean ``[]``."""
         return self._session.backward(losses)
 
     def record_losses(self, losses: Tensor) -> None:
@@ -205,6 +198,11 @@ class AlphaGuided(Optimizer):
     def alpha_history(self) -> AlphaHistory:
         """Measurements so far, oldest first."""
         return self._session.history
+
+    def latest_alpha(self) -> Tensor | None:
+        """Alpha of the newest measured step as a tensor ``[]``, nan if undefined; waits for no device."""
+        newest = self._session.probe.newest
+        return None if newest is None else newest.alpha()
 
     @property
     def guard_events(self) -> tuple[GuardEvent, ...]:

@@ -14,9 +14,9 @@ from alpha_optim.alpha import AlphaMeasurement, measure_alpha
 from alpha_optim.direction import Direction, versions_of
 from alpha_optim.projections.statistics import sample_mean, sample_variance
 from alpha_optim.records import Observation
+from alpha_optim.tensor_fit import Observed, alpha_of
 
 NAN = math.nan
-Observed = tuple[bool, bool, bool]
 DROPPED = ("", "parameters_changed", "gradients_modified")
 """Why a pair has to be dropped, by the number that says so on the device; 0: it has not."""
 
@@ -150,9 +150,19 @@ class PendingPair:
         samples, observed = (start.point.samples, end.samples), (start.point.observed, end.observed)
         return cls(start.iteration, numbers, samples, observed, start.lr, on_read)
 
-    def resolve(self) -> AlphaMeasurement | str:
-        """Fetch the numbers and measure; or the reason why the pair has to be dropped."""
-        length, moved, dropped, *rest = self.numbers.tolist()
+    def alpha(self) -> Tensor:
+        """Alpha on the device, float64 ``[]``; nothing is fetched."""
+        return alpha_of(self.numbers, self.samples, self.observed)
+
+    @classmethod
+    def resolve(cls, pairs: Sequence[PendingPair]) -> list[AlphaMeasurement | str]:
+        """Fetch the numbers of pairs, all at once, and measure; or the reason why one has to be dropped."""
+        device = pairs[0].numbers.device
+        fetched: Any = torch.stack([pair.numbers.to(device) for pair in pairs]).tolist()
+        return [pair._measured(numbers) for pair, numbers in zip(pairs, fetched, strict=True)]
+
+    def _measured(self, numbers: list[float]) -> AlphaMeasurement | str:
+        length, moved, dropped, *rest = numbers
         self.on_read()
         if dropped:
             return DROPPED[int(dropped)]

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from alpha_optim.alpha import AlphaMeasurement
 from alpha_optim.checks import check_scheduling
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
@@ -26,6 +27,8 @@ LOWER_AGAIN = 0.1
 SOON = 10
 """A step taken back lowers the scale by `LOWER_ONCE`; within `SOON` iterations of the last, or after a
 return to the last good point, by `LOWER_AGAIN`."""
+LAG = 1
+"""On an accelerator policies see a measurement so many steps later, when it no longer has to be waited for."""
 
 
 class AlphaScheduler(LRScheduler):
@@ -134,13 +137,12 @@ class AlphaScheduler(LRScheduler):
         self.last_epoch = optimizer.iteration
         self._write()
 
-    def _new_measurements(self, optimizer: AlphaGuided) -> list[Any]:
-        history, fresh = optimizer.alpha_history, []
-        for index in range(len(history) - 1, -1, -1):
-            if history[index].iteration <= self._seen_measurement:
-                break
-            fresh.append(history[index])
-        return fresh[::-1]
+    def _new_measurements(self, optimizer: AlphaGuided) -> list[AlphaMeasurement]:
+        """Measurements that the policy has not seen, as old as they always are when it sees them."""
+        newest = optimizer.iteration
+        if waits(optimizer):
+            newest -= 2 + LAG
+        return optimizer.alpha_history.up_to(newest, after=self._seen_measurement)
 
     def _advance_schedule(self, schedule: LRScheduler | ReduceLROnPlateau, metrics: Any) -> None:
         """Step the schedule on its own rates."""
@@ -280,3 +282,8 @@ class AlphaScheduler(LRScheduler):
             self.schedule.load_state_dict(state_dict["schedule"])
         self._set_rates(self._written)
         self._last_lr = list(self._written)
+
+
+def waits(optimizer: AlphaGuided) -> bool:
+    """Whether reading a number means waiting for a device."""
+    return not optimizer.param_groups[0]["params"][0].is_cpu

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(alpha_optim.__file__).parent
 LAYERS = [  # each part may import from parts above it
     {"records", "hooks", "spots", "refresh"},
     {"quadratic_fit", "passes", "direction", "reminders"},
-    {"alpha", "checks", "gradient_watch", "good_point", "model_tap"},
+    {"alpha", "tensor_fit", "checks", "gradient_watch", "good_point", "model_tap"},
     {"projections"},
     {"losses", "rows", "pairs", "window"},
     {"history", "end_point"},

@@ -24,12 +24,13 @@ def filled(count, maxlen=1000):
 class Waiting:
     """Numbers that are still on the device."""
 
-    def __init__(self, outcome, log):
-        self.outcome, self.log = outcome, log
+    def __init__(self, outcome, log, iteration=0):
+        self.outcome, self.log, self.iteration = outcome, log, iteration
 
-    def resolve(self):
-        self.log.append(self.outcome)
-        return self.outcome
+    def resolve(self, waiting):
+        for each in waiting:
+            each.log.append(each.outcome)
+        return [each.outcome for each in waiting]
 
 
 def test_it_is_a_sequence_oldest_first():
@@ -142,3 +143,15 @@ def test_state_survives_a_round_trip():
     other.load_state_dict(json.loads(json.dumps(history.state_dict())))
     assert repr(list(other)) == repr(list(history))
     assert other.dropped == {"no_backward": 1}
+
+
+def test_older_measurements_are_read_without_fetching_newer_ones():
+    history, fetched = AlphaHistory(), []
+    for n in range(5):
+        history.append(Waiting(measurement(n), fetched, n))
+    assert [m.iteration for m in history.up_to(2, after=-1)] == [0, 1, 2]
+    assert len(fetched) == 3
+    assert [m.iteration for m in history.up_to(3, after=2)] == [3]
+    assert len(fetched) == 4
+    assert len(history) == 5
+    assert [m.iteration for m in history.up_to(3, after=1)] == [2, 3]

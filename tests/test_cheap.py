@@ -1,0 +1,151 @@
+"""What a measured step must not do: wait for the device, keep copies, hook what is not needed."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alpha_optim import AlphaGuided, AlphaScheduler
+
+OPTIMIZERS = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "adam": lambda params: torch.optim.Adam(params, lr=0.01),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01, foreach=True),
+}
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that fetch a number from the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 30), nn.LayerNorm(30), nn.ReLU(), nn.Linear(30, 3))
+
+
+def reads_per_step(model, optimizer, loss_fn, clip, scheduler=None, steps=8):
+    """Reads in forward and backward pass, and in `step`, one pair per step."""
+    counts = []
+    for k in range(steps):
+        generator = torch.Generator().manual_seed(k)
+        x, y = torch.randn(24, 20, generator=generator), torch.randint(0, 3, (24,), generator=generator)
+        with Reads() as around:
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        with Reads() as within:
+            optimizer.step()
+        counts.append((around.count, within.count))
+        if scheduler is not None:
+            scheduler.step()
+    return counts
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("options", [{}, {"variance": "exact"}, {"backend": "gradients"}], ids=str)
+def test_a_measured_step_fetches_nothing_that_the_bare_one_does_not(kind, clip, options):
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    twin = copy.deepcopy(model)
+    bare = reads_per_step(twin, OPTIMIZERS[kind](twin.parameters()), loss_fn, clip)
+    guided = AlphaGuided(OPTIMIZERS[kind](model.parameters()), model, loss_fn, **options)
+    assert reads_per_step(model, guided, loss_fn, clip) == bare
+    assert len(guided.alpha_history) == 7
+
+
+def test_with_a_guard_a_step_fetches_nothing_one_by_one():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    twin = copy.deepcopy(model)
+    bare = reads_per_step(twin, OPTIMIZERS["adam"](twin.parameters()), loss_fn, clip=False)
+    guided = AlphaGuided(OPTIMIZERS["adam"](model.parameters()), model, loss_fn)
+    scheduler = AlphaScheduler(guided, lambda m: 1.0)
+    assert reads_per_step(model, guided, loss_fn, False, scheduler) == bare
+
+
+def test_policies_see_measurements_one_step_later_where_they_would_have_to_be_waited_for(monkeypatch):
+    seen = {}
+    for lag in (0, 1):
+        model, loss_fn = make_model(), nn.CrossEntropyLoss()
+        guided = AlphaGuided(OPTIMIZERS["sgd"](model.parameters()), model, loss_fn)
+        seen[lag] = []
+
+        def policy(m, guided=guided, lag=lag):
+            seen[lag].append((guided.iteration, m.iteration))
+            return 1.0
+
+        scheduler = AlphaScheduler(guided, policy)
+        if lag:
+            monkeypatch.setattr("alpha_optim.scheduler.waits", lambda optimizer: True)
+        for k in range(6):
+            generator = torch.Generator().manual_seed(k)
+            guided.zero_grad()
+            loss_fn(model(torch.randn(24, 20, generator=generator)), torch.zeros(24).long()).backward()
+            guided.step()
+            scheduler.step()
+            len(guided.alpha_history)  # a logger that reads everything changes nothing
+    assert seen[0] == [(n + 2, n) for n in range(5)]
+    assert seen[1] == [(n + 3, n) for n in range(4)]
+
+
+def kept_elements(model, optimizer, loss_fn, steps):
+    """Elements of all tensors alive after some steps, but for those that any training run has."""
+    for k in range(steps):
+        generator = torch.Generator().manual_seed(k)
+        optimizer.zero_grad()
+        x, y = torch.randn(24, 20, generator=generator), torch.randint(0, 3, (24,), generator=generator)
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    del x, y
+    gc.collect()
+    places = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):  # isinstance wakes proxies that warn
+            places[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes() // 4
+    return sum(places.values())
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_between_steps_one_copy_of_the_parameters_is_kept(kind):
+    def wide():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, 3))
+
+    loss_fn = nn.CrossEntropyLoss()
+    model = wide()
+    size = sum(param.numel() for param in model.parameters())
+    bare = kept_elements(model, OPTIMIZERS[kind](model.parameters()), loss_fn, 5)
+    model = wide()
+    guided = kept_elements(model, AlphaGuided(OPTIMIZERS[kind](model.parameters()), model, loss_fn), loss_fn, 5)
+    assert guided - bare <= 1.35 * size  # one copy, and the spots of parameters this small
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_layers_are_hooked_only_when_variances_are_due(every):
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = AlphaGuided(OPTIMIZERS["adamw"](model.parameters()), model, loss_fn, every=every)
+    hooked = []
+    for k in range(300):
+        hooked.append(bool(model[0]._forward_hooks))
+        generator = torch.Generator().manual_seed(k)
+        guided.zero_grad()
+        x, y = torch.randn(64, 20, generator=generator), torch.randint(0, 3, (64,), generator=generator)
+        loss_fn(model(x), y).backward()
+        guided.step()
+    assert hooked[0]
+    assert hooked[1]  # the first step at both of its ends
+    assert sum(hooked[200:]) <= (8 if every == 1 else 16)
+    assert {m.information for m in guided.alpha_history} == {"full"}
