@@ -187,6 +187,7 @@ class BackpackBackend:
     def close(self) -> None:
         """Remove every hook and free the numbers."""
         self.discard()
+        self._end_of = None
         self._recorder.close()
 
     def _missing(self, entry: BackwardPass) -> bool:

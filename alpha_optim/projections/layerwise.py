@@ -133,6 +133,7 @@ class LayerwiseBackend:
     def close(self) -> None:
         """Remove every hook and free what was collected."""
         self.discard()
+        self._end_of = None
         self._recorder.close()
 
     def state_dict(self) -> dict[str, Any]:
