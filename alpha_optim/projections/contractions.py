@@ -7,7 +7,8 @@ With input a_i, gradient b_i of the output and change D of the parameters, sampl
 J being the derivative of the layer's output with respect to its parameters. For layers that are linear in
 their parameters J D is the layer itself with D in place of the parameters, so c_i costs one forward pass
 of the layer and no individual gradient (N times the parameters) is formed. Normalisation layers have so
-few parameters that the sums over positions, one number per sample and parameter, are formed at once.
+few parameters that the sums over positions, one number per sample and parameter, are formed at once; so
+have convolutions of few channels.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from alpha_optim.projections.layers import (
 )
 
 Values = dict[str, Tensor]
+
+SHORT_PATCH = 32
+"""Inputs per output of a convolution up to which unfolding it is cheap: the first layer of most networks."""
 
 
 class Contraction(Protocol):
@@ -63,6 +67,8 @@ def contraction_of(call: LayerCall, rows: int) -> Contraction:
     call.check_unaltered()
     if not call.args:
         return ForwardMode(call, rows)
+    if _fewer_weights_than_inputs(call):
+        return Shares(_convolution(call, rows))
     if type(module) in _SHARES:
         return Shares(_SHARES[type(module)](call, rows))
     if type(module) in _PRODUCTS:
@@ -249,6 +255,33 @@ def _layer_norm(call: LayerCall, rows: int) -> Values:
         shares["weight"] = product.sum(positions) if positions else product
     if "bias" in call.layer.params:
         shares["bias"] = gradient.sum(positions) if positions else gradient.clone()
+    return shares
+
+
+def _fewer_weights_than_inputs(call: LayerCall) -> bool:
+    """Whether a convolution is cheaper contracted over positions first: few weights, short patches."""
+    module = call.layer.module
+    if type(module) is not nn.Conv2d or module.groups != 1 or call.args[0].dim() != 4:
+        return False
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return False
+    return module.weight[0].numel() <= SHORT_PATCH and module.weight.numel() <= call.args[0][0].numel()
+
+
+def _convolution(call: LayerCall, rows: int) -> Values:
+    """Weight and bias of a convolution, summed over positions."""
+    module = call.layer.module
+    assert isinstance(module, nn.Conv2d)
+    assert not isinstance(module.padding, str)
+    gradient = _wide(call.output_gradient[:rows]).flatten(2)
+    shares = {}
+    if "weight" in call.layer.params:
+        x = call.args[0][:rows].to(gradient.dtype)
+        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+        product = torch.bmm(gradient, patches.transpose(1, 2))
+        shares["weight"] = product.reshape(len(product), *module.weight.shape)
+    if "bias" in call.layer.params:
+        shares["bias"] = gradient.sum(2)
     return shares
 
 

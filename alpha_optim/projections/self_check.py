@@ -32,7 +32,7 @@ class SelfCheck:
         self._groups: dict[int, int] = {}  # id of a parameter -> its group
         self._members: dict[int, list[int]] = {}  # group -> indices of its parameters
         self._params: Sequence[Tensor] = ()
-        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sums: dict[int, list[Tensor]] = {}
         self._failed: tuple[list[int], Tensor] | None = None
         self.done = False
 
@@ -60,15 +60,12 @@ class SelfCheck:
         """Forget the contributions of the last answer."""
         self._sums = {}
 
-    @torch.no_grad()
     def collect(self, passes: Sequence[dict[int, Tensor]]) -> None:
         """Take the contributions of all samples, pass by pass: group -> ``[n]``."""
         for groups in passes:
             for group, values in groups.items():
-                signed, size = self._sums.get(group, (0.0, 0.0))
-                self._sums[group] = (signed + values.sum(), size + values.abs().sum())
+                self._sums.setdefault(group, []).append(values)
 
-    @torch.no_grad()
     def passed(self, of_parameters: Tensor, known: Tensor) -> Tensor | None:
         """Whether all groups add up ``[]``; None if there is nothing to compare.
 
@@ -80,19 +77,30 @@ class SelfCheck:
             return None
         self.done = True
         device = of_parameters.device
-        slopes = of_parameters.unbind()
         ids = list(self._sums)
-        expected = torch.stack([torch.stack([slopes[i] for i in self._members[g]]).sum() for g in ids])
-        sizes = torch.stack([torch.stack([slopes[i].abs() for i in self._members[g]]).sum() for g in ids])
-        signed = torch.stack([self._sums[group][0].to(device) for group in ids])
-        sizes = sizes + torch.stack([self._sums[group][1].to(device) for group in ids])
+        values = [
+            torch.cat(parts).to(device) if len(parts) > 1 else parts[0].to(device)
+            for parts in self._sums.values()
+        ]
+        contributions = torch.stack(values)
+        expected = self._of_groups(ids, of_parameters)
+        size = contributions.abs().sum() + of_parameters.abs().sum()
         half = any(param.dtype in (torch.float16, torch.bfloat16) for param in self._params)
         tolerance = TOLERANCE_HALF if half else TOLERANCE
         # A sum that is not finite is told by its own status, not by this one.
-        failed = ((signed - expected).abs() > tolerance * sizes.sum()) & known.to(device)
+        failed = ((contributions.sum(1) - expected).abs() > tolerance * size) & known.to(device)
         self._failed = (ids, failed)
         self._sums = {}
         return ~failed.any()
+
+    def _of_groups(self, ids: list[int], of_parameters: Tensor) -> Tensor:
+        """What the contributions of groups have to add up to ``[G]``."""
+        if ids == list(range(len(of_parameters))):  # every parameter on its own
+            return of_parameters
+        slopes = of_parameters.unbind()
+        return torch.stack(
+            [sum((slopes[i] for i in self._members[g][1:]), slopes[self._members[g][0]]) for g in ids]
+        )
 
     def read(self) -> list[str]:
         """Names of the parameters whose samples did not add up, fetched from the device; each time once."""

@@ -1,58 +1,57 @@
 """What alpha costs: training steps with and without it, interleaved in one process, as ratios.
 
-Two models on random data (the cost does not depend on the data), batch 128, one thread. Every block of
-steps of the plain loop is followed by one of each variant; medians over the blocks are compared.
+Blocks of steps of the plain loop and of each variant alternate; a ratio is that of two neighbouring blocks,
+and the median over all is reported. A block is as long as variances of slopes stay, so that every block has
+its share of measuring them anew. Beside the ratio stands a floor: multiplications that a variant adds to
+those of a plain step, plus the time that its passes over the parameters take at the memory bandwidth of this
+machine.
+
+    python -m examples.benchmarks.cost            # a table on the screen
+    python -m examples.benchmarks.cost --write    # all of docs/benchmarks.md: more cases, memory, picture
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from alpha_optim import AlphaGuided, AlphaScheduler
+from alpha_optim import AlphaGuided
+from alpha_optim.refresh import interval
+from examples.benchmarks.models import MODELS, OPTIMIZERS
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "MLP 784-1024-1024-10": (
-        lambda: nn.Sequential(
-            nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
-        ),
-        (784,),
-    ),
-    "CNN 32-64-256-10": (
-        lambda: nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(3136, 256),
-            nn.ReLU(),
-            nn.Linear(256, 10),
-        ),
-        (1, 28, 28),
-    ),
+Step = Callable[[Tensor, Tensor], None]
+OURS: dict[str, dict[str, Any]] = {
+    "gradients": {"backend": "gradients"},
+    "default": {},
+    "every=10": {"every": 10},
+    "exact": {"variance": "exact"},
 }
-OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.01),
-    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
-}
-Step = Callable[[], None]
+REFERENCES = ("cached", "Cockpit", "vmap")
+PASSES = {"SGD": 3, "momentum": 5, "AdamW": 10}
+"""How often the numbers of a parameter are read or written for a measured step: a product with the previous
+gradient and a norm; with the buffer at both ends and a norm; a copy, a difference, a norm, two products."""
 
 
-def plain(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> Step:
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Step:
+    """A training step; with options that of `AlphaGuided`."""
     loss_fn = nn.CrossEntropyLoss()
+    if options.pop("guided", False):
+        optimizer = AlphaGuided(optimizer, model, loss_fn, **options)
 
-    def step() -> None:
+    def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
         loss_fn(model(x), y).backward()
         optimizer.step()
@@ -60,41 +59,19 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y
     return step
 
 
-def guided(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    schedule: bool = False,
-    **options: object,
-) -> Step:
-    loss_fn = nn.CrossEntropyLoss()
-    wrapped = AlphaGuided(optimizer, model, loss_fn, **options)  # type: ignore[arg-type] # - checked at run time
-    scheduler = AlphaScheduler(wrapped, lambda measurement: 1.0) if schedule else None
+def cockpit(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """A training step that Cockpit watches."""
+    from backpack import extend
+    from cockpit import Cockpit
+    from cockpit.quantities import Alpha
+    from cockpit.utils import schedules
 
-    def step() -> None:
-        wrapped.zero_grad()
-        loss_fn(model(x), y).backward()
-        wrapped.step()
-        if scheduler is not None:
-            scheduler.step()
-
-    return step
-
-
-def cockpit(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> Step:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from backpack import extend
-        from cockpit import Cockpit
-        from cockpit.quantities import Alpha
-        from cockpit.utils import schedules
     loss_fn, each = extend(nn.CrossEntropyLoss()), nn.CrossEntropyLoss(reduction="none")
     extend(model)
     watcher = Cockpit(model.parameters(), quantities=[Alpha(schedules.linear(1))])
     count = 0
 
-    def step() -> None:
+    def step(x: Tensor, y: Tensor) -> None:
         nonlocal count
         optimizer.zero_grad()
         output = model(x)
@@ -109,57 +86,209 @@ def cockpit(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor,
     return step
 
 
-VARIANTS: dict[str, Callable[..., Step]] = {
-    "plain": plain,
-    "gradients": lambda *given: guided(*given, backend="gradients"),
-    "default": guided,
-    "default, every=10": lambda *given: guided(*given, every=10),
-    "exact": lambda *given: guided(*given, variance="exact"),
-    "default + scheduler": lambda *given: guided(*given, schedule=True),
-    "Cockpit": cockpit,
-}
+def vmap(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """A training step and, beside it, gradients of single samples by ``torch.func.vmap``."""
+    params = {name: param.detach() for name, param in model.named_parameters()}
+
+    def loss_of_one(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        output = torch.func.functional_call(model, values, (x.unsqueeze(0),))
+        return nn.functional.cross_entropy(output, y.unsqueeze(0))
+
+    gradients = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0, 0))
+    train = plain(model, optimizer)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        gradients(params, x, y)
+        train(x, y)
+
+    return step
 
 
-def measure(model: str, optimizer: str, batch: int, blocks: int) -> dict[str, float]:
-    """Median time of a step of every variant, divided by that of the plain one."""
-    build, shape = MODELS[model]
+def make(variant: str, model: str, optimizer: str) -> Step:
+    """Build a fresh model and the step of a variant."""
     torch.manual_seed(0)
-    x, y = torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
-    steps: dict[str, Step] = {}
-    for name, make in VARIANTS.items():
-        if name == "Cockpit" and importlib.util.find_spec("cockpit") is None:
+    net = MODELS[model].build()
+    base = OPTIMIZERS[optimizer](net)
+    if variant == "Cockpit":
+        return cockpit(net, base)
+    if variant == "vmap":
+        return vmap(net, base)
+    options = {"backend": "cached", "variance": "exact"} if variant == "cached" else OURS.get(variant, {})
+    return plain(net, base, guided=variant != "plain", **options)
+
+
+def runs(variant: str, model: str, optimizer: str) -> bool:
+    """Whether a reference runs on a case, and is worth its time there."""
+    if variant == "Cockpit":
+        return model in ("MLP", "CNN") and importlib.util.find_spec("cockpit") is not None
+    return model in ("MLP", "CNN") if variant in REFERENCES else True
+
+
+def warm_up(step: Step, model: str, batch: int) -> None:
+    """Pass the first iterations, in which variances are measured more often, with batches of two."""
+    x, y = MODELS[model].batch(2)
+    for _ in range(200):
+        step(x, y)
+    x, y = MODELS[model].batch(batch)
+    for _ in range(2):
+        step(x, y)
+
+
+def seconds(step: Step, x: Tensor, y: Tensor, count: int) -> float:
+    """Time of one step, averaged over a block."""
+    begin = time.perf_counter()
+    for _ in range(count):
+        step(x, y)
+    return (time.perf_counter() - begin) / count
+
+
+def measure(model: str, optimizer: str, batch: int, rounds: int, references: bool) -> dict[str, Any]:
+    """Ratios to the plain step of every variant, and floors of ours."""
+    x, y = MODELS[model].batch(batch)
+    base = make("plain", model, optimizer)
+    warm_up(base, model, batch)
+    names = [*OURS, *(REFERENCES if references else ())]
+    result: dict[str, Any] = {"model": model, "optimizer": optimizer, "batch": batch, "ratio": {}, "floor": {}}
+    label = f"{model}, {optimizer}, batch {batch}"
+    times: list[float] = []
+    for name in tqdm(names, desc=label, leave=False, disable=None):
+        if not runs(name, model, optimizer):
             continue
-        net = build()
-        steps[name] = make(net, OPTIMIZERS[optimizer](net), x, y)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    label = f"{model}, {optimizer}"
-    for block in tqdm(range(blocks + 1), desc=label, leave=False, disable=None):
-        for name, step in steps.items():
-            # Blocks of ten steps, so that every=10 is measured whole; Cockpit is too slow for that.
-            count = 1 if name == "Cockpit" else 10
-            begin = time.perf_counter()
-            for _ in range(count):
-                step()
-            if block:  # the first block warms up
-                times[name].append((time.perf_counter() - begin) / count)
-    base = statistics.median(times["plain"])
-    return {name: statistics.median(values) / base for name, values in times.items()}
+        ours = name in OURS
+        step = make(name, model, optimizer)
+        if ours:
+            warm_up(step, model, batch)
+        count = interval(batch) if ours else 1
+        ratios = []
+        for _ in range(rounds if ours else 2):
+            before = seconds(base, x, y, max(count, 3))
+            ratios.append(seconds(step, x, y, count) / before)
+            times.append(before)
+        result["ratio"][name] = statistics.median(ratios)
+        del step
+    result["plain_ms"] = 1e3 * statistics.median(times)
+    result["floor"] = floors(model, optimizer, batch, result["plain_ms"] / 1e3)
+    return result
+
+
+def multiplications(step: Step, x: Tensor, y: Tensor) -> int:
+    """Operations of matrix products and convolutions in one step."""
+    with FlopCounterMode(display=False) as counter:
+        step(x, y)
+    return int(counter.get_total_flops())
+
+
+def floors(model: str, optimizer: str, batch: int, plain_seconds: float) -> dict[str, float]:
+    """What must be paid for: counted multiplications and bytes."""
+    x, y = MODELS[model].batch(batch)
+    alone = multiplications(make("plain", model, optimizer), x, y)
+    exact = make("exact", model, optimizer)
+    exact(x, y)
+    exact(x, y)
+    all_samples = multiplications(exact, x, y) - alone
+    size = sum(param.numel() for param in MODELS[model].build().parameters())
+    passes = 4.0 * size * PASSES[optimizer] / bandwidth() / plain_seconds
+    share = min(1.0, 16 / batch) / interval(batch)
+    sampled = make("default", model, optimizer)
+    sampled(x, y)
+    sampled(x, y)
+    few = (multiplications(sampled, x, y) - alone) / interval(batch)
+    few = min(few, share * all_samples) if optimizer != "SGD" else few
+    return {
+        "gradients": 1.0 + passes,
+        "default": 1.0 + passes + few / alone,
+        "exact": 1.0 + passes + all_samples / alone,
+    }
+
+
+def bandwidth() -> float:
+    """Bytes per second that one thread reads from memory."""
+    a, b = torch.randn(1 << 22), torch.randn(1 << 22)
+    torch.dot(a, b)
+    best = min(_timed(lambda: torch.dot(a, b)) for _ in range(10))
+    return 8.0 * a.numel() / best
+
+
+def _timed(function: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def peak_memory(variant: str, model: str, optimizer: str, batch: int) -> float:
+    """Peak memory of a process that makes some steps, in bytes."""
+    command = [
+        sys.executable,
+        "-m",
+        "examples.benchmarks.cost",
+        "--peak",
+        variant,
+        model,
+        optimizer,
+        str(batch),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def report_peak(variant: str, model: str, optimizer: str, batch: int) -> None:
+    import resource
+
+    step = make(variant, model, optimizer)
+    x, y = MODELS[model].batch(batch)
+    for _ in range(6):
+        step(x, y)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--blocks", type=int, default=5, help="blocks of ten steps per variant")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["MLP", "CNN"], choices=list(MODELS))
+    parser.add_argument("--optimizers", nargs="+", default=["SGD", "AdamW"], choices=list(OPTIMIZERS))
+    parser.add_argument("--batch", nargs="+", type=int, default=[128])
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of blocks per variant")
+    parser.add_argument("--references", action="store_true", help="also Cockpit, cached and vmap")
+    parser.add_argument("--write", action="store_true", help="everything, into docs/benchmarks.md")
+    parser.add_argument("--save", metavar="FILE", help="append the raw results, one JSON object per line")
+    parser.add_argument(
+        "--peak", nargs=4, metavar=("VARIANT", "MODEL", "OPTIMIZER", "BATCH"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    print(f"time per training step as a multiple of the plain step, batch {args.batch}, one CPU thread")
-    print(f"{'':29}" + "".join(f"{name:>21}" for name in VARIANTS))
-    for model in MODELS:
-        for optimizer in OPTIMIZERS:
-            ratios = measure(model, optimizer, args.batch, args.blocks)
-            cells = "".join(f"{ratios[name]:21.2f}" if name in ratios else f"{'-':>21}" for name in VARIANTS)
-            print(f"{model + ', ' + optimizer:29}" + cells, flush=True)
+    if args.peak:
+        report_peak(args.peak[0], args.peak[1], args.peak[2], int(args.peak[3]))
+        return
+    if args.write:
+        from examples.benchmarks.report import write
+
+        write()
+        return
+    columns = [*OURS, *(REFERENCES if args.references else ())]
+    print("time of a training step as a multiple of the plain step (in brackets: the floor), one CPU thread")
+    print(f"{'':32}{'plain':>9} " + "".join(f"{name:>16}" for name in columns))
+    for model in args.models:
+        for optimizer in args.optimizers:
+            for batch in args.batch:
+                result = measure(model, optimizer, batch, args.rounds, args.references)
+                print(
+                    f"{f'{model}, {optimizer}, batch {batch}':32}{result['plain_ms']:6.0f} ms "
+                    + row(result, columns)
+                )
+                sys.stdout.flush()
+                if args.save:
+                    with open(args.save, "a") as file:
+                        file.write(json.dumps(result) + "\n")
+
+
+def row(result: dict[str, Any], columns: list[str]) -> str:
+    """The ratios of one case, with floors where there are any."""
+    cells = []
+    for name in columns:
+        ratio, floor = result["ratio"].get(name), result["floor"].get(name)
+        text = "-" if ratio is None else f"{ratio:.2f}" if floor is None else f"{ratio:.2f} ({floor:.2f})"
+        cells.append(f"{text:>16}")
+    return "".join(cells)
 
 
 if __name__ == "__main__":

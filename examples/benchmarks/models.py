@@ -1,0 +1,119 @@
+"""The models whose training steps are timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field writes it so
+
+
+class Positions(nn.Module):
+    """Adds a learned position to every token."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(0.02 * torch.randn(1, length, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.positions
+
+
+class Block(nn.Module):
+    """Attention and two linear layers, each behind a LayerNorm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, length, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(samples, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(samples, length, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """Predicts the next token; the logits are ``[N, vocabulary, T]``, as cross entropy takes them."""
+
+    def __init__(self, vocabulary: int = 128, length: int = 64, width: int = 256, layers: int = 4) -> None:
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(vocabulary, width), Positions(length, width)
+        self.blocks = nn.Sequential(*[Block(width, width // 64) for _ in range(layers)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(self.blocks(self.positions(self.embedding(x)))))
+        return logits.transpose(1, 2)
+
+
+class Residual(nn.Module):
+    """Two convolutions with BatchNorm around a shortcut."""
+
+    def __init__(self, inner: int, outer: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(outer), nn.BatchNorm2d(outer)
+        self.shortcut = nn.Identity() if inner == outer else nn.Conv2d(inner, outer, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(out + self.shortcut(x))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(3136, 256), nn.ReLU(), nn.Linear(256, 10),
+    )  # fmt: skip
+
+
+def resnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        Residual(32, 32, 1), Residual(32, 64, 2), Residual(64, 128, 2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+class Case(NamedTuple):
+    """A model, what goes in and how many classes come out."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    classes: int
+    tokens: bool = False
+
+    def batch(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Random data; the cost does not depend on them."""
+        generator = torch.Generator().manual_seed(0)
+        if self.tokens:
+            x = torch.randint(0, self.classes, (samples, *self.shape), generator=generator)
+            return x, torch.randint(0, self.classes, (samples, *self.shape), generator=generator)
+        x = torch.randn(samples, *self.shape, generator=generator)
+        return x, torch.randint(0, self.classes, (samples,), generator=generator)
+
+
+MODELS = {
+    "MLP": Case(mlp, (784,), 10),
+    "CNN": Case(cnn, (1, 28, 28), 10),
+    "ResNet": Case(resnet, (3, 32, 32), 10),
+    "transformer": Case(Transformer, (64,), 128, tokens=True),
+}
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.01),
+    "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
+}
