@@ -245,7 +245,7 @@ def _dot(base: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _as_real(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     tensor = tensor.to_dense() if tensor.is_sparse else tensor
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 

@@ -1,8 +1,8 @@
 """Some elements of every tensor, to see cheaply whether tensors changed, and by which factor.
 
-Reading all parameters costs as much as an optimizer step. `COUNT` elements of each, spread over the
-tensor, cost next to nothing and show every change that concerns a tensor as a whole; tensors of at most
-`COUNT` elements are compared completely.
+Reading all parameters costs as much as an optimizer step. `BLOCKS` runs of `RUN` neighbours, spread over
+the tensor, cost next to nothing and show every change that concerns a tensor as a whole; tensors of at most
+that many elements are compared completely.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-COUNT = 256
+BLOCKS, RUN = 16, 16  # a run of float32 is one cache line, and a cache line is what reading costs
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @lru_cache(maxsize=4096)
-def stride_of(elements: int) -> int:
-    """Distance between two looked-at elements; coprime to the size, so that it walks through all columns."""
-    stride = max(1, elements // COUNT)
+def layout(elements: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shape and strides of what is looked at; runs start in different columns, whatever the shape."""
+    if elements <= BLOCKS * RUN:
+        return (1, elements), (max(1, elements), 1)
+    stride = (elements - RUN) // (BLOCKS - 1)
     while math.gcd(stride, elements) != 1:
         stride -= 1
-    return stride
+    return (BLOCKS, RUN), (stride, 1)
 
 
 def view_of(tensor: Tensor) -> Tensor:
-    """Up to `COUNT` elements of a tensor; a view, except of tensors with gaps ``[n]``."""
-    values = tensor.detach()
+    """Some elements of a tensor; a view, except of tensors with gaps ``[blocks, run]``."""
+    values = tensor.detach() if tensor.requires_grad else tensor
     if values.is_sparse:
         values = values._values()
     if values.is_complex():
@@ -38,8 +40,7 @@ def view_of(tensor: Tensor) -> Tensor:
         values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
     ):
         values = values.flatten()
-    size = values.numel()
-    return values.as_strided((min(COUNT, size),), (stride_of(max(1, size)),), values.storage_offset())
+    return values.as_strided(*layout(values.numel()), values.storage_offset())
 
 
 def stays_view(tensor: Tensor) -> bool:
@@ -54,7 +55,7 @@ def together(views: Sequence[Tensor]) -> Tensor:
     first = views[0]
     if any(view.dtype != first.dtype or view.device != first.device for view in views):
         views = [view.to(first.device, torch.float64) for view in views]
-    return torch.cat(list(views))
+    return torch.cat([view.reshape(-1) for view in views])
 
 
 class Spots:
