@@ -147,7 +147,9 @@ class BackpackBackend:
         slopes = self._recorder.combine(
             lambda entry: None if self._missing(entry) else list(by_parameter.get(entry, {}).values())
         )
-        if slopes is not None and slopes.complete:
+        if slopes is not None and not slopes.complete:
+            self._check.done = True  # several passes share the samples: it cannot be made here
+        elif slopes is not None:
             self._check.collect(
                 [
                     {self._index[key]: values for key, values in by_parameter.get(entry, {}).items()}

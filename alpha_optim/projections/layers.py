@@ -71,9 +71,11 @@ class LayerCall:
         """How many rows of the output belong to one sample.
 
         Raises:
-            UnsupportedLayerError: If dimension 0 is not that of the samples.
+            UnsupportedLayerError: If dimension 0 is not that of the samples, or the output is complex.
         """
         gradient = self.output_gradient
+        if gradient.is_complex():
+            raise UnsupportedLayerError("its output is complex")
         if gradient.dim() == 0 or gradient.shape[0] % samples or gradient.shape[0] == 0:
             raise UnsupportedLayerError(
                 f"dimension 0 of its output (shape {list(gradient.shape)}) is neither the number of "

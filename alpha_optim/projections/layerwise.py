@@ -216,7 +216,9 @@ class LayerwiseBackend:
         slopes = self._recorder.combine(projections_of)
         # Of the whole model everything is accounted for; what is missing does not come through its output (a
         # penalty on the parameters) and is the same for all samples.
-        if slopes is not None and slopes.complete and not self._whole_model:
+        if slopes is not None and not slopes.complete:
+            self._check.done = True  # several passes share the samples: it cannot be made here
+        elif slopes is not None and not self._whole_model:
             self._check.collect([by_sample.get(entry, {}) for entry in self._recorder.sampled_passes()])
         return slopes
 

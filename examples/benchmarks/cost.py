@@ -7,13 +7,14 @@ those of a plain step, plus the time that its passes over the parameters take at
 machine.
 
     python -m examples.benchmarks.cost            # a table on the screen
-    python -m examples.benchmarks.cost --write    # all of docs/benchmarks.md: more cases, memory, picture
+    python -m examples.benchmarks.cost --write    # all cases and docs/benchmarks.md, about an hour
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import statistics
 import subprocess
@@ -21,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from tqdm import tqdm
 
 from alpha_optim import AlphaGuided
 from alpha_optim.refresh import interval
+from examples.benchmarks import report
 from examples.benchmarks.models import MODELS, OPTIMIZERS
 
 Step = Callable[[Tensor, Tensor], None]
@@ -260,25 +263,45 @@ def main() -> None:
         report_peak(args.peak[0], args.peak[1], args.peak[2], int(args.peak[3]))
         return
     if args.write:
-        from examples.benchmarks.report import write
-
-        write()
+        everything()
         return
     columns = [*OURS, *(REFERENCES if args.references else ())]
     print("time of a training step as a multiple of the plain step (in brackets: the floor), one CPU thread")
     print(f"{'':32}{'plain':>9} " + "".join(f"{name:>16}" for name in columns))
-    for model in args.models:
-        for optimizer in args.optimizers:
-            for batch in args.batch:
-                result = measure(model, optimizer, batch, args.rounds, args.references)
-                print(
-                    f"{f'{model}, {optimizer}, batch {batch}':32}{result['plain_ms']:6.0f} ms "
-                    + row(result, columns)
-                )
-                sys.stdout.flush()
-                if args.save:
-                    with open(args.save, "a") as file:
-                        file.write(json.dumps(result) + "\n")
+    for case in itertools.product(args.models, args.optimizers, args.batch):
+        result = measure(*case, args.rounds, args.references)
+        print(f"{'{}, {}, batch {}'.format(*case):32}{result['plain_ms']:6.0f} ms " + row(result, columns))
+        sys.stdout.flush()
+        if args.save:
+            append(Path(args.save), result)
+
+
+def append(path: Path, result: dict[str, Any]) -> None:
+    """Add a raw result to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def everything() -> None:
+    """Measure all cases that the report shows, and write it."""
+    for batch, model, optimizer in itertools.product((128, 32), MODELS, OPTIMIZERS):
+        references = batch == 128 and optimizer != "momentum"
+        result = measure(model, optimizer, batch, 5 if model in ("MLP", "CNN") else 2, references)
+        append(report.RESULTS / "cost.jsonl", result)
+    memory()
+    report.write()
+
+
+def memory() -> None:
+    """Measure the peak memory of some cases, each in a process of its own."""
+    for model, optimizer in itertools.product(("MLP", "transformer"), ("SGD", "AdamW")):
+        size = 4 * sum(param.numel() for param in MODELS[model].build().parameters())
+        alone = peak_memory("plain", model, optimizer, 32)
+        for variant in ("default", "exact", "cached"):
+            extra = (peak_memory(variant, model, optimizer, 32) - alone) / size
+            case = {"model": model, "optimizer": optimizer, "batch": 32, "variant": variant}
+            append(report.RESULTS / "memory.jsonl", {**case, "extra": extra})
 
 
 def row(result: dict[str, Any], columns: list[str]) -> str:
