@@ -126,10 +126,10 @@ def test_other_passes_do_not_disturb(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("parts", [2, 3])
-def test_accumulation_over_micro_batches_measures_the_whole_batch(kind, parts):
+@pytest.mark.parametrize("backend", ["layerwise", "cached"])  # backpack has the gradient only after the last
+def test_accumulation_over_micro_batches_measures_the_whole_batch(kind, parts, backend):
     reference = plain_run(kind)
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
-    backend = "cached"  # the fast path of plain SGD has the gradient only after the last micro-batch
     guided = wrap(model, loss_fn, kind, backend=backend)
     for x, y in make_batches(6):
         guided.zero_grad()

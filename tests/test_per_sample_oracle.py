@@ -54,6 +54,24 @@ def test_models_of_many_kinds(name, optimizer, backend):
     check(train(guided, model, loss_fn, batches), expected)
 
 
+@pytest.mark.parametrize("name", sorted(set(zoo.ZOO) - zoo.NOT_CACHED))
+def test_float32_agrees_with_individual_gradients(name):
+    histories = []
+    for backend in ("layerwise", "cached"):
+        model, batches = zoo.make(name, SIZES, torch.float32)
+        loss_fn = nn.CrossEntropyLoss()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        guided = AlphaGuided(optimizer, model, loss_fn, backend=backend, variance="exact")
+        histories.append(train(guided, model, loss_fn, batches))
+    for m, reference in zip(*histories, strict=True):
+        assert m.information == reference.information == "full"
+        for name_of in QUANTITIES:
+            assert getattr(m, name_of) == pytest.approx(getattr(reference, name_of), rel=1e-4), name_of
+        assert m.alpha == pytest.approx(
+            reference.alpha, abs=1e-4 * (abs(reference.alpha) + reference.alpha_std)
+        )
+
+
 LOSSES = {
     "cross entropy": (nn.CrossEntropyLoss(), lambda o, y, i: F.cross_entropy(o, y)),
     "label smoothing": (

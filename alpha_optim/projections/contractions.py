@@ -21,7 +21,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field writes it so
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from alpha_optim.projections.forward_mode import ForwardMode
 from alpha_optim.projections.layers import (
@@ -31,11 +30,9 @@ from alpha_optim.projections.layers import (
     layers_of,
     uses_its_children,
 )
+from alpha_optim.projections.shares import has_shares, shares_of, wide
 
 Values = dict[str, Tensor]
-
-SHORT_PATCH = 32
-"""Inputs per output of a convolution up to which unfolding it is cheap: the first layer of most networks."""
 
 
 class Contraction(Protocol):
@@ -67,10 +64,9 @@ def contraction_of(call: LayerCall, rows: int) -> Contraction:
     call.check_unaltered()
     if not call.args:
         return ForwardMode(call, rows)
-    if _fewer_weights_than_inputs(call):
-        return Shares(_convolution(call, rows))
-    if type(module) in _SHARES:
-        return Shares(_SHARES[type(module)](call, rows))
+    shares = shares_of(call, rows)
+    if shares is not None:
+        return shares
     if type(module) in _PRODUCTS:
         return Product(call.first(rows), _PRODUCTS[type(module)])
     return ForwardMode(call, rows)
@@ -85,7 +81,7 @@ def layers_to_contract(model: nn.Module, wanted: set[int]) -> list[Layer]:
     """
 
     def repeated(module: nn.Module, owns_parameters: bool) -> bool:
-        known = type(module) in _SHARES or type(module) in _PRODUCTS
+        known = has_shares(module) or type(module) in _PRODUCTS
         return uses_its_children(module, owns_parameters) or (owns_parameters and not known)
 
     return [
@@ -105,26 +101,10 @@ class Product:
         """See `Contraction`; what is linear in the parameters does not ask where they are."""
         call = self._call
         call.check_unaltered()
-        gradient = _wide(call.output_gradient)
+        gradient = wide(call.output_gradient)
         with torch.autocast(gradient.device.type, enabled=False):
             changes = {name: change.to(gradient.dtype) for name, change in changes.items()}
             return self._apply(call, changes, gradient)
-
-
-class Shares:
-    """Individual gradients of the few parameters of a normalisation layer ``[rows, *shape]``."""
-
-    def __init__(self, shares: Values) -> None:
-        """Keep the shares."""
-        self._shares = shares
-
-    def along(self, changes: Values, made: float | Tensor = 0.0) -> Tensor:
-        """See `Contraction`; what is linear in the parameters does not ask where they are."""
-        parts = [
-            self._shares[name].flatten(1) @ change.to(self._shares[name].dtype).flatten()
-            for name, change in changes.items()
-        ]
-        return torch.stack(parts).double().sum(0)
 
 
 def rowwise(output: Tensor, gradient: Tensor) -> Tensor:
@@ -184,119 +164,6 @@ _PRODUCTS: dict[type[nn.Module], Callable[[LayerCall, Values, Tensor], Tensor]] 
     nn.Bilinear: _linear_in_parameters,
     **dict.fromkeys(_CONVOLUTIONS, _linear_in_parameters),
 }
-
-
-def _channel_shares(call: LayerCall, rows: int, normalised: Callable[[Tensor], Tensor]) -> Values:
-    """Weight and bias per channel (dimension 1)."""
-    gradient = _wide(call.output_gradient[:rows])
-    positions = list(range(2, gradient.dim()))
-    shares = {}
-    if "weight" in call.layer.params:
-        product = gradient * normalised(call.args[0].to(gradient.dtype))[:rows]
-        shares["weight"] = product.sum(positions) if positions else product
-    if "bias" in call.layer.params:
-        shares["bias"] = gradient.sum(positions) if positions else gradient.clone()
-    return shares
-
-
-def _batch_norm(call: LayerCall, rows: int) -> Values:
-    """On batch statistics a sample's loss depends on the others; this is what flows through its position."""
-    module = call.layer.module
-    assert isinstance(module, _BatchNorm)
-    own = module.training or module.running_mean is None
-
-    def normalised(x: Tensor) -> Tensor:
-        if own:
-            return F.batch_norm(x, None, None, None, None, True, 0.0, module.eps)
-        assert module.running_mean is not None
-        assert module.running_var is not None
-        mean, var = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
-        return F.batch_norm(x[:rows], mean, var, None, None, False, 0.0, module.eps)
-
-    return _channel_shares(call, rows, normalised)
-
-
-def _group_norm(call: LayerCall, rows: int) -> Values:
-    module = call.layer.module
-    assert isinstance(module, nn.GroupNorm)
-    groups, eps = module.num_groups, module.eps
-    return _channel_shares(call, rows, lambda x: F.group_norm(x[:rows], groups, None, None, eps))
-
-
-def _instance_norm(call: LayerCall, rows: int) -> Values:
-    module = call.layer.module
-    if not module.training and module.running_mean is not None:
-        raise UnsupportedLayerError("instance normalisation with running statistics in eval mode")
-    eps = float(module.eps)  # type: ignore[arg-type] # - nn.Module's attributes are untyped
-    return _channel_shares(call, rows, lambda x: F.instance_norm(x[:rows], eps=eps))
-
-
-def _layer_norm(call: LayerCall, rows: int) -> Values:
-    """Weight and bias over the trailing dimensions.
-
-    Raises:
-        UnsupportedLayerError: If the samples are among those.
-    """
-    module = call.layer.module
-    assert isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-    shape = list(module.normalized_shape)
-    gradient = _wide(call.output_gradient[:rows])
-    x = call.args[0][:rows].to(gradient.dtype)
-    positions = list(range(1, gradient.dim() - len(shape)))
-    if gradient.dim() == len(shape):
-        raise UnsupportedLayerError("it normalises over the samples")
-    shares = {}
-    if "weight" in call.layer.params:
-        # eps None means that of the input's own precision
-        eps = torch.finfo(call.args[0].dtype).eps if module.eps is None else module.eps
-        layer = isinstance(module, nn.LayerNorm)
-        scaled = F.layer_norm(x, shape, eps=eps) if layer else F.rms_norm(x, shape, eps=eps)
-        product = gradient * scaled
-        shares["weight"] = product.sum(positions) if positions else product
-    if "bias" in call.layer.params:
-        shares["bias"] = gradient.sum(positions) if positions else gradient.clone()
-    return shares
-
-
-def _fewer_weights_than_inputs(call: LayerCall) -> bool:
-    """Whether a convolution is cheaper contracted over positions first: few weights, short patches."""
-    module = call.layer.module
-    if type(module) is not nn.Conv2d or module.groups != 1 or call.args[0].dim() != 4:
-        return False
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        return False
-    return module.weight[0].numel() <= SHORT_PATCH and module.weight.numel() <= call.args[0][0].numel()
-
-
-def _convolution(call: LayerCall, rows: int) -> Values:
-    """Weight and bias of a convolution, summed over positions."""
-    module = call.layer.module
-    assert isinstance(module, nn.Conv2d)
-    assert not isinstance(module.padding, str)
-    gradient = _wide(call.output_gradient[:rows]).flatten(2)
-    shares = {}
-    if "weight" in call.layer.params:
-        x = call.args[0][:rows].to(gradient.dtype)
-        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-        product = torch.bmm(gradient, patches.transpose(1, 2))
-        shares["weight"] = product.reshape(len(product), *module.weight.shape)
-    if "bias" in call.layer.params:
-        shares["bias"] = gradient.sum(2)
-    return shares
-
-
-_SHARES: dict[type[nn.Module], Callable[[LayerCall, int], Values]] = {
-    nn.LayerNorm: _layer_norm,
-    nn.RMSNorm: _layer_norm,
-    nn.GroupNorm: _group_norm,
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
-    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _instance_norm),
-}
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """At least float32."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _wide_to(value: object, dtype: torch.dtype) -> object:
