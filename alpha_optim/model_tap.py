@@ -41,6 +41,7 @@ class ModelTap:
         batched += [tensor for tensor in tensors_in((args, kwargs)) if tensor.dim() > 0]
         samples = batched[0].shape[0] if batched else None
         self._log.forward_started(samples)
+        self._log.inputs |= {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs))}
 
         def arrived(_gradient: Tensor) -> None:
             if self._handle is not None:

@@ -110,6 +110,7 @@ class PassLog:
         self._anchored: BackwardPass | None = None
         self.recorded: list[LossCall] = []
         self.forwards: list[int] = []
+        self.inputs: set[int] = set()  # storages of what the model was called with
         self.skipped = False
 
     @property

@@ -1,4 +1,4 @@
-"""The table of optimizer configurations that torch tests itself with: wrapped and bare end bit for bit alike."""
+"""The configurations that torch tests its optimizers with: wrapped and bare end bit for bit alike."""
 
 import copy
 import math

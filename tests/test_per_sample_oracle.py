@@ -331,3 +331,37 @@ def test_wide_layers_go_through_inner_products_of_samples(clip, monkeypatch):
     check(list(guided.alpha_history), expected)
     assert calls.count(True) == 10
     assert calls.count(False) == 8  # two wide layers, at the ends of four steps
+
+
+class Positions(nn.Module):
+    """Looks positions up once for the whole batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(3, 4), nn.Embedding(12, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head((self.tokens(x) + self.positions(torch.arange(x.shape[1]))).mean(1))
+
+
+class Folded(Positions):
+    """Looks up all tokens of the batch in one row."""
+
+    def forward(self, x):
+        rows = self.tokens(x.reshape(-1)).reshape(*x.shape, -1)
+        return self.head(rows.mean(1))
+
+
+def test_positions_are_not_taken_for_rows_of_samples():
+    torch.manual_seed(0)
+    loss_fn = nn.CrossEntropyLoss()
+    batches = [(torch.randint(0, 3, (6, 12)), torch.randint(0, 3, (6,))) for _ in range(3)]  # T = 2 N
+    model = Positions()
+    guided = AlphaGuided(torch.optim.Adam(model.parameters()), model, loss_fn, variance="exact")
+    with pytest.warns(UserWarning, match="positions.weight: Embedding: its indices, several per sample"):
+        measured = train(guided, model, loss_fn, batches)
+    assert {m.information for m in measured} == {"slopes"}
+    model = Folded()
+    guided = AlphaGuided(torch.optim.Adam(model.parameters()), model, loss_fn, variance="exact")
+    assert {m.information for m in train(guided, model, loss_fn, batches)} == {"full"}

@@ -86,6 +86,16 @@ class LayerCall:
             raise UnsupportedLayerError("none of its inputs has the samples along dimension 0")
         return rows // samples
 
+    def reads_from(self, storages: set[int]) -> bool:
+        """Whether its input may come from the model's: indices have to lie in it, activations may.
+
+        Positions 0 ... T - 1 looked up once for the whole batch look like k rows per sample where T is k N.
+        """
+        given = list(tensors_in((self.args, self.kwargs)))
+        return any(
+            tensor.is_floating_point() or tensor.untyped_storage().data_ptr() in storages for tensor in given
+        )
+
     def first(self, rows: int) -> LayerCall:
         """The call with the first rows only, in memory of its own; itself if these are all."""
         whole = self.output_gradient.shape[0]

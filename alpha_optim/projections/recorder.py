@@ -150,6 +150,10 @@ class SampleRecorder:
         if self.taken[entry] == 0:
             return
         try:
+            if call.rows_per_sample(entry.samples) > 1 and not call.reads_from(self._log.inputs):
+                raise UnsupportedLayerError(
+                    "its indices, several per sample, do not come from the model's input"
+                )
             self._sink(entry, call, self.taken[entry])
         except UnsupportedLayerError as error:
             self.failed(entry, call.layer, str(error))
