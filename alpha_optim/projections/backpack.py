@@ -20,13 +20,20 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from alpha_optim.direction import Direction
 from alpha_optim.gradient_watch import LossGradients
 from alpha_optim.passes import BackwardPass, PassLog
 from alpha_optim.projections.base import Names, SampleSlopes
-from alpha_optim.projections.contractions import Contraction, contraction_of, layers_to_contract, rowwise
+from alpha_optim.projections.contractions import (
+    Contraction,
+    bias_rows,
+    contraction_of,
+    layers_to_contract,
+    rowwise,
+)
 from alpha_optim.projections.gram import Factors
 from alpha_optim.projections.layers import KnownLayers, LayerCall
 from alpha_optim.projections.recorder import SampleRecorder, add_to
@@ -248,14 +255,15 @@ class BackpackProduct:
 
     def along(self, changes: dict[str, Tensor], made: float | Tensor = 0.0) -> Tensor:
         """See `Contraction`."""
-        rule, total = _linear_rule(), None
+        parts = []
         for name, change in changes.items():
-            product = rule.weight_jac_mat_prod if name == "weight" else rule.bias_jac_mat_prod
-            mat = change.to(self._gradient.dtype)
-            moved = rowwise(product(self._standin, (), (self._gradient,), mat), self._gradient)
-            total = moved if total is None else total + moved
-        assert total is not None
-        return total
+            change = change.to(self._gradient.dtype)
+            if name == "bias":
+                parts.append(bias_rows(self._standin, change, self._gradient))
+            else:
+                moved = _linear_rule().weight_jac_mat_prod(self._standin, (), (self._gradient,), change)
+                parts.append(rowwise(moved, self._gradient))
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 @lru_cache(maxsize=1)

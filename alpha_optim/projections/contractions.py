@@ -108,16 +108,17 @@ class Product:
 
 
 def rowwise(output: Tensor, gradient: Tensor) -> Tensor:
-    """Inner product of every row, float64 ``[rows]``."""
+    """Inner product of every row, float64 ``[rows]``; ``output`` is used up."""
     # Summed in the working precision, which is at least float32; a row has few elements.
-    return (output * gradient).flatten(1).sum(1).double() if output.dim() > 1 else (output * gradient).double()
+    product = output.mul_(gradient)
+    return (product.flatten(1).sum(1) if product.dim() > 1 else product).double()
 
 
 def _linear_in_parameters(call: LayerCall, changes: Values, gradient: Tensor) -> Tensor:
     """Layers whose output is linear in weight and bias together."""
     weight = changes.get("weight")
     if weight is None:
-        return _bias_only(call, changes["bias"], gradient)
+        return bias_rows(call.layer.module, changes["bias"], gradient)
     standin = copy.copy(call.layer.module)
     standin._parameters = {"weight": weight, "bias": changes.get("bias")}  # type: ignore[dict-item] # - tensors do
     args = tuple(_wide_to(value, gradient.dtype) for value in call.args)
@@ -128,14 +129,17 @@ def _linear_in_parameters(call: LayerCall, changes: Values, gradient: Tensor) ->
 def _linear(call: LayerCall, changes: Values, gradient: Tensor) -> Tensor:
     if call.kwargs or "weight" not in changes:
         return _linear_in_parameters(call, changes, gradient)
-    return rowwise(F.linear(call.args[0].to(gradient.dtype), changes["weight"], changes.get("bias")), gradient)
+    rows = rowwise(F.linear(call.args[0].to(gradient.dtype), changes["weight"]), gradient)
+    # Apart, or a copy of the bias for every row would be made first.
+    return rows if "bias" not in changes else rows + bias_rows(call.layer.module, changes["bias"], gradient)
 
 
-def _bias_only(call: LayerCall, bias: Tensor, gradient: Tensor) -> Tensor:
-    channels = 1 if isinstance(call.layer.module, _CONVOLUTIONS) else gradient.dim() - 1
-    shape = [1] * gradient.dim()
-    shape[channels] = -1
-    return rowwise(bias.reshape(shape), gradient)
+def bias_rows(module: nn.Module, bias: Tensor, gradient: Tensor) -> Tensor:
+    """What a change of the bias contributes to every row, float64 ``[rows]``."""
+    if isinstance(module, _CONVOLUTIONS):
+        return (gradient.flatten(2).sum(2) @ bias).double()
+    along = gradient @ bias
+    return (along.flatten(1).sum(1) if along.dim() > 1 else along).double()
 
 
 def _embedding(call: LayerCall, changes: Values, gradient: Tensor) -> Tensor:
