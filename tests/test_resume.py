@@ -1,5 +1,7 @@
 """A resumed run continues bit for bit; bare and wrapped state dicts load into each other."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -47,6 +49,8 @@ CASES = [
     ("momentum", "gradients"),
     ("adamw", "cached"),
     ("adamw", "gradients"),
+    ("adamw", "layerwise"),
+    ("momentum", "layerwise"),
 ]
 
 
@@ -78,6 +82,48 @@ def test_a_resumed_run_continues_bit_for_bit(kind, backend, cut, clip, tmp_path)
         assert run[2].alpha_history.dropped == other[2].alpha_history.dropped
         assert run[3].get_last_lr() == other[3].get_last_lr()
         assert run[2].iteration == other[2].iteration
+
+
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize("variance", ["sampled", "exact"])
+@pytest.mark.parametrize("cut", [1, 2, 7, 30])
+def test_variances_and_what_was_learned_go_on_where_they_were(kind, variance, cut, tmp_path):
+    """Wide layers, so that steps are kept as factors; more samples than are sampled; a penalty."""
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(60, 50), nn.Tanh(), nn.Linear(50, 3))
+        guided = AlphaGuided(
+            OPTIMIZERS[kind](model.parameters()), model, nn.CrossEntropyLoss(), variance=variance
+        )
+        return model, guided
+
+    def go(model, guided, batches):
+        for x, y in batches:
+            guided.zero_grad()
+            penalty = 0.1 * model[0].weight.square().sum() if kind == "adamw" else 0.0
+            (guided._session.plan.loss_fn(model(x), y) + penalty).backward()
+            guided.step()
+
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        (torch.randn(20, 60, generator=generator), torch.randint(0, 3, (20,), generator=generator))
+        for _ in range(40)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the penalty
+        model, guided = make()
+        go(model, guided, batches[:cut])
+        torch.save([model.state_dict(), guided.state_dict()], tmp_path / "run.pt")
+        go(model, guided, batches[cut:])
+        other_model, other = make()
+        for part, state in zip(
+            (other_model, other), torch.load(tmp_path / "run.pt", weights_only=True), strict=True
+        ):
+            part.load_state_dict(state)
+        go(other_model, other, batches[cut:])
+    assert repr(list(guided.alpha_history)) == repr(list(other.alpha_history))
+    assert guided.alpha_history[-1].information == "full"
 
 
 def test_a_resumed_guard_can_still_take_the_last_step_back(tmp_path):
