@@ -151,7 +151,7 @@ def write() -> None:
         "always come from all samples, so only weights and error bars differ.\n\n" + sampled_table(sampled)
     )
     parts.append(
-        "\n## Memory\n\nPeak memory of the process beyond that of the plain run, in multiples of the parameters "
+        "\n## Memory\n\nPeak memory of the process beyond that of the plain run, in multiples of parameters "
         "(7 MB the MLP, 13 MB the transformer), each case in a process of its own, batch 32. Besides the "
         "direction (one) it holds inputs and output gradients of the watched samples until the step is made, "
         "what the C library does not give back, and under SGD 12 MB of imported BackPACK.\n\n"
