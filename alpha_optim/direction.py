@@ -196,14 +196,19 @@ def _squares(bases: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor
     return _numbers([None if base is None else next(remaining) for base in bases], device).square()
 
 
-def scaled(values: Tensor, rates: Sequence[Rate]) -> Tensor:
-    """Multiply numbers by a rate each, without sending the rates to the device ``[K]``."""
+def common_rate(rates: Sequence[Rate]) -> Rate | None:
+    """The rate that all have, if that can be told without reading a tensor."""
     first = rates[0] if rates else 1.0
     if isinstance(first, Tensor):
-        if all(rate is first for rate in rates):
-            return values * first.to(values.device)
-    elif not any(isinstance(rate, Tensor) or rate != first for rate in rates):
-        return values * first
+        return first if all(rate is first for rate in rates) else None
+    return None if any(isinstance(rate, Tensor) or rate != first for rate in rates) else first
+
+
+def scaled(values: Tensor, rates: Sequence[Rate]) -> Tensor:
+    """Multiply numbers by a rate each, without sending the rates to the device ``[K]``."""
+    common = common_rate(rates)
+    if common is not None:
+        return values * (common.to(values.device) if isinstance(common, Tensor) else common)
     return torch.stack(
         [
             value * (rate.to(value.device) if isinstance(rate, Tensor) else rate)
@@ -241,7 +246,7 @@ def _dot(base: Tensor, gradient: Tensor) -> Tensor:
     a, b = _as_real(base), _as_real(gradient)
     if a.dim() == 4 and not a.is_contiguous() and a.stride() == b.stride():
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)  # channels last: contiguous in this order
-    return torch.dot(_at_least_float32(a.flatten()), _at_least_float32(b.flatten()))
+    return torch.dot(at_least_float32(a.flatten()), at_least_float32(b.flatten()))
 
 
 def _as_real(tensor: Tensor) -> Tensor:
@@ -250,5 +255,6 @@ def _as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in the precision in which slopes are computed."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from alpha_optim.direction import at_least_float32
 from alpha_optim.hooks import Hook
 from alpha_optim.passes import LossCall
 from alpha_optim.projections.stand_in import stand_in
@@ -157,7 +158,7 @@ def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tenso
         return None
     if not isinstance(values, Tensor) or values.dim() == 0 or values.shape[0] != samples:
         return None
-    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    values = at_least_float32(values)
     sums = values if values.dim() == 1 else values.reshape(samples, -1).sum(1)
     if reduction in ("batchmean", "sum"):
         return sums

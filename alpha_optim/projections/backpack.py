@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alpha_optim.direction import Direction
+from alpha_optim.direction import Direction, at_least_float32
 from alpha_optim.gradient_watch import LossGradients
 from alpha_optim.passes import BackwardPass, PassLog
 from alpha_optim.projections.base import Names, SampleSlopes
@@ -36,10 +36,8 @@ from alpha_optim.projections.contractions import (
 )
 from alpha_optim.projections.gram import Factors
 from alpha_optim.projections.layers import KnownLayers, LayerCall
-from alpha_optim.projections.recorder import SampleRecorder, add_to
+from alpha_optim.projections.recorder import BySample, SampleRecorder, add_to
 from alpha_optim.projections.self_check import NOT_ADDED_UP, SelfCheck
-
-_BySample = dict[BackwardPass, dict[int, Tensor]]
 
 
 class BackpackBackend:
@@ -109,8 +107,8 @@ class BackpackBackend:
         """Forget the passes so far."""
         self._waiting: dict[BackwardPass, dict[int, list[_Waiting]]] = {}
         self._factors: dict[int, Factors] = {}
-        self._at_end: _BySample = {}
-        self._at_start: _BySample = {}
+        self._at_end: BySample = {}
+        self._at_start: BySample = {}
         self._projected: dict[BackwardPass, set[int]] = {}
         self._recorder.discard()
 
@@ -145,8 +143,7 @@ class BackpackBackend:
         # What made the step is the gradient times what happened to it since the backward pass.
         return self._combine(self._at_start, lambda values, key: values * rates[key] * self._last_factor)
 
-    def _combine(self, store: _BySample, scaled: Callable[[Tensor, int], Tensor]) -> SampleSlopes | None:
-        self._check.forget()
+    def _combine(self, store: BySample, scaled: Callable[[Tensor, int], Tensor]) -> SampleSlopes | None:
         by_parameter = {
             entry: {key: scaled(values, key) for key, values in groups.items()}
             for entry, groups in store.items()
@@ -154,15 +151,13 @@ class BackpackBackend:
         slopes = self._recorder.combine(
             lambda entry: None if self._missing(entry) else list(by_parameter.get(entry, {}).values())
         )
-        if slopes is not None and not slopes.complete:
-            self._check.done = True  # several passes share the samples: it cannot be made here
-        elif slopes is not None:
-            self._check.collect(
-                [
-                    {self._index[key]: values for key, values in by_parameter.get(entry, {}).items()}
-                    for entry in self._recorder.sampled_passes()
-                ]
-            )
+        self._check.collect(
+            slopes,
+            [
+                {self._index[key]: values for key, values in by_parameter.get(entry, {}).items()}
+                for entry in self._recorder.sampled_passes()
+            ],
+        )
         return slopes
 
     def verified(self, of_parameters: Tensor, known: Tensor) -> Tensor | None:
@@ -247,8 +242,7 @@ class BackpackProduct:
         """Keep the rows of the call on a stand-in, where BackPACK looks for them."""
         call.check_unaltered()
         call = call.first(rows)
-        half = call.output_gradient.element_size() == 2
-        self._gradient = call.output_gradient.float() if half else call.output_gradient
+        self._gradient = at_least_float32(call.output_gradient)
         self._standin = copy.copy(call.layer.module)
         self._standin.input0 = call.args[0].to(self._gradient.dtype)
         self._standin.output = self._gradient

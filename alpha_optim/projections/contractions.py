@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field writes it so
 
+from alpha_optim.direction import at_least_float32
 from alpha_optim.projections.forward_mode import ForwardMode
 from alpha_optim.projections.layers import (
     Layer,
@@ -30,7 +31,7 @@ from alpha_optim.projections.layers import (
     layers_of,
     uses_its_children,
 )
-from alpha_optim.projections.shares import has_shares, shares_of, wide
+from alpha_optim.projections.shares import has_shares, shares_of
 
 Values = dict[str, Tensor]
 
@@ -101,7 +102,7 @@ class Product:
         """See `Contraction`; what is linear in the parameters does not ask where they are."""
         call = self._call
         call.check_unaltered()
-        gradient = wide(call.output_gradient)
+        gradient = at_least_float32(call.output_gradient)
         with torch.autocast(gradient.device.type, enabled=False):
             changes = {name: change.to(gradient.dtype) for name, change in changes.items()}
             return self._apply(call, changes, gradient)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from alpha_optim.direction import at_least_float32
 from alpha_optim.hooks import tensors_in
 from alpha_optim.projections.layers import LayerCall, UnsupportedLayerError
 from alpha_optim.projections.stand_in import mixes_samples, stand_in, without_running_statistics
@@ -67,7 +68,7 @@ class ForwardMode:
                 derivative = _forward(_repetition(call), params, tangents)
             except _FAILURES:
                 derivative = self._twice_backward(call, params, tangents)
-        rows = (derivative.float() if _half(derivative) else derivative) * call.output_gradient
+        rows = at_least_float32(derivative) * call.output_gradient
         return rows[: self._rows].flatten(1).double().sum(1) if rows.dim() > 1 else rows[: self._rows].double()
 
     def _twice_backward(self, call: LayerCall, params: Values, tangents: Values) -> Tensor:
@@ -141,7 +142,3 @@ def _plain_kernels(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         yield
-
-
-def _half(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.float16, torch.bfloat16)

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from alpha_optim.hooks import tensors_in
 from alpha_optim.projections.layers import LayerCall, UnsupportedLayerError, has_rows
+from alpha_optim.projections.shares import batch_norm_shares
 from alpha_optim.projections.stand_in import stand_in
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def individual_gradients(call: LayerCall, samples: int, first: int) -> dict[str,
     per_sample = call.rows_per_sample(samples)
     rows = min(first, samples) * per_sample
     if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-        per_row = _batch_norm_shares(call, rows)
+        per_row = batch_norm_shares(call, rows)
     elif backpack_covers(module) and call.output_index == 0 and not call.kwargs:
         per_row = _from_backpack(call, rows, per_sample)
         per_sample = 1 if isinstance(module, nn.Linear) else per_sample
@@ -127,24 +128,6 @@ def _from_backpack(call: LayerCall, rows: int, per_sample: int) -> dict[str, Ten
         }
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise UnsupportedLayerError(f"BackPACK has no individual gradients for it ({error})") from error
-
-
-def _batch_norm_shares(call: LayerCall, rows: int) -> dict[str, Tensor]:
-    """BatchNorm on batch statistics: what flows through the position of each sample.
-
-    A sample's loss then depends on all samples, so there is no individual gradient in the strict
-    sense; these shares sum to the gradient.
-    """
-    module, gradient = call.layer.module, call.output_gradient
-    assert isinstance(module, _BatchNorm)
-    dtype = _working_dtype(gradient.dtype)
-    normalised = torch.nn.functional.batch_norm(
-        call.args[0].to(dtype), None, None, None, None, True, 0.0, module.eps
-    )
-    gradient = gradient[:rows].to(dtype)
-    spatial = list(range(2, gradient.dim()))
-    shares = {"weight": gradient * normalised[:rows], "bias": gradient}
-    return {name: shares[name].sum(spatial) if spatial else shares[name].clone() for name in call.layer.params}
 
 
 def _wanted(call: LayerCall) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from alpha_optim.direction import Direction
+from alpha_optim.direction import Direction, common_rate
 from alpha_optim.gradient_watch import LossGradients
 from alpha_optim.passes import BackwardPass, PassLog
 from alpha_optim.projections.base import Names, SampleSlopes
@@ -30,11 +30,8 @@ from alpha_optim.projections.layers import (
     UnsupportedLayerError,
     wanted_parameters,
 )
-from alpha_optim.projections.recorder import SampleRecorder, add_to
+from alpha_optim.projections.recorder import BySample, SampleRecorder, add_to
 from alpha_optim.projections.self_check import NOT_ADDED_UP, SelfCheck
-
-_BySample = dict[BackwardPass, dict[int, Tensor]]
-"""Pass -> group of parameters -> numbers of its samples ``[n]``."""
 
 
 class LayerwiseBackend:
@@ -47,10 +44,8 @@ class LayerwiseBackend:
         self._model, self._names = model, names
         self._recorder = SampleRecorder(names, log, sampled)
         self._layers = KnownLayers(self._find)
-        self._sampled = sampled
         self._check = SelfCheck(names)
         self._whole_model = False
-        self._params: Sequence[Tensor] = ()
         self._end_of: Direction | None = None
         self._start = False
         self.unaccounted = self._recorder.unaccounted
@@ -67,7 +62,7 @@ class LayerwiseBackend:
         self.discard()
         layers = self._layers.of(params)
         self._check.watch(layers, params)
-        self._params, self._start, self._end_of = params, start, end_of
+        self._start, self._end_of = start, end_of
         # Shorter than the parameters if a group was added; then the pair is dropped.
         if end_of is not None and len(end_of.bases) != len(params):
             self._end_of = None
@@ -80,7 +75,7 @@ class LayerwiseBackend:
 
     def discard(self) -> None:
         """Forget the passes so far."""
-        self._at_end: _BySample = {}
+        self._at_end: BySample = {}
         self._kept: dict[BackwardPass, list[tuple[Layer, int, Contraction]]] = {}
         self._covered: dict[BackwardPass, set[int]] = {}
         self._recorder.discard()
@@ -91,7 +86,7 @@ class LayerwiseBackend:
 
     def start_slopes(self, direction: Direction, gradients: LossGradients) -> SampleSlopes | None:
         """Contract what was kept with the step just made."""
-        at_start: _BySample = {}
+        at_start: BySample = {}
         for entry, calls in self._kept.items():
             store = at_start.setdefault(entry, {})
             for layer, per_sample, contraction in calls:
@@ -189,16 +184,14 @@ class LayerwiseBackend:
             base = None if index is None else direction.bases[index]
             if index is not None and base is not None:
                 moved[name] = (base, direction.rates[index])
-        rates = [rate for _, rate in moved.values()]
-        if all(rate is rates[0] or (isinstance(rate, float) and rate == rates[0]) for rate in rates):
-            return {name: base for name, (base, _) in moved.items()}, rates[0] if rates else 1.0
+        common = common_rate([rate for _, rate in moved.values()])
+        if common is not None:
+            return {name: base for name, (base, _) in moved.items()}, common
         return {name: base * rate for name, (base, rate) in moved.items()}, 1.0
 
     # ---------------------------------------------------------------- putting together
 
-    def _combine(self, by_sample: _BySample) -> SampleSlopes | None:
-        self._check.forget()
-
+    def _combine(self, by_sample: BySample) -> SampleSlopes | None:
         def projections_of(entry: BackwardPass) -> list[Tensor] | None:
             covered = self._covered.get(entry, set())
             unseen = self._recorder.unseen(entry, covered)
@@ -216,10 +209,8 @@ class LayerwiseBackend:
         slopes = self._recorder.combine(projections_of)
         # Of the whole model everything is accounted for; what is missing does not come through its output (a
         # penalty on the parameters) and is the same for all samples.
-        if slopes is not None and not slopes.complete:
-            self._check.done = True  # several passes share the samples: it cannot be made here
-        elif slopes is not None and not self._whole_model:
-            self._check.collect([by_sample.get(entry, {}) for entry in self._recorder.sampled_passes()])
+        passes = [] if self._whole_model else self._recorder.sampled_passes()
+        self._check.collect(slopes, [by_sample.get(entry, {}) for entry in passes])
         return slopes
 
     def _give_up_layers(self, names: list[str], reason: str) -> None:

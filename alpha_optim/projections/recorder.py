@@ -13,6 +13,8 @@ from alpha_optim.projections.base import Names, SampleSlopes, Unaccounted
 from alpha_optim.projections.layers import Layer, LayerCall, LayerTap, UnsupportedLayerError
 from alpha_optim.refresh import SAMPLES
 
+BySample = dict[BackwardPass, dict[int, Tensor]]
+"""Pass -> parameter or group of parameters -> numbers of its samples ``[n]``."""
 Sink = Callable[[BackwardPass, LayerCall, int], None]
 """Takes the pass, a layer's call and the number of samples wanted of it; may raise UnsupportedLayerError."""
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from alpha_optim.projections.base import Names
+from alpha_optim.projections.base import Names, SampleSlopes
 from alpha_optim.projections.layers import Layer
 
 TOLERANCE = 1e-2
@@ -56,12 +56,19 @@ class SelfCheck:
         """The group that a layer's parameters belong to."""
         return self._groups[id(next(iter(layer.params.values())))]
 
-    def forget(self) -> None:
-        """Forget the contributions of the last answer."""
-        self._sums = {}
+    def collect(self, slopes: SampleSlopes | None, passes: Sequence[dict[int, Tensor]]) -> None:
+        """Take what an answer was made of, in place of the last one's.
 
-    def collect(self, passes: Sequence[dict[int, Tensor]]) -> None:
-        """Take the contributions of all samples, pass by pass: group -> ``[n]``."""
+        Args:
+            slopes: The answer, if there is one.
+            passes: The contributions of the samples, pass by pass: group -> ``[n]``.
+        """
+        self._sums = {}
+        if slopes is None:
+            return
+        if not slopes.complete:
+            self.done = True  # several passes share the samples: it cannot be made here
+            return
         for groups in passes:
             for group, values in groups.items():
                 self._sums.setdefault(group, []).append(values)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field writes it so
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from alpha_optim.direction import at_least_float32
 from alpha_optim.projections.layers import LayerCall, UnsupportedLayerError
 
 Values = dict[str, Tensor]
@@ -57,7 +58,7 @@ def has_shares(module: nn.Module) -> bool:
 
 def _channel_shares(call: LayerCall, rows: int, normalised: Callable[[Tensor], Tensor]) -> Values:
     """Weight and bias per channel (dimension 1)."""
-    gradient = wide(call.output_gradient[:rows])
+    gradient = at_least_float32(call.output_gradient[:rows])
     positions = list(range(2, gradient.dim()))
     shares = {}
     if "weight" in call.layer.params:
@@ -68,7 +69,7 @@ def _channel_shares(call: LayerCall, rows: int, normalised: Callable[[Tensor], T
     return shares
 
 
-def _batch_norm(call: LayerCall, rows: int) -> Values:
+def batch_norm_shares(call: LayerCall, rows: int) -> Values:
     """On batch statistics a sample's loss depends on the others; this is what flows through its position."""
     module = call.layer.module
     assert isinstance(module, _BatchNorm)
@@ -109,7 +110,7 @@ def _layer_norm(call: LayerCall, rows: int) -> Values:
     module = call.layer.module
     assert isinstance(module, (nn.LayerNorm, nn.RMSNorm))
     shape = list(module.normalized_shape)
-    gradient = wide(call.output_gradient[:rows])
+    gradient = at_least_float32(call.output_gradient[:rows])
     x = call.args[0][:rows].to(gradient.dtype)
     positions = list(range(1, gradient.dim() - len(shape)))
     if gradient.dim() == len(shape):
@@ -142,7 +143,7 @@ def _convolution(call: LayerCall, rows: int) -> Values:
     module = call.layer.module
     assert isinstance(module, nn.Conv2d)
     assert not isinstance(module.padding, str)
-    gradient = wide(call.output_gradient[:rows]).flatten(2)
+    gradient = at_least_float32(call.output_gradient[:rows]).flatten(2)
     shares = {}
     if "weight" in call.layer.params:
         x = call.args[0][:rows].to(gradient.dtype)
@@ -158,11 +159,6 @@ _SHARES: dict[type[nn.Module], Callable[[LayerCall, int], Values]] = {
     nn.LayerNorm: _layer_norm,
     nn.RMSNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), batch_norm_shares),
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _instance_norm),
 }
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """At least float32."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
