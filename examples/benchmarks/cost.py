@@ -6,8 +6,10 @@ its share of measuring them anew. Beside the ratio stands a floor: multiplicatio
 those of a plain step, plus the time that its passes over the parameters take at the memory bandwidth of this
 machine.
 
-    python -m examples.benchmarks.cost            # a table on the screen
-    python -m examples.benchmarks.cost --write    # all cases and docs/benchmarks.md, about an hour
+    python -m examples.benchmarks.cost              # a table on the screen
+    python -m examples.benchmarks.cost --models ResNet --save FILE    # more cases, kept for the report
+    python -m examples.benchmarks.cost --memory     # peak memory, for the report
+    python -m examples.benchmarks.report            # docs/benchmarks.md from what was kept
 """
 
 from __future__ import annotations
@@ -251,7 +253,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[128])
     parser.add_argument("--rounds", type=int, default=5, help="pairs of blocks per variant")
     parser.add_argument("--references", action="store_true", help="also Cockpit, cached and vmap")
-    parser.add_argument("--write", action="store_true", help="everything, into docs/benchmarks.md")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory, for the report")
     parser.add_argument("--save", metavar="FILE", help="append the raw results, one JSON object per line")
     parser.add_argument(
         "--peak", nargs=4, metavar=("VARIANT", "MODEL", "OPTIMIZER", "BATCH"), help=argparse.SUPPRESS
@@ -262,8 +264,8 @@ def main() -> None:
     if args.peak:
         report_peak(args.peak[0], args.peak[1], args.peak[2], int(args.peak[3]))
         return
-    if args.write:
-        everything()
+    if args.memory:
+        memory()
         return
     columns = [*OURS, *(REFERENCES if args.references else ())]
     print("time of a training step as a multiple of the plain step (in brackets: the floor), one CPU thread")
@@ -281,16 +283,6 @@ def append(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(result) + "\n")
-
-
-def everything() -> None:
-    """Measure all cases that the report shows, and write it."""
-    for batch, model, optimizer in itertools.product((128, 32), MODELS, OPTIMIZERS):
-        references = batch == 128 and optimizer != "momentum"
-        result = measure(model, optimizer, batch, 5 if model in ("MLP", "CNN") else 2, references)
-        append(report.RESULTS / "cost.jsonl", result)
-    memory()
-    report.write()
 
 
 def memory() -> None:

@@ -13,8 +13,9 @@ COLOURS = {"default": "tab:blue", "exact": "tab:orange", "cached": "tab:gray", "
 
 HEAD = """# What alpha costs
 
-Written by `make bench ARGS=--write` from the raw results in `examples/benchmarks/results/` (torch {torch},
-{cpu}, one thread). No GPU was at hand, so there are no figures from one.
+Written by `python -m examples.benchmarks.report` from the raw results in `examples/benchmarks/results/` (torch
+{torch}, {cpu}, one thread), which `python -m examples.benchmarks.cost` measures: `--models`, `--optimizers`,
+`--batch`, `--references`, `--save`. No GPU was at hand, so there are no figures from one.
 
 Time of a training step as a multiple of the plain step, median over pairs of neighbouring blocks in one
 process. **default** is `AlphaGuided(optimizer, model, loss_fn)`: alpha of every step, variances of slopes from
@@ -152,10 +153,10 @@ def write() -> None:
     )
     parts.append(
         "\n## Memory\n\nPeak memory of the process beyond that of the plain run, in multiples of parameters "
-        "(7 MB the MLP, 13 MB the transformer), each case in a process of its own, batch 32. Besides the "
-        "direction (one) it holds inputs and output gradients of the watched samples until the step is made, "
-        "what the C library does not give back, and under SGD 12 MB of imported BackPACK.\n\n"
-        + memory_table(memory)
+        "(7 MB the MLP, 13 MB the transformer), each case in a process of its own, batch 32 "
+        "(`python -m examples.benchmarks.cost --memory`). Besides the direction (one) it holds inputs and "
+        "output gradients of the watched samples until the step is made, what the C library does not give "
+        "back, and under SGD 12 MB of imported BackPACK.\n\n" + memory_table(memory)
     )
     (DOCS / "benchmarks.md").write_text("".join(parts))
 
