@@ -70,7 +70,10 @@ def optimizer_loss(optimizer):
 
 def equal_states(a, b):
     if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
+        if a.is_sparse or not a.is_floating_point():
+            return torch.equal(a, b)
+        # A run that diverges has nan in the same places.
+        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal_states(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
