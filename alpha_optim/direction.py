@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from alpha_optim.scalars import Scalar, Scalars, Truth, added_up, free_to_read, gathered, root, scalar
+
 Rate = float | Tensor
 
 
@@ -30,18 +32,18 @@ class Direction:
         bases: One tensor per parameter, in the order of `parameters_of`; None where the parameter had no
             gradient and so did not move.
         rates: The factors: the change of parameter k is ``rates[k] * bases[k]``.
-        squares: Squared norms of the bases, float64 ``[K]``.
-        length: |d| over all parameters together, float64 ``[]``.
-        moved: Whether any parameter is not what it was ``[]``.
+        squares: Squared norms of the bases, one each.
+        length: |d| over all parameters together.
+        moved: Whether any parameter is not what it was.
         of_gradient: Whether the bases are the gradients that the step used (plain SGD).
         versions: Versions of the bases when the step was made.
     """
 
     bases: list[Tensor | None]
     rates: list[Rate]
-    squares: Tensor
-    length: Tensor
-    moved: Tensor
+    squares: Scalars
+    length: Scalar
+    moved: Truth
     of_gradient: bool
     versions: list[int]
 
@@ -98,19 +100,18 @@ def _dense_and_real(gradient: Tensor | None) -> bool:
     return gradient is None or not (gradient.is_sparse or gradient.is_complex())
 
 
-def direction_left_behind(optimizer: Optimizer, moved: Tensor) -> Direction:
+def direction_left_behind(optimizer: Optimizer, moved: Truth) -> Direction:
     """Return the change that a step of SGD has just made; see `leaves_its_direction`.
 
     Args:
         optimizer: The optimizer.
-        moved: Whether any of its parameters changed ``[]``.
+        moved: Whether any of its parameters changed.
     """
     bases: list[Tensor | None] = []
     rates: list[Rate] = []
     plain = True
     for group in optimizer.param_groups:
-        rate = -group["lr"]
-        rate = rate.detach().clone() if isinstance(rate, Tensor) else rate
+        rate = -scalar(group["lr"])
         if group["momentum"] != 0:  # the buffers have the sign of maximize in them
             plain = False
             bases += [
@@ -141,8 +142,7 @@ def well_resolved(direction: Direction, some_elements: Tensor) -> bool:
     # A third of the spacing of numbers in each of the parameters, independently of each other: against the
     # step it is this much shorter, and it is no more aligned with a gradient than with any other direction.
     error = torch.finfo(some_elements.dtype).eps / 3.0 * size
-    resolved: Any = (error < ROUNDING * direction.length).tolist()
-    return bool(resolved)
+    return bool(scalar(error) < ROUNDING * direction.length)
 
 
 def copied(store: list[Tensor], now: Sequence[Tensor]) -> list[Tensor]:
@@ -167,33 +167,34 @@ def _direction(
     bases: list[Tensor | None],
     rates: list[Rate],
     params: Sequence[Tensor],
-    moved: Tensor | None,
+    moved: Truth | None,
     of_gradient: bool,
 ) -> Direction:
     squares = _squares(bases, params)
-    length = scaled(scaled(squares, rates), rates).sum().sqrt()
+    length = root(added_up(scaled(scaled(squares, rates), rates)))
     moved = length != 0 if moved is None else moved
     return Direction(bases, rates, squares, length, moved, of_gradient, versions_of(bases))
 
 
-def _squares(bases: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
-    """Squared norms, float64 ``[K]``; zero for None.
+def _squares(bases: Sequence[Tensor | None], params: Sequence[Tensor]) -> Scalars:
+    """Squared norms; zero for None.
 
     Accumulated in float64 where it matters: squares of changes of 1e-30 vanish in float32.
     """
     device = params[0].device if params else torch.device("cpu")
     there = [_as_real(base) for base in bases if base is not None]
     norms: Sequence[Tensor] = ()
-    if there and all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in there):
+    if there and all(free_to_read(t.device) and t.dtype == torch.float32 for t in there):
         norms = torch._foreach_norm(there)
-        # tolist: reads memory, where item() would be counted (and on a GPU wait) as a synchronisation.
         lengths: Any = torch.stack(list(norms)).tolist()
-        if not 1e-15 < max(lengths) < 1e15 or not all(map(math.isfinite, lengths)):
-            norms = ()
-    if there and not norms:
+        if 1e-15 < max(lengths) < 1e15 and all(map(math.isfinite, lengths)):
+            known = iter(lengths)
+            return [0.0 if base is None else next(known) ** 2 for base in bases]
+    if there:
         norms = torch._foreach_norm(there, 2.0, dtype=torch.float64)
     remaining = iter(norms)
-    return _numbers([None if base is None else next(remaining) for base in bases], device).square()
+    values = gathered([None if base is None else next(remaining) for base in bases], device)
+    return values.square() if isinstance(values, Tensor) else [value * value for value in values]
 
 
 def common_rate(rates: Sequence[Rate]) -> Rate | None:
@@ -204,8 +205,10 @@ def common_rate(rates: Sequence[Rate]) -> Rate | None:
     return None if any(isinstance(rate, Tensor) or rate != first for rate in rates) else first
 
 
-def scaled(values: Tensor, rates: Sequence[Rate]) -> Tensor:
-    """Multiply numbers by a rate each, without sending the rates to the device ``[K]``."""
+def scaled(values: Scalars, rates: Sequence[Rate]) -> Scalars:
+    """Multiply numbers by a rate each, without sending the rates to the device."""
+    if isinstance(values, list):
+        return [value * rate for value, rate in zip(values, rates, strict=True)]  # type: ignore[misc] # - floats
     common = common_rate(rates)
     if common is not None:
         return values * (common.to(values.device) if isinstance(common, Tensor) else common)
@@ -217,29 +220,17 @@ def scaled(values: Tensor, rates: Sequence[Rate]) -> Tensor:
     )
 
 
-def slopes_of_parameters(direction: Direction, gradients: Sequence[Tensor | None]) -> Tensor:
-    """Inner product of change and gradient for every parameter, float64 ``[K]``; None counts as zero."""
+def slopes_of_parameters(direction: Direction, gradients: Sequence[Tensor | None]) -> Scalars:
+    """Inner product of change and gradient for every parameter; None counts as zero."""
     if direction.of_gradient and all(map(is_same, direction.bases, gradients)):
         return scaled(direction.squares, direction.rates)
     products: list[Tensor | None] = [
         None if base is None or gradient is None else _dot(base, gradient)
         for base, gradient in zip(direction.bases, gradients, strict=True)
     ]
-    return scaled(_numbers(products, direction.squares.device), direction.rates)
-
-
-def _numbers(products: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """One tensor of numbers, zero for None, float64 ``[K]``."""
-    there = [product for product in products if product is not None]
-    if not there:
-        return torch.zeros(len(products), dtype=torch.float64, device=device)
-    if any(product.device != device or product.dtype != there[0].dtype for product in there):
-        there = [product.to(device, torch.float64) for product in there]
-    values = torch.stack(there).double()
-    if len(there) == len(products):
-        return values
-    remaining, zero = iter(values.unbind()), torch.zeros_like(values[0])
-    return torch.stack([zero if product is None else next(remaining) for product in products])
+    squares = direction.squares
+    device = squares.device if isinstance(squares, Tensor) else torch.device("cpu")
+    return scaled(gathered(products, device), direction.rates)
 
 
 def _dot(base: Tensor, gradient: Tensor) -> Tensor:

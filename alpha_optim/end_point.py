@@ -14,6 +14,7 @@ from alpha_optim.pairs import BatchLoss, EndPoint, put_together
 from alpha_optim.passes import BackwardPass, PassLog
 from alpha_optim.projections.base import SampleSlopes
 from alpha_optim.projections.statistics import sample_mean, sample_variance
+from alpha_optim.scalars import Scalar, Scalars, Truth, added_up, either, quotient, readable, scalar, times
 
 
 def batch_loss(log: PassLog, fallback: Tensor | float | None) -> BatchLoss:
@@ -46,8 +47,8 @@ def reduced(
     passes: Sequence[BackwardPass],
     loss: BatchLoss,
     slopes: SampleSlopes | None,
-    carried: Tensor | None,
-) -> tuple[EndPoint, Tensor | None, Tensor]:
+    carried: Scalar | None,
+) -> tuple[EndPoint, Scalar | None, Scalars]:
     """Reduce what the passes of an iteration say about the loss along a direction.
 
     Args:
@@ -56,35 +57,39 @@ def reduced(
         passes: Its backward passes.
         loss: Its loss.
         slopes: Slopes of single samples along the direction, if they were measured.
-        carried: Variance of one sample's slope that stands in where they were not ``[]``.
+        carried: Variance of one sample's slope that stands in where they were not.
 
     Returns:
-        The four numbers; the variance of one sample's slope, if it was measured ``[]``; and the slopes of the
-        parameters that everything was computed from: <change, gradient> of what was sent backward ``[K]``.
+        The four numbers; the variance of one sample's slope, if it was measured; and the slopes of the
+        parameters that everything was computed from: <change, gradient> of what was sent backward.
     """
     length = direction.length
     of_parameters = slopes_of_parameters(direction, gradients.tensors)
     if gradients.factor is not None:
-        of_parameters = of_parameters / gradients.factor
-    slope = of_parameters.sum() / length
-    gammas = [entry.gamma.to(slope) for entry in passes if entry.gamma is not None]
+        of_parameters = times(of_parameters, quotient(1.0, gradients.factor))
+    slope = quotient(added_up(of_parameters), length)
+    gammas = [scalar(entry.gamma) for entry in passes if entry.gamma is not None]
     if gammas:
-        slope = slope / sum(gammas[1:], gammas[0])
+        slope = quotient(slope, sum(gammas[1:], gammas[0]))
     if slopes is not None and slopes.complete and len(passes) > 1:
-        mean = sample_mean(slopes.values / length)
-        slope = torch.where(_evenly_weighted(passes, slope.device), slope, mean)
-    # Divided by the length first: squares of <d, gradient> overflow in a diverging run.
-    variance = carried if slopes is None else sample_variance(slopes.values / length)
+        mean = scalar(sample_mean(slopes.values / length))
+        slope = either(_evenly_weighted(passes, slopes.values.device), slope, mean)
+    variance = carried
+    if slopes is not None:
+        # Divided by the length first: squares of <d, gradient> overflow in a diverging run.
+        measured = sample_variance(slopes.values / length)
+        variance = None if measured is None else scalar(measured)
     parts = (loss.mean, loss.variance, slope, variance)
     observed = (loss.mean is not None, loss.variance is not None, variance is not None)
     point = EndPoint(parts, loss.samples, observed, gradients.lost)
     return point, None if slopes is None else variance, of_parameters
 
 
-def _evenly_weighted(passes: Sequence[BackwardPass], device: torch.device) -> Tensor:
-    """Whether every sample has the same weight in the gradient, whichever pass it came with ``[]``."""
+def _evenly_weighted(passes: Sequence[BackwardPass], device: torch.device) -> Truth:
+    """Whether every sample has the same weight in the gradient, whichever pass it came with."""
     shares = [entry.gamma / entry.samples for entry in passes if entry.gamma is not None and entry.samples]
     if not shares:
-        return torch.ones((), dtype=torch.bool, device=device)
+        return True
     weights = torch.stack([share.double().to(device) for share in shares])
-    return weights.max() - weights.min() <= 1e-6 * weights.abs().max()
+    even: Truth = readable(weights.max() - weights.min() <= 1e-6 * weights.abs().max())
+    return even

@@ -20,6 +20,7 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from alpha_optim.direction import copied
+from alpha_optim.scalars import Scalar, Truth, readable, scalar
 from alpha_optim.spots import factor_between, stays_view, together, view_of
 
 PRECISION = 1e-5
@@ -33,13 +34,13 @@ class LossGradients:
     Attributes:
         tensors: One per parameter, None where there is none; divided by ``factor`` they are what the backward
             passes left.
-        factor: What happened to them since, float64 ``[]``; None if nothing did.
-        lost: Whether they were changed otherwise, so that the gradient of the loss is not known ``[]``.
+        factor: What happened to them since; None if nothing did.
+        lost: Whether they were changed otherwise, so that the gradient of the loss is not known.
     """
 
     tensors: list[Tensor | None]
-    factor: Tensor | None
-    lost: Tensor
+    factor: Scalar | None
+    lost: Truth
 
     def kept(self) -> LossGradients:
         """The same in tensors that nobody else holds."""
@@ -85,7 +86,6 @@ class GradientWatch:
         self.compare_norms = False
         self.keep_copies = False
         self._asked = False
-        self._false = torch.zeros((), dtype=torch.bool)
 
     def attach(self, params: Sequence[Tensor]) -> None:
         """Hook every parameter that can get a gradient; leave hooks that are there where they are."""
@@ -175,13 +175,12 @@ class GradientWatch:
     def loss_gradients(self, params: Sequence[Tensor]) -> LossGradients:
         """Gradients as the backward passes left them, in the order of ``params``."""
         device = params[0].device
-        false = self._never(device)
         left = self._left
         if left is None:  # set by hand, or no gradient at all
-            return LossGradients([param.grad for param in params], None, false)
+            return LossGradients([param.grad for param in params], None, False)
         if left.copies is not None:
             copies = dict(zip(left.keys, left.copies, strict=True))
-            return LossGradients([copies.get(id(param), param.grad) for param in params], None, false)
+            return LossGradients([copies.get(id(param), param.grad) for param in params], None, False)
         records = [self._seen[key] for key in left.keys]
         written = any(record.gradient._version != record.version for record in records)
         seen = {key: record.gradient for key, record in zip(left.keys, records, strict=True)}
@@ -193,7 +192,7 @@ class GradientWatch:
             ]
         )
         if not written and now.is_cpu and torch.equal(now, left.spots):
-            return LossGradients(tensors, None, false)
+            return LossGradients(tensors, None, False)
         factor, lost = factor_between(now, left.spots)
         surely = lost
         if written:
@@ -201,13 +200,7 @@ class GradientWatch:
             lost = lost | _otherwise(norms, left.norms, factor)
             surely = surely if left.norms is None else lost
         self._decide_on_copies(written, surely)
-        return LossGradients(tensors, factor.to(device), lost.to(device))
-
-    def _never(self, device: torch.device) -> Tensor:
-        """A false on the device, the same one every time."""
-        if self._false.device != device:
-            self._false = torch.zeros((), dtype=torch.bool, device=device)
-        return self._false
+        return LossGradients(tensors, scalar(factor.to(device)), readable(lost.to(device)))
 
     def _decide_on_copies(self, written: bool, lost: Tensor) -> None:
         """Copy from now on if gradients are changed by more than a factor."""

@@ -7,6 +7,7 @@ iterations only the direction and a few numbers are kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import is_ as is_same
@@ -34,6 +35,7 @@ from alpha_optim.pairs import BatchLoss, EndPoint, PendingPair, PendingStart
 from alpha_optim.passes import PassLog
 from alpha_optim.projections.base import Backend, SampleSlopes
 from alpha_optim.refresh import Refresh, Role
+from alpha_optim.scalars import Truth, as_tensor, either, negated, readable
 from alpha_optim.spots import Spots, differ
 
 
@@ -58,7 +60,7 @@ class LineProbe:
         self._model = ModelTap(model, self.log)
         self._backend: Backend | None = None
         self._due: set[Role] = set()
-        self._edited: Tensor | None = None
+        self._edited: Truth | None = None
         self._spots = Spots()
         self._elements: Tensor | None = None  # of the parameters, as the running backward pass found them
         self._copies: list[Tensor] = []  # of the parameters before a step, reused
@@ -177,10 +179,13 @@ class LineProbe:
         point, variance, of_parameters = reduced(direction, gradients, passes, loss, slopes, carried)
         if role in self._due and loss.samples != 1:
             assert self._backend is not None
-            known = ~gradients.lost
-            verified = None if variance is None else self._backend.verified(of_parameters, known)
+            verified = None
+            if slopes is not None and variance is not None:
+                numbers = as_tensor(of_parameters, slopes.values.device)
+                known = as_tensor(negated(gradients.lost), slopes.values.device, torch.bool)
+                verified = self._backend.verified(numbers, known)
             if variance is not None and verified is not None:
-                variance = torch.where(verified.to(variance.device), variance, torch.nan)
+                variance = either(readable(verified), variance, math.nan)
                 point = replace(point, numbers=(*point.numbers[:3], variance))
             self.refresh.measured(role, iteration, variance, loss.samples)
         return point

@@ -21,6 +21,7 @@ from alpha_optim.direction import at_least_float32
 from alpha_optim.hooks import Hook
 from alpha_optim.passes import LossCall
 from alpha_optim.projections.stand_in import stand_in
+from alpha_optim.scalars import Scalar, scalar
 
 _WEIGHTED = (nn.CrossEntropyLoss, nn.NLLLoss)
 
@@ -163,7 +164,10 @@ def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tenso
     if reduction in ("batchmean", "sum"):
         return sums
     if type(loss_fn) in _WEIGHTED:  # a subclass may divide by something else
-        normalised: Tensor = sums * (samples / _total_weight(loss_fn, args, kwargs, values))
+        total = _total_weight(loss_fn, args, kwargs, values)
+        normalised: Tensor = (
+            sums if not isinstance(total, Tensor) and total == samples else sums * (samples / total)
+        )
         return normalised
     if type(loss_fn).__module__.startswith("torch.nn."):
         return sums * (samples / values.numel())
@@ -183,7 +187,7 @@ def _unreduced(loss_fn: nn.Module) -> nn.Module:
     return single
 
 
-def _total_weight(loss_fn: Any, args: Any, kwargs: Any, values: Tensor) -> Any:
+def _total_weight(loss_fn: Any, args: Any, kwargs: Any, values: Tensor) -> Scalar:
     """What the mean of (weighted) cross entropy divides by."""
     target = args[1] if len(args) > 1 else kwargs.get("target")
     if not isinstance(target, Tensor) or target.is_floating_point():
@@ -191,8 +195,8 @@ def _total_weight(loss_fn: Any, args: Any, kwargs: Any, values: Tensor) -> Any:
     kept = torch.ne(target, loss_fn.ignore_index)
     weight = loss_fn.weight
     if not isinstance(weight, Tensor):
-        return kept.sum().to(values.dtype)
-    return (weight[target.clamp_min(0).clamp_max(len(weight) - 1)] * kept).sum()
+        return scalar(kept.sum())
+    return scalar((weight[target.clamp_min(0).clamp_max(len(weight) - 1)] * kept).sum())
 
 
 @contextmanager

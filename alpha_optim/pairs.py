@@ -14,9 +14,9 @@ from alpha_optim.alpha import AlphaMeasurement, measure_alpha
 from alpha_optim.direction import Direction, versions_of
 from alpha_optim.projections.statistics import sample_mean, sample_variance
 from alpha_optim.records import Observation
+from alpha_optim.scalars import Scalar, Truth, either, free_to_read, readable, small_tensor
 from alpha_optim.tensor_fit import Observed, alpha_of
 
-NAN = math.nan
 DROPPED = ("", "parameters_changed", "gradients_modified")
 """Why a pair has to be dropped, by the number that says so on the device; 0: it has not."""
 
@@ -41,17 +41,17 @@ class EndPoint:
     """What was seen at one end of a step; numbers stay on the device.
 
     Attributes:
-        numbers: loss, its variance, slope of the mean loss along d / |d|, variance of one sample's slope; each
-            ``[]``, None where not observed.
+        numbers: loss, its variance, slope of the mean loss along d / |d|, variance of one sample's slope;
+            None where not observed.
         samples: N, 0 if not known.
         observed: Which of loss, its variance and the slope variance were observed.
-        lost: Whether the gradient of the loss is not known, so that there is no slope ``[]``.
+        lost: Whether the gradient of the loss is not known, so that there is no slope.
     """
 
-    numbers: tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]
+    numbers: tuple[Scalar | None, Scalar | None, Scalar, Scalar | None]
     samples: int
     observed: Observed
-    lost: Tensor
+    lost: Truth
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class PendingStart:
             "moved": self.direction.moved,
             "squares": self.direction.squares,
             "length": self.direction.length,
-            "rates": [rate.clone() if isinstance(rate, Tensor) else rate for rate in self.direction.rates],
+            "rates": list(self.direction.rates),
             "bases": [None if base is None else base.clone() for base in self.direction.bases],
             "of_gradient": self.direction.of_gradient,
             "numbers": small_tensor(self.point.numbers, self.spots.device),
@@ -104,16 +104,17 @@ class PendingStart:
         direction = Direction(
             bases,
             list(saved["rates"]),
-            saved["squares"].to(device),
-            saved["length"].to(device),
-            saved["moved"].to(device),
+            _moved_to(device, saved["squares"]),
+            _moved_to(device, saved["length"]),
+            _moved_to(device, saved["moved"]),
             bool(saved["of_gradient"]),
             versions_of(bases),
         )
         observed = (bool(a), bool(b), bool(c))
-        loss, loss_variance, slope, slope_variance = saved["numbers"].to(device).unbind()
+        numbers = readable(saved["numbers"].to(device))
+        loss, loss_variance, slope, slope_variance = numbers if isinstance(numbers, list) else numbers.unbind()
         numbers = (loss if a else None, loss_variance if b else None, slope, slope_variance if c else None)
-        point = EndPoint(numbers, int(saved["samples"]), observed, saved["lost"].to(device))
+        point = EndPoint(numbers, int(saved["samples"]), observed, _moved_to(device, saved["lost"]))
         spots = saved["spots"].to(device)
         return cls(int(saved["iteration"]), direction, point, spots, tuple(saved["lr"]))
 
@@ -140,13 +141,12 @@ class PendingPair:
     on_read: Callable[[], None]
 
     @classmethod
-    def of(cls, start: PendingStart, end: EndPoint, edited: Tensor, on_read: Callable[[], None]) -> PendingPair:
+    def of(cls, start: PendingStart, end: EndPoint, edited: Truth, on_read: Callable[[], None]) -> PendingPair:
         """Put both ends into one small tensor."""
-        direction, device = start.direction, end.numbers[2].device
-        lost = start.point.lost | end.lost
-        dropped = torch.where(edited, 1.0, torch.where(lost, 2.0, 0.0))
+        direction = start.direction
+        dropped = either(edited, 1.0, either(start.point.lost | end.lost, 2.0, 0.0))
         head = (direction.length, direction.moved, dropped)
-        numbers = small_tensor((*head, *start.point.numbers, *end.numbers), device)
+        numbers = small_tensor((*head, *start.point.numbers, *end.numbers), start.spots.device)
         samples, observed = (start.point.samples, end.samples), (start.point.observed, end.observed)
         return cls(start.iteration, numbers, samples, observed, start.lr, on_read)
 
@@ -185,17 +185,12 @@ def put_together(calls: list[tuple[Tensor, Tensor | None, int]]) -> BatchLoss:
     return BatchLoss(torch.stack(means).sum(), None, samples)
 
 
-def small_tensor(parts: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """One small float64 tensor, nan for what is missing."""
-    missing = None
-    numbers = []
-    for part in parts:
-        if part is None and missing is None:
-            missing = torch.full((), NAN, dtype=torch.float64, device=device)
-        number = missing if part is None else part
-        assert number is not None
-        numbers.append(number.to(device, torch.float64))
-    return torch.stack(numbers)
+def _moved_to(device: torch.device, saved: Any) -> Any:
+    """A saved number as it is wanted on a device."""
+    if free_to_read(device):
+        return readable(saved.cpu()) if isinstance(saved, Tensor) else saved
+    dtype = torch.bool if isinstance(saved, bool) else None
+    return torch.as_tensor(saved, dtype=dtype or getattr(saved, "dtype", torch.float64), device=device)
 
 
 def _observation(numbers: list[float], samples: int, observed: Observed) -> Observation:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from torch import Tensor
+from alpha_optim.scalars import Scalar
 
 Role = Literal["start", "end"]
 
@@ -44,7 +44,7 @@ class Refresh:
         """Forget everything, as when the parameters are others."""
         self._last: dict[str, int] = {}
         self._counts: dict[str, int] = {}
-        self._variances: dict[str, Tensor] = {}
+        self._variances: dict[str, Scalar] = {}
         self._samples = 0
 
     def due(self, role: Role, iteration: int) -> bool:
@@ -54,7 +54,7 @@ class Refresh:
         gap = min(self._counts[role], interval(self._samples))
         return not 0 <= iteration - self._last[role] < gap
 
-    def measured(self, role: Role, iteration: int, variance: Tensor | None, samples: int) -> None:
+    def measured(self, role: Role, iteration: int, variance: Scalar | None, samples: int) -> None:
         """Take note of a measurement of a batch of ``samples``; None: it could not be had."""
         self._last[role], self._samples = iteration, samples
         self._counts[role] = self._counts.get(role, 0) + 1
@@ -62,8 +62,8 @@ class Refresh:
         if variance is not None:
             self._variances[role] = variance
 
-    def variance(self, role: Role) -> Tensor | None:
-        """The variance as it was the last time ``[]``."""
+    def variance(self, role: Role) -> Scalar | None:
+        """The variance as it was the last time."""
         return self._variances.get(role)
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,15 +14,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from alpha_optim.scalars import Truth, as_tensor, free_to_read, negated
+
 BLOCKS, RUN = 16, 16  # a run of float32 is one cache line, and a cache line is what reading costs
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @lru_cache(maxsize=4096)
-def layout(elements: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def layout(elements: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and strides of what is looked at; runs start in different columns, whatever the shape."""
     if elements <= BLOCKS * RUN:
-        return (1, elements), (max(1, elements), 1)
+        return (elements,), (1,)
     stride = (elements - RUN) // (BLOCKS - 1)
     while math.gcd(stride, elements) != 1:
         stride -= 1
@@ -30,7 +32,7 @@ def layout(elements: int) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def view_of(tensor: Tensor) -> Tensor:
-    """Some elements of a tensor; a view, except of tensors with gaps ``[blocks, run]``."""
+    """Some elements of a tensor; a view, except of tensors with gaps ``[blocks, run]`` or ``[n]``."""
     values = tensor.detach() if tensor.requires_grad else tensor
     if values.is_sparse:
         values = values._values()
@@ -55,7 +57,10 @@ def together(views: Sequence[Tensor]) -> Tensor:
     first = views[0]
     if any(view.dtype != first.dtype or view.device != first.device for view in views):
         views = [view.to(first.device, torch.float64) for view in views]
-    return torch.cat([view.reshape(-1) for view in views])
+    # Runs of many tensors in one go: a reshape each would be most of the work.
+    short = [view for view in views if view.dim() == 1]
+    runs = [view for view in views if view.dim() == 2]
+    return torch.cat([torch.cat(runs).view(-1), *short]) if runs else torch.cat(short)
 
 
 class Spots:
@@ -75,11 +80,13 @@ class Spots:
         return together(self._views)
 
 
-def differ(now: Tensor, then: Tensor) -> Tensor:
-    """Whether the same elements differ in any bit ``[]``; so nan equals nan."""
+def differ(now: Tensor, then: Tensor) -> Truth:
+    """Whether the same elements differ in any bit; so nan equals nan."""
     if now.shape != then.shape or now.dtype != then.dtype:
-        return torch.ones((), dtype=torch.bool, device=now.device)
+        return True
     bits = _BITS[now.element_size()]
+    if free_to_read(now.device) and free_to_read(then.device):
+        return not torch.equal(now.view(bits), then.view(bits))
     return torch.ne(now.view(bits), then.to(now.device).view(bits)).any()
 
 
@@ -97,7 +104,7 @@ def factor_between(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
     if now.shape != then.shape:
         one = torch.ones((), dtype=torch.float64, device=now.device)
         return one, one.bool()
-    same = ~differ(now, then)
+    same = as_tensor(negated(differ(now, then)), now.device, torch.bool)
     limits = torch.finfo(torch.promote_types(now.dtype, then.dtype))
     new, old = now.double(), then.to(now.device).double()
     # Divided by the largest first: squares of scaled gradients overflow or vanish.

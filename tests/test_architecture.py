@@ -11,7 +11,8 @@ import alpha_optim
 
 ROOT = pathlib.Path(alpha_optim.__file__).parent
 LAYERS = [  # each part may import from parts above it
-    {"records", "hooks", "spots", "refresh"},
+    {"records", "hooks", "scalars"},
+    {"spots", "refresh"},
     {"quadratic_fit", "passes", "direction", "reminders"},
     {"alpha", "tensor_fit", "checks", "gradient_watch", "good_point", "model_tap"},
     {"projections"},
