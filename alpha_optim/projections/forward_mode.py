@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alpha_optim.direction import at_least_float32
 from alpha_optim.hooks import tensors_in
-from alpha_optim.projections.layers import LayerCall, UnsupportedLayerError
+from alpha_optim.projections.layers import LayerCall, UnsupportedLayerError, map_tensors
 from alpha_optim.projections.stand_in import mixes_samples, stand_in, without_running_statistics
 
 Values = dict[str, Tensor]
@@ -58,7 +58,7 @@ class ForwardMode:
         call = self._call
         call.check_unaltered()
         names = _once(call.layer.params, changes)
-        params = {name: call.layer.params[name].detach() for name in names}
+        params = {name: at_least_float32(call.layer.params[name].detach()) for name in names}
         tangents = {name: changes[name].to(params[name].dtype) for name in names}
         if isinstance(made, Tensor) or made != 0.0:  # back to where they were at the call
             params = {name: value - made * tangents[name] for name, value in params.items()}
@@ -82,12 +82,15 @@ class ForwardMode:
 
 
 def _repetition(call: LayerCall) -> Callable[[Values], Tensor]:
-    """The call as a function of the module's parameters."""
+    """The call as a function of the module's parameters, in at least float32 and without autocast."""
     standin = stand_in(call.layer.module)
     without_running_statistics(standin)
+    args, kwargs = map_tensors(at_least_float32, call.args), map_tensors(at_least_float32, dict(call.kwargs))
+    held = [*standin.named_parameters(), *standin.named_buffers()]
+    wide = {name: at_least_float32(tensor.detach()) for name, tensor in held}
 
     def forward(values: Values) -> Tensor:
-        output: Any = torch.func.functional_call(standin, values, call.args, call.kwargs)
+        output: Any = torch.func.functional_call(standin, {**wide, **values}, args, kwargs)
         return list(tensors_in(output))[call.output_index]
 
     return forward

@@ -7,9 +7,9 @@ those of a plain step, plus the time that its passes over the parameters take at
 machine.
 
     python -m examples.benchmarks.cost              # a table on the screen
-    python -m examples.benchmarks.cost --models ResNet --save FILE    # more cases, kept for the report
-    python -m examples.benchmarks.cost --memory     # peak memory, for the report
-    python -m examples.benchmarks.report            # docs/benchmarks.md from what was kept
+    python -m examples.benchmarks.cost --models ResNet --optimizers momentum    # other cases
+    python -m examples.benchmarks.cost --all        # every case and docs/benchmarks.md; three quarters of an hour
+    python -m examples.benchmarks.report            # docs/benchmarks.md from the results that are kept
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -43,8 +44,13 @@ OURS: dict[str, dict[str, Any]] = {
     "default": {},
     "every=10": {"every": 10},
     "exact": {"variance": "exact"},
+    "layerwise": {"backend": "layerwise"},
 }
 REFERENCES = ("cached", "Cockpit", "vmap")
+SECONDS = 0.4
+"""How long a block of steps lasts at least, in seconds of plain steps."""
+SLOW = 0.3
+"""Plain steps of so many seconds are timed in three pairs of blocks."""
 PASSES = {"SGD": 3, "momentum": 5, "AdamW": 10}
 """How often the numbers of a parameter are read or written for a measured step: a product with the previous
 gradient and a norm; with the buffer at both ends and a norm; a copy, a difference, a norm, two products."""
@@ -124,6 +130,8 @@ def make(variant: str, model: str, optimizer: str) -> Step:
 
 def runs(variant: str, model: str, optimizer: str) -> bool:
     """Whether a reference runs on a case, and is worth its time there."""
+    if variant == "layerwise":  # elsewhere it is the default
+        return optimizer == "SGD" and model in ("MLP", "CNN")
     if variant == "Cockpit":
         return model in ("MLP", "CNN") and importlib.util.find_spec("cockpit") is not None
     return model in ("MLP", "CNN") if variant in REFERENCES else True
@@ -163,10 +171,10 @@ def measure(model: str, optimizer: str, batch: int, rounds: int, references: boo
         step = make(name, model, optimizer)
         if ours:
             warm_up(step, model, batch)
-        count = interval(batch) if ours else 1
-        ratios = []
-        for _ in range(rounds if ours else 2):
-            before = seconds(base, x, y, max(count, 3))
+        once = seconds(base, x, y, 3)
+        count, ratios = block(name, batch, once), []
+        for _ in range((rounds if once < SLOW else 3) if ours else 2):
+            before = seconds(base, x, y, max(3, min(count, math.ceil(SECONDS / once))))
             ratios.append(seconds(step, x, y, count) / before)
             times.append(before)
         result["ratio"][name] = statistics.median(ratios)
@@ -174,6 +182,16 @@ def measure(model: str, optimizer: str, batch: int, rounds: int, references: boo
     result["plain_ms"] = 1e3 * statistics.median(times)
     result["floor"] = floors(model, optimizer, batch, result["plain_ms"] / 1e3)
     return result
+
+
+def block(variant: str, batch: int, plain_seconds: float) -> int:
+    """Steps in a block: enough for a steady figure and for its share of measuring variances anew."""
+    if variant in REFERENCES:
+        return 1
+    if variant in ("default", "layerwise"):
+        return interval(batch)
+    steps = min(interval(batch), math.ceil(SECONDS / plain_seconds))
+    return 10 * math.ceil(steps / 10) if variant == "every=10" else max(2, steps)
 
 
 def multiplications(step: Step, x: Tensor, y: Tensor) -> int:
@@ -253,8 +271,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[128])
     parser.add_argument("--rounds", type=int, default=5, help="pairs of blocks per variant")
     parser.add_argument("--references", action="store_true", help="also Cockpit, cached and vmap")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory, for the report")
-    parser.add_argument("--save", metavar="FILE", help="append the raw results, one JSON object per line")
+    parser.add_argument("--all", action="store_true", help="every case, kept; then peak memory and the report")
     parser.add_argument(
         "--peak", nargs=4, metavar=("VARIANT", "MODEL", "OPTIMIZER", "BATCH"), help=argparse.SUPPRESS
     )
@@ -264,18 +281,21 @@ def main() -> None:
     if args.peak:
         report_peak(args.peak[0], args.peak[1], args.peak[2], int(args.peak[3]))
         return
-    if args.memory:
-        memory()
-        return
+    if args.all:
+        args.models, args.optimizers, args.batch = list(MODELS), list(OPTIMIZERS), [128, 32]
+        args.references = True
     columns = [*OURS, *(REFERENCES if args.references else ())]
     print("time of a training step as a multiple of the plain step (in brackets: the floor), one CPU thread")
     print(f"{'':32}{'plain':>9} " + "".join(f"{name:>16}" for name in columns))
-    for case in itertools.product(args.models, args.optimizers, args.batch):
+    for case in itertools.product(args.models, args.optimizers, args.batch):  # the last result of a case counts
         result = measure(*case, args.rounds, args.references)
         print(f"{'{}, {}, batch {}'.format(*case):32}{result['plain_ms']:6.0f} ms " + row(result, columns))
         sys.stdout.flush()
-        if args.save:
-            append(Path(args.save), result)
+        if args.all:
+            append(report.RESULTS / "cost.jsonl", result)
+    if args.all:
+        memory()
+        report.write()
 
 
 def append(path: Path, result: dict[str, Any]) -> None:
