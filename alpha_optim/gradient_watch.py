@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import is_ as is_same
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
-from alpha_optim.direction import copied
+from alpha_optim.direction import copied, versions_of
 from alpha_optim.scalars import Scalar, Truth, readable, scalar
 from alpha_optim.spots import factor_between, stays_view, together, view_of
 
@@ -36,11 +36,21 @@ class LossGradients:
             passes left.
         factor: What happened to them since; None if nothing did.
         lost: Whether they were changed otherwise, so that the gradient of the loss is not known.
+        versions: Versions of the tensors when they were taken.
     """
 
     tensors: list[Tensor | None]
     factor: Scalar | None
     lost: Truth
+    versions: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Note what the tensors are like now."""
+        self.versions[:] = versions_of(self.tensors)
+
+    def intact(self) -> bool:
+        """Whether nobody has written to them since: some optimizers use gradients as scratch memory."""
+        return self.versions == versions_of(self.tensors)
 
     def kept(self) -> LossGradients:
         """The same in tensors that nobody else holds."""

@@ -187,7 +187,8 @@ class LineProbe:
             if variance is not None and verified is not None:
                 variance = either(readable(verified), variance, math.nan)
                 point = replace(point, numbers=(*point.numbers[:3], variance))
-            self.refresh.measured(role, iteration, variance, loss.samples)
+            if isinstance(direction.length, Tensor) or direction.length != 0.0:  # else nothing was learned
+                self.refresh.measured(role, iteration, variance, loss.samples)
         return point
 
     def finish(

@@ -23,7 +23,8 @@ class ModelTap:
 
     def attach(self) -> None:
         """Hook the model."""
-        if self._model is not None and self._handle is None:
+        # Hooks on a model that was compiled in place would be compiled with it.
+        if self._model is not None and self._handle is None and self._model._compiled_call_impl is None:
             hook = Hook(self._called, owner=self._model)
             self._handle = self._model.register_forward_hook(hook, with_kwargs=True)
 

@@ -139,6 +139,8 @@ class Session:
 
     # ---------------------------------------------------------------- the step
 
+    # Inside a compiled function this runs as it is; what should be compiled is the wrapped optimizer's step.
+    @torch._disable_dynamo  # type: ignore[attr-defined] # - as torch marks its own optimizers
     def step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Measure, guard, step; see `AlphaGuided.step`."""
         if not self.active:
@@ -226,9 +228,13 @@ class Session:
             self.history.drop("no_backward")
         if self._before is not None:
             assert self._gradients is not None
-            self.probe.after_step(
-                self.iteration, self.optimizer, self._before, self._gradients, self._loss, self._rates
-            )
+            if self._gradients.intact():
+                self.probe.after_step(
+                    self.iteration, self.optimizer, self._before, self._gradients, self._loss, self._rates
+                )
+            else:
+                self.probe.watch.keep_copies = True
+                self.history.drop("gradients_modified")
             self.plan.saw_step(len(self.probe.log.reached), self.probe.watch.keep_copies)
             self.plan.warn_unaccounted()
         self.probe.watch.step_done(parameters_of(self.optimizer))

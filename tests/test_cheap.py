@@ -113,7 +113,7 @@ def kept_elements(model, optimizer, loss_fn, steps):
     gc.collect()
     places = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):  # isinstance wakes proxies that warn
+        if type(thing) in (torch.Tensor, nn.Parameter):  # isinstance wakes proxies that warn
             places[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes() // 4
     return sum(places.values())
 

@@ -17,6 +17,7 @@ from alpha_optim.projections.gradients import GradientsBackend
 from alpha_optim.projections.individual import backpack_covers
 from alpha_optim.projections.layers import layers_of
 from alpha_optim.projections.layerwise import LayerwiseBackend
+from alpha_optim.projections.stand_in import compiled
 
 BACKENDS: dict[str, Callable[[nn.Module, Names, PassLog, bool], Backend]] = {
     "backpack": BackpackBackend,
@@ -73,7 +74,15 @@ def obstacle(name: str, optimizer: Optimizer, model: nn.Module | None) -> str | 
         return None
     if model is None:
         return "it needs the model: AlphaGuided(optimizer, model, loss_fn)"
-    if name in ("layerwise", "cached"):
+    if model._compiled_call_impl is not None:
+        return (
+            "model.compile() hides the model's calls; give both the loop and AlphaGuided torch.compile(model)"
+        )
+    if name == "layerwise":
+        return None
+    if compiled(model) is not None:
+        return "a compiled model makes no calls of layers"
+    if name == "cached":
         return None
     if not is_plain_sgd(optimizer):
         return "it needs plain torch.optim.SGD (no momentum, dampening, nesterov or weight decay)"
@@ -96,7 +105,7 @@ def uncovered_layers(optimizer: Optimizer, model: nn.Module) -> list[str]:
 
 def _automatic(obstacles: dict[str, str | None]) -> Choice:
     if obstacles["layerwise"] is not None:
-        return Choice("gradients", "no model given")
+        return Choice("gradients", obstacles["layerwise"])
     if obstacles["backpack"] is None:
         return Choice("backpack", "plain SGD, and BackPACK covers the model")
     return Choice("layerwise", f"any optimizer and model; not backpack: {obstacles['backpack']}")

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from alpha_optim.direction import at_least_float32
 from alpha_optim.hooks import tensors_in
 from alpha_optim.projections.layers import LayerCall, UnsupportedLayerError, map_tensors
-from alpha_optim.projections.stand_in import mixes_samples, stand_in, without_running_statistics
+from alpha_optim.projections.stand_in import compiled, mixes_samples, stand_in, without_running_statistics
 
 Values = dict[str, Tensor]
 _FAILURES = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
@@ -83,7 +83,8 @@ class ForwardMode:
 
 def _repetition(call: LayerCall) -> Callable[[Values], Tensor]:
     """The call as a function of the module's parameters, in at least float32 and without autocast."""
-    standin = stand_in(call.layer.module)
+    module = call.layer.module
+    standin = stand_in(compiled(module) or module)
     without_running_statistics(standin)
     args, kwargs = map_tensors(at_least_float32, call.args), map_tensors(at_least_float32, dict(call.kwargs))
     held = [*standin.named_parameters(), *standin.named_buffers()]

@@ -32,6 +32,7 @@ from alpha_optim.projections.layers import (
 )
 from alpha_optim.projections.recorder import BySample, SampleRecorder, add_to
 from alpha_optim.projections.self_check import NOT_ADDED_UP, SelfCheck
+from alpha_optim.projections.stand_in import compiled
 
 
 class LayerwiseBackend:
@@ -45,7 +46,7 @@ class LayerwiseBackend:
         self._recorder = SampleRecorder(names, log, sampled)
         self._layers = KnownLayers(self._find)
         self._check = SelfCheck(names)
-        self._whole_model = False
+        self._whole_model = compiled(model) is not None
         self._end_of: Direction | None = None
         self._start = False
         self.unaccounted = self._recorder.unaccounted
@@ -54,7 +55,8 @@ class LayerwiseBackend:
     def _find(self, wanted: set[int]) -> list[Layer]:
         """Layers of the model, or the model as the only one."""
         if self._whole_model:
-            return [Layer(self._model, wanted_parameters(self._model, wanted, recurse=True), replayed=True)]
+            inside = compiled(self._model) or self._model
+            return [Layer(self._model, wanted_parameters(inside, wanted, recurse=True), replayed=True)]
         return layers_to_contract(self._model, wanted)
 
     def begin(self, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:

@@ -31,6 +31,15 @@ def stand_in(module: nn.Module) -> nn.Module:
     return copied
 
 
+def compiled(module: nn.Module) -> nn.Module | None:
+    """What a `torch.compile`d module was made of; None for any other module.
+
+    Inside a compiled call hooks on layers may or may not run; those on the compiled module itself do.
+    """
+    original = getattr(module, "_orig_mod", None)
+    return original if isinstance(original, nn.Module) else None
+
+
 def without_running_statistics(module: nn.Module) -> None:
     """Keep the normalisation layers of a stand-in that use the batch's statistics from updating their own."""
     for child in module.modules():

@@ -1,14 +1,14 @@
 """What alpha costs: training steps with and without it, interleaved in one process, as ratios.
 
-Blocks of steps of the plain loop and of each variant alternate; a ratio is that of two neighbouring blocks,
-and the median over all is reported. A block is as long as variances of slopes stay, so that every block has
-its share of measuring them anew. Beside the ratio stands a floor: multiplications that a variant adds to
+A few steps of the plain loop and a few of a variant take turns; a ratio is that of the sums over a block, and
+the median over all blocks is reported. A block is as long as variances of slopes stay, so that each has its
+share of measuring them anew. Beside the ratio stands a floor: multiplications that a variant adds to
 those of a plain step, plus the time that its passes over the parameters take at the memory bandwidth of this
 machine.
 
     python -m examples.benchmarks.cost              # a table on the screen
     python -m examples.benchmarks.cost --models ResNet --optimizers momentum    # other cases
-    python -m examples.benchmarks.cost --all        # every case and docs/benchmarks.md; three quarters of an hour
+    python -m examples.benchmarks.cost --all        # every case and docs/benchmarks.md, within an hour
     python -m examples.benchmarks.report            # docs/benchmarks.md from the results that are kept
 """
 
@@ -47,8 +47,8 @@ OURS: dict[str, dict[str, Any]] = {
     "layerwise": {"backend": "layerwise"},
 }
 REFERENCES = ("cached", "Cockpit", "vmap")
-SECONDS = 0.4
-"""How long a block of steps lasts at least, in seconds of plain steps."""
+SECONDS = 0.15
+"""How long plain and measured steps take turns, in seconds of plain steps."""
 SLOW = 0.3
 """Plain steps of so many seconds are timed in three pairs of blocks."""
 PASSES = {"SGD": 3, "momentum": 5, "AdamW": 10}
@@ -174,14 +174,26 @@ def measure(model: str, optimizer: str, batch: int, rounds: int, references: boo
         once = seconds(base, x, y, 3)
         count, ratios = block(name, batch, once), []
         for _ in range((rounds if once < SLOW else 3) if ours else 2):
-            before = seconds(base, x, y, max(3, min(count, math.ceil(SECONDS / once))))
-            ratios.append(seconds(step, x, y, count) / before)
-            times.append(before)
+            alone, measured = side_by_side(base, step, x, y, count, max(1, math.ceil(SECONDS / once)))
+            ratios.append(measured / alone)
+            times.append(alone / count)
         result["ratio"][name] = statistics.median(ratios)
         del step
     result["plain_ms"] = 1e3 * statistics.median(times)
     result["floor"] = floors(model, optimizer, batch, result["plain_ms"] / 1e3)
     return result
+
+
+def side_by_side(
+    base: Step, step: Step, x: Tensor, y: Tensor, count: int, at_a_time: int
+) -> tuple[float, float]:
+    """Seconds of a block without and with alpha, a few steps of each in turn: what disturbs, disturbs both."""
+    alone = measured = 0.0
+    for begin in range(0, count, at_a_time):
+        few = min(at_a_time, count - begin)
+        alone += few * seconds(base, x, y, few)
+        measured += few * seconds(step, x, y, few)
+    return alone, measured
 
 
 def block(variant: str, batch: int, plain_seconds: float) -> int:
@@ -190,7 +202,7 @@ def block(variant: str, batch: int, plain_seconds: float) -> int:
         return 1
     if variant in ("default", "layerwise"):
         return interval(batch)
-    steps = min(interval(batch), math.ceil(SECONDS / plain_seconds))
+    steps = min(interval(batch), math.ceil(4.0 * SECONDS / plain_seconds))
     return 10 * math.ceil(steps / 10) if variant == "every=10" else max(2, steps)
 
 

@@ -1,0 +1,58 @@
+"""A callback for the Trainer of Transformers that puts alpha into its logs.
+
+Everything else needs no adapter: ``Trainer(optimizers=(optimizer, scheduler))`` with an `AlphaGuided` and an
+`AlphaScheduler`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from alpha_optim.integrations.loggers import metrics_of
+from alpha_optim.optimizer import AlphaGuided
+
+
+class AlphaCallback(TrainerCallback):
+    """Adds ``alpha``, ``alpha_std`` and ``step_length`` to what the Trainer logs.
+
+    They appear on the console and in ``trainer.state.log_history``. Reporters (``report_to``) run before the
+    callbacks that are given to the Trainer; for them, insert it in front:
+    ``trainer.callback_handler.callbacks.insert(0, AlphaCallback(optimizer))``.
+    """
+
+    def __init__(self, optimizer: AlphaGuided) -> None:
+        """Read from ``optimizer``.
+
+        Args:
+            optimizer: The optimizer that was given to the Trainer, which hands callbacks a wrapper of it.
+        """
+        self._optimizer = optimizer
+        self._logged = 0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add alpha over the steps since the last time to the logs of a training step.
+
+        Args:
+            args: Not used.
+            state: Holds the history of logs.
+            control: Not used.
+            logs: What is being logged.
+            **kwargs: Not used.
+        """
+        if logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
+            return
+        count = max(1, self._optimizer.iteration - self._logged)
+        self._logged = self._optimizer.iteration
+        metrics = metrics_of(self._optimizer.alpha_history, count)
+        extra = {name: value for name, value in metrics.items() if not name.startswith("lr")}
+        logs.update(extra)
+        state.log_history[-1].update(extra)

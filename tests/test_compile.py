@@ -1,0 +1,100 @@
+"""`torch.compile`: a compiled model and a compiled step give what they give without alpha.
+
+With the "eager" backend, which traces and guards like any other but leaves the arithmetic alone, so that results
+can be compared bit for bit.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from alpha_optim import AlphaGuided
+from tests.test_transparency import equal_states
+
+STEPS = 30
+OPTIMIZERS = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
+    "adam": lambda params: torch.optim.Adam(params, lr=0.01),
+}
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Dynamo.*")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function):
+    return torch.compile(function, backend="eager")
+
+
+def run(kind, wrapped=True, compile_model=False, compile_step=None, **options):
+    torch.manual_seed(0)
+    model, loss_fn = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)), nn.CrossEntropyLoss()
+    net = compiled(model) if compile_model else model
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    if compile_step == "wrapped one's":
+        optimizer.step = compiled(optimizer.step)
+    if wrapped:
+        optimizer = AlphaGuided(optimizer, net, loss_fn, **options)
+    step = compiled(lambda: optimizer.step()) if compile_step == "wrapper's" else optimizer.step
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(STEPS):
+        x, y = torch.randn(12, 6, generator=generator), torch.randint(0, 3, (12,), generator=generator)
+        optimizer.zero_grad()
+        loss_fn(net(x), y).backward()
+        step()
+    return model, optimizer
+
+
+@pytest.mark.compatibility("torch.compile", "a compiled model")
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("variance", ["sampled", "exact"])
+def test_a_compiled_model(kind, variance):
+    bare, _ = run(kind, wrapped=False, compile_model=True)
+    plain, expected = run(kind, variance=variance)
+    torch._dynamo.utils.counters.clear()
+    model, optimizer = run(kind, compile_model=True, variance=variance)
+    assert equal_states(bare.state_dict(), model.state_dict())
+    # The model as a whole is differentiated in place of its layers: the same up to rounding.
+    for one, other in zip(optimizer.alpha_history, expected.alpha_history, strict=True):
+        assert one.information == other.information == "full"
+        assert one.slope_variance_end == pytest.approx(other.slope_variance_end, rel=1e-4)
+        assert one.alpha == pytest.approx(other.alpha, rel=1e-4, abs=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in (0, 1)  # no hook gets into the graph
+
+
+def test_a_model_compiled_in_place_has_slopes_and_says_why():
+    model, loss_fn = nn.Linear(6, 3), nn.CrossEntropyLoss()
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"backend='layerwise' is impossible here: model.compile\(\) hides"):
+        AlphaGuided(torch.optim.Adam(model.parameters()), model, loss_fn, backend="layerwise")
+    optimizer = AlphaGuided(torch.optim.Adam(model.parameters()), model, loss_fn)
+    assert optimizer.backend == "gradients"
+    assert "torch.compile(model)" in repr(optimizer)
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss_fn(model(torch.randn(8, 6)), torch.randint(0, 3, (8,))).backward()
+        optimizer.step()
+    assert {m.information for m in optimizer.alpha_history} == {"slopes"}
+
+
+@pytest.mark.compatibility("torch.compile", "a compiled step (alpha's part runs as it is)")
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_compiled_step(kind):
+    plain, expected = run(kind)
+    model, optimizer = run(kind, compile_step="wrapper's")
+    assert equal_states(plain.state_dict(), model.state_dict())
+    assert repr(list(optimizer.alpha_history)) == repr(list(expected.alpha_history))
+
+
+@pytest.mark.compatibility("torch.compile", "the wrapped optimizer's step compiled before wrapping")
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_compiled_step_of_the_wrapped_optimizer(kind):
+    bare, _ = run(kind, wrapped=False, compile_step="wrapped one's")
+    model, optimizer = run(kind, compile_step="wrapped one's")
+    assert equal_states(bare.state_dict(), model.state_dict())
+    assert len(optimizer.alpha_history) == STEPS - 1
