@@ -1,7 +1,7 @@
 """`torch.compile`: a compiled model and a compiled step give what they give without alpha.
 
-With the "eager" backend, which traces and guards like any other but leaves the arithmetic alone, so that results
-can be compared bit for bit.
+With the "eager" backend, which traces and guards like any other but leaves the arithmetic alone, so that
+results can be compared bit for bit.
 """
 
 import pytest
@@ -55,7 +55,7 @@ def run(kind, wrapped=True, compile_model=False, compile_step=None, **options):
 @pytest.mark.parametrize("variance", ["sampled", "exact"])
 def test_a_compiled_model(kind, variance):
     bare, _ = run(kind, wrapped=False, compile_model=True)
-    plain, expected = run(kind, variance=variance)
+    _, expected = run(kind, variance=variance)
     torch._dynamo.utils.counters.clear()
     model, optimizer = run(kind, compile_model=True, variance=variance)
     assert equal_states(bare.state_dict(), model.state_dict())

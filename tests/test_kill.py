@@ -1,4 +1,4 @@
-"""kill -9 at a random step, resume in a new process: the rest of the run is bit for bit the uninterrupted one."""
+"""Kill -9 at a random step, resume in a new process: the rest is bit for bit the uninterrupted run."""
 
 import random
 import subprocess
