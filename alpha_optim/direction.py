@@ -69,6 +69,12 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
+def rates_of(optimizer: Optimizer) -> tuple[Rate, ...]:
+    """Learning rates as they are now, one per group; nan where there is none."""
+    rates = (group.get("lr", math.nan) for group in optimizer.param_groups)
+    return tuple(rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates)
+
+
 def versions_of(tensors: Sequence[Tensor | None]) -> list[int]:
     """Versions of tensors; they rise with every write that autograd knows of."""
     return [-1 if tensor is None else tensor._version for tensor in tensors]

@@ -250,8 +250,11 @@ class LineProbe:
         gradients: LossGradients,
         loss: BatchLoss,
         lr: tuple[float | Tensor, ...],
-    ) -> None:
-        """Reduce the start along the step just made and wait for its end."""
+    ) -> str | None:
+        """Reduce the start along the step just made and wait for its end; or the reason why it is dropped."""
+        if not gradients.intact():  # used as scratch memory by the optimizer: copied from now on
+            self.watch.keep_copies = True
+            return "gradients_modified"
         elements = self._spots.of(self._params)
         if isinstance(before, Tensor):
             direction = direction_left_behind(optimizer, differ(elements, before))
@@ -267,6 +270,7 @@ class LineProbe:
             known = elements.is_cpu and leaves_its_direction(optimizer)
             self._resolved = known and well_resolved(direction, elements)
         self.pending = PendingStart(iteration, direction, point, elements, lr)
+        return None
 
     # ---------------------------------------------------------------- resume
 

@@ -6,7 +6,6 @@ All mutable state of a wrapped optimizer lives in one `Session`, so that proxies
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alpha_optim.checks import check_losses
-from alpha_optim.direction import parameters_of
+from alpha_optim.direction import parameters_of, rates_of
 from alpha_optim.end_point import batch_loss
 from alpha_optim.gradient_watch import LossGradients
 from alpha_optim.guard import Guard
@@ -201,7 +200,7 @@ class Session:
                 self.history.drop(reason)
             else:
                 self._before = probe.before_step(self.optimizer)
-                self._rates = tuple(_frozen(group.get("lr", math.nan)) for group in self.optimizer.param_groups)
+                self._rates = rates_of(self.optimizer)
 
     def _judge(self, guard: Guard, params: list[Tensor], closure_loss: Any) -> None:
         """Take the last step back, or keep this point.
@@ -228,13 +227,11 @@ class Session:
             self.history.drop("no_backward")
         if self._before is not None:
             assert self._gradients is not None
-            if self._gradients.intact():
-                self.probe.after_step(
-                    self.iteration, self.optimizer, self._before, self._gradients, self._loss, self._rates
-                )
-            else:
-                self.probe.watch.keep_copies = True
-                self.history.drop("gradients_modified")
+            reason = self.probe.after_step(
+                self.iteration, self.optimizer, self._before, self._gradients, self._loss, self._rates
+            )
+            if reason is not None:
+                self.history.drop(reason)
             self.plan.saw_step(len(self.probe.log.reached), self.probe.watch.keep_copies)
             self.plan.warn_unaccounted()
         self.probe.watch.step_done(parameters_of(self.optimizer))
@@ -300,7 +297,3 @@ class Session:
 
 def _with(closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs if closure is None else {"closure": closure, **kwargs}
-
-
-def _frozen(rate: float | Tensor) -> float | Tensor:
-    return rate.detach().clone() if isinstance(rate, Tensor) else rate

@@ -22,7 +22,7 @@ LAYERS = [  # each part may import from parts above it
     {"guard", "policies", "diagnosis"},
     {"session"},
     {"optimizer"},
-    {"scheduler", "plots"},
+    {"scheduler", "plots", "integrations"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

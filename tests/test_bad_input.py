@@ -42,12 +42,14 @@ def test_not_an_optimizer(wrong):
         AlphaGuided(wrong)
 
 
+@pytest.mark.compatibility("Process", "AlphaGuided around AlphaGuided", "refused")
 def test_already_wrapped(model, sgd):
     guided = AlphaGuided(sgd, model)
     with pytest.raises(ValueError, match=r"already wrapped in AlphaGuided; wrap the bare one"):
         AlphaGuided(guided, model)
 
 
+@pytest.mark.compatibility("Process", "parameters that are not the model's", "refused")
 def test_model_whose_parameters_are_not_the_optimizers(model, sgd):
     other = nn.Linear(4, 2)
     with pytest.raises(
@@ -187,6 +189,7 @@ def test_policy_that_is_no_policy(model, sgd, policy):
         AlphaScheduler(AlphaGuided(sgd, model), policy)
 
 
+@pytest.mark.compatibility("Schedules", "two AlphaSchedulers on one optimizer", "refused")
 def test_a_second_scheduler(model, sgd):
     guided = AlphaGuided(sgd, model)
     AlphaScheduler(guided)
@@ -274,6 +277,7 @@ def test_a_broken_history_file(tmp_path, text, message):
         AlphaHistory.load(path)
 
 
+@pytest.mark.compatibility("Resume", "a state dict of a newer version", "refused")
 def test_a_state_dict_of_a_newer_version(model, sgd):
     guided = AlphaGuided(sgd, model)
     state = guided.state_dict()

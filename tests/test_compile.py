@@ -67,6 +67,7 @@ def test_a_compiled_model(kind, variance):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in (0, 1)  # no hook gets into the graph
 
 
+@pytest.mark.compatibility("torch.compile", "model.compile(): slopes only")
 def test_a_model_compiled_in_place_has_slopes_and_says_why():
     model, loss_fn = nn.Linear(6, 3), nn.CrossEntropyLoss()
     model.compile(backend="eager")

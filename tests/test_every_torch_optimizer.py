@@ -65,6 +65,9 @@ def train(cls, options, wrapped):
     return model, base, optimizer
 
 
+@pytest.mark.compatibility(
+    "torch.optim", "every optimizer in every configuration of torch's own test table, on the CPU: bit for bit"
+)
 @pytest.mark.parametrize(
     ("cls", "options"), [c for c in configurations() if not c.values[1].get("differentiable")]
 )
@@ -80,6 +83,7 @@ def test_wrapped_and_bare_are_alike(cls, options):
     assert all(math.isfinite(m.slope_start) for m in moved)
 
 
+@pytest.mark.compatibility("torch.optim", "differentiable=True")
 @pytest.mark.parametrize(("cls", "options"), [c for c in configurations() if c.values[1].get("differentiable")])
 def test_differentiable_steps_too(cls, options):
     def run(wrapped):

@@ -104,6 +104,7 @@ def test_there_are_at_most_k_minus_one_measurements_after_k_steps():
 # ------------------------------------------------------------------ loops of all kinds
 
 
+@pytest.mark.compatibility("Loops", "evaluation in between, inference_mode, gradients of inputs")
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_passes_do_not_disturb(kind):
     reference = plain_run(kind)
@@ -124,6 +125,7 @@ def test_other_passes_do_not_disturb(kind):
     check_same(guided.alpha_history, reference.alpha_history)
 
 
+@pytest.mark.compatibility("Loops", "gradient accumulation")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("parts", [2, 3])
 @pytest.mark.parametrize("backend", ["layerwise", "cached"])  # backpack has the gradient only after the last
@@ -169,6 +171,7 @@ def test_plain_sgd_under_accumulation_goes_from_the_fast_path_to_one_that_can():
     assert guided.alpha_history[0].slope_end == pytest.approx(reference.alpha_history[0].slope_end)
 
 
+@pytest.mark.compatibility("Loops", "clip_grad_norm_, clip_grad_value_")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("clip", ["norm", "value"])
 def test_slopes_are_those_of_the_loss_also_under_clipping(kind, clip):
@@ -219,6 +222,7 @@ def test_a_loss_scale_is_divided_out(kind, scale):
     check_same(list(guided.alpha_history)[:5], list(reference.alpha_history), tolerance=1e-8)
 
 
+@pytest.mark.compatibility("Precision", "steps that a GradScaler skips")
 @pytest.mark.parametrize("clear", ["wrapper", "model", "in place"])
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_a_step_skipped_by_a_scaler_keeps_the_iteration_and_drops_the_pairs_that_touch_it(kind, clear):
@@ -238,6 +242,7 @@ def test_a_step_skipped_by_a_scaler_keeps_the_iteration_and_drops_the_pairs_that
     assert guided.alpha_history.iterations.tolist() == [0, 1, 2, 5, 6]
 
 
+@pytest.mark.compatibility("Precision", "GradScaler: bit for bit the bare loop")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_gradient_scaler_changes_nothing(kind, clip):
@@ -271,6 +276,7 @@ def test_gradients_altered_through_data_are_noticed():
     check_same(guided.alpha_history, reference.alpha_history, ("slope_start", "slope_end"), tolerance=1e-5)
 
 
+@pytest.mark.compatibility("Loops", "GANs: two networks, two optimizers")
 def test_two_networks_trained_against_each_other():
     torch.manual_seed(0)
     generator = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6)).double()
@@ -294,6 +300,7 @@ def test_two_networks_trained_against_each_other():
         assert guided.alpha_history.dropped == {}
 
 
+@pytest.mark.compatibility("Loops", "parameters edited between steps: that pair is dropped")
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 @pytest.mark.parametrize("how", ["no_grad", "data", "load_state_dict"])
 def test_parameters_edited_between_steps_drop_the_pair(kind, how):
@@ -315,6 +322,7 @@ def test_parameters_edited_between_steps_drop_the_pair(kind, how):
     assert guided.alpha_history.dropped == {"parameters_changed": 1}
 
 
+@pytest.mark.compatibility("Loops", "weights swapped for an evaluation (EMA)")
 def test_weights_swapped_and_swapped_back_drop_nothing():
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
     guided = wrap(model, loss_fn)
@@ -374,6 +382,7 @@ def test_a_parameter_edited_between_backward_and_step_drops_the_pair_that_starts
     assert guided.alpha_history.dropped == {"parameters_changed": 1}
 
 
+@pytest.mark.compatibility("Loops", "step() before any backward pass")
 def test_step_without_backward_is_allowed():
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
     guided = wrap(model, loss_fn, "adam")
@@ -412,6 +421,7 @@ def test_frozen_and_unused_parameters_are_allowed():
         guided.detach()
 
 
+@pytest.mark.compatibility("Loops", "requires_grad toggled in mid-run")
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_requires_grad_toggled_in_mid_run(kind):
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
@@ -479,6 +489,7 @@ def test_the_direction_of_plain_sgd_is_right_at_tiny_rates():
     )
 
 
+@pytest.mark.compatibility("Loops", "closures")
 def test_a_closure_is_seen_once_and_its_loss_used():
     reference = plain_run("momentum")
     model = make_model()
@@ -499,6 +510,7 @@ def test_a_closure_is_seen_once_and_its_loss_used():
         assert m.information == "slopes+variances"
 
 
+@pytest.mark.compatibility("torch.optim", "closures that are evaluated many times (LBFGS)")
 def test_lbfgs_starts_from_the_first_evaluation_of_its_closure():
     model = make_model()
     guided = AlphaGuided(torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=3), model)
@@ -521,6 +533,7 @@ def test_lbfgs_starts_from_the_first_evaluation_of_its_closure():
     assert [m.slope_start for m in guided.alpha_history] == pytest.approx(first[:3])
 
 
+@pytest.mark.compatibility("Process", "several wrappers on one model")
 def test_two_wrappers_on_one_model_with_one_loss_function():
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
     lower = AlphaGuided(torch.optim.SGD(model[0].parameters(), lr=0.1), model, loss_fn, variance="exact")
@@ -583,6 +596,7 @@ def test_momentum_switched_on_in_mid_run_leaves_the_fast_path():
     assert guided.alpha_history[-1].information == "full"
 
 
+@pytest.mark.compatibility("Loops", "add_param_group in mid-run")
 def test_add_param_group_in_mid_run():
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
     guided = AlphaGuided(torch.optim.Adam(model[2].parameters()), model, loss_fn)
@@ -725,6 +739,7 @@ def test_a_loss_function_that_draws_random_numbers_and_counts_its_calls_is_left_
     assert calls == same_calls == 4.0
 
 
+@pytest.mark.compatibility("Loops", "torch.utils.checkpoint, reentrant and not")
 def test_gradient_checkpointing_measures_the_same():
     from torch.utils.checkpoint import checkpoint
 
@@ -797,6 +812,7 @@ def test_two_batches_of_different_size_in_one_backward_pass_have_slopes_only(kin
     assert [m.information for m in guided.alpha_history] == ["slopes"] * 2
 
 
+@pytest.mark.compatibility("Loops", "gradient penalties (create_graph): slopes only, named in a warning")
 def test_a_gradient_penalty_has_slopes_only_and_says_so():
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
     guided = wrap(model, loss_fn, "adam")

@@ -39,6 +39,10 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.compatibility(
+    "Models",
+    "convolutions, embeddings, attention, recurrent layers, tied weights, bare parameters",
+)
 @pytest.mark.parametrize("name", zoo.ZOO)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("backend", ["layerwise", "auto", "cached"])
@@ -147,6 +151,7 @@ def test_weighted_cross_entropy_is_normalised_to_its_mean(case):
     check(train(guided, model, loss_fn, batches), expected)
 
 
+@pytest.mark.compatibility("Models", "BatchNorm in training mode: the share of each position")
 def test_batch_norm_shares_sum_to_the_gradient():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 3)).double()
@@ -353,6 +358,9 @@ class Folded(Positions):
         return self.head(rows.mean(1))
 
 
+@pytest.mark.compatibility(
+    "Models", "positions looked up once per batch (GPT-2's wpe): slopes only, named in a warning"
+)
 def test_positions_are_not_taken_for_rows_of_samples():
     torch.manual_seed(0)
     loss_fn = nn.CrossEntropyLoss()

@@ -54,6 +54,7 @@ CASES = [
 ]
 
 
+@pytest.mark.compatibility("Resume", "state_dict and load_state_dict, weights_only=True")
 @pytest.mark.parametrize(("kind", "backend"), CASES)
 @pytest.mark.parametrize("cut", [0, 1, 2, 9, 17])
 @pytest.mark.parametrize("clip", [False, True])
@@ -146,6 +147,7 @@ def test_a_resumed_guard_can_still_take_the_last_step_back(tmp_path):
     assert equal_states(*results)
 
 
+@pytest.mark.compatibility("Resume", "state dicts of bare and wrapped optimizers load into each other")
 def test_bare_and_wrapped_state_dicts_load_into_each_other():
     model, loss_fn, guided, scheduler = build("adamw")
     train(model, loss_fn, guided, scheduler, data(5))

@@ -78,6 +78,10 @@ def rates_of_schedule_alone(build, steps, **options):
     return rates
 
 
+@pytest.mark.compatibility(
+    "Schedules",
+    "Step, Lambda, Cosine, OneCycle, warm-up in Sequential, Chained, WarmRestarts: their rate times scale",
+)
 @pytest.mark.parametrize("on", ["wrapper", "base"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_curve_of_a_schedule_is_kept(name, on):
@@ -95,6 +99,7 @@ def test_the_curve_of_a_schedule_is_kept(name, on):
         assert now[0] == pytest.approx(alone[0] * scale, rel=1e-9), n
 
 
+@pytest.mark.compatibility("Schedules", "OneCycleLR with cycling momentum")
 def test_one_cycle_cycles_the_momentum_too():
     model, base = make()
     loss_fn = nn.CrossEntropyLoss()
@@ -104,6 +109,7 @@ def test_one_cycle_cycles_the_momentum_too():
     assert base.param_groups[0]["momentum"] < 0.95
 
 
+@pytest.mark.compatibility("Schedules", "ReduceLROnPlateau")
 def test_reduce_on_plateau_gets_its_metric_through_step():
     model, base = make()
     loss_fn = nn.CrossEntropyLoss()
@@ -118,6 +124,7 @@ def test_reduce_on_plateau_gets_its_metric_through_step():
     assert base.param_groups[0]["lr"] == pytest.approx(0.025)
 
 
+@pytest.mark.compatibility("Schedules", "param groups with rates of their own keep their ratios")
 def test_groups_keep_their_ratio_also_at_the_bounds():
     model, base = make(groups=True)
     loss_fn = nn.CrossEntropyLoss()
@@ -167,6 +174,7 @@ def test_a_copied_pair_of_optimizer_and_scheduler_keeps_guard_and_policy():
     assert guided.guard_events == ()
 
 
+@pytest.mark.compatibility("torch.optim", "tensor learning rates, written in place")
 def test_tensor_rates_are_written_in_place():
     model, base = make(tensor_lr=True)
     loss_fn = nn.CrossEntropyLoss()
@@ -195,6 +203,7 @@ def test_an_envelope_may_be_zero_and_does_not_change_the_scale():
     assert [r for (r,) in rates] == [0.1, 0.1, 0.0, 0.1, 0.1]
 
 
+@pytest.mark.compatibility("Schedules", "rates changed by hand")
 def test_a_rate_changed_by_hand_is_taken_over_as_a_ratio_with_one_warning():
     model, base = make()
     loss_fn = nn.CrossEntropyLoss()
@@ -213,6 +222,9 @@ def test_a_rate_changed_by_hand_is_taken_over_as_a_ratio_with_one_warning():
     assert base.param_groups[0]["lr"] == pytest.approx(0.1 * 10 * 2 * 0.5**5)
 
 
+@pytest.mark.compatibility(
+    "Schedules", "a scheduler attached beside AlphaScheduler: taken over, with a warning"
+)
 def test_a_schedule_attached_beside_is_noticed():
     model, base = make()
     loss_fn = nn.CrossEntropyLoss()
@@ -298,6 +310,7 @@ def test_when_every_is_none_the_policy_decides_what_is_measured():
     assert guided.alpha_history.iterations.tolist() == [2, 5]
 
 
+@pytest.mark.compatibility("Schedules", "each of them after a resume")
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("policy", [Alternating, lambda: CalibrateThenAnneal(40), TargetAlpha])
 def test_a_resumed_run_has_the_same_rates(name, policy, tmp_path):

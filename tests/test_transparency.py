@@ -81,6 +81,9 @@ def equal_states(a, b):
     return a == b
 
 
+@pytest.mark.compatibility(
+    "torch.optim", "without a scheduler: parameters, buffers and random numbers bit for bit"
+)
 @pytest.mark.parametrize("given", ["optimizer", "model", "model and loss"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_is_bit_for_bit_the_bare_optimizers(name, given):
@@ -102,6 +105,7 @@ def test_training_is_bit_for_bit_the_bare_optimizers(name, given):
     assert {m.information for m in two.alpha_history} == {expected}
 
 
+@pytest.mark.compatibility("torch.optim", "sparse gradients")
 def test_sparse_gradients_and_sparse_adam():
     def run(wrap):
         torch.manual_seed(0)
@@ -119,6 +123,7 @@ def test_sparse_gradients_and_sparse_adam():
     assert len(optimizer.alpha_history) == 4
 
 
+@pytest.mark.compatibility("torch.optim", "complex parameters")
 def test_complex_parameters():
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(4, dtype=torch.complex64))
@@ -182,6 +187,7 @@ def test_after_detach_the_wrapped_optimizer_steps_alone():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.compatibility("Process", "deepcopy and pickle of optimizer, model and scheduler")
 def test_deepcopy_of_the_wrapper_goes_on_by_itself():
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
     guided = AlphaGuided(torch.optim.Adam(model.parameters()), model, loss_fn)
@@ -197,6 +203,9 @@ def test_deepcopy_of_the_wrapper_goes_on_by_itself():
     assert clone.alpha_history.alphas.tolist() == guided.alpha_history.alphas.tolist()
 
 
+@pytest.mark.compatibility(
+    "Process", "step hooks, local and global: once, with the object they were registered on"
+)
 def test_step_hooks_run_once_and_the_wrappers_own_receive_the_wrapper():
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 

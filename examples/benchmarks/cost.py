@@ -33,16 +33,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from alpha_optim import AlphaGuided
+from alpha_optim import AlphaGuided, AlphaScheduler, CalibrateThenAnneal
 from alpha_optim.refresh import interval
 from examples.benchmarks import report
 from examples.benchmarks.models import MODELS, OPTIMIZERS
+from examples.benchmarks.tables import RESULTS
 
 Step = Callable[[Tensor, Tensor], None]
 OURS: dict[str, dict[str, Any]] = {
     "gradients": {"backend": "gradients"},
     "default": {},
     "every=10": {"every": 10},
+    "steered": {"every": None, "steered": True},
     "exact": {"variance": "exact"},
     "layerwise": {"backend": "layerwise"},
 }
@@ -58,14 +60,19 @@ gradient and a norm; with the buffer at both ends and a norm; a copy, a differen
 
 def plain(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Step:
     """A training step; with options that of `AlphaGuided`."""
-    loss_fn = nn.CrossEntropyLoss()
+    loss_fn, scheduler = nn.CrossEntropyLoss(), None
+    steered = options.pop("steered", False)
     if options.pop("guided", False):
         optimizer = AlphaGuided(optimizer, model, loss_fn, **options)
+        if steered:  # past its calibration
+            scheduler = AlphaScheduler(optimizer, CalibrateThenAnneal(10**6, calibrate=1e-4))
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
         loss_fn(model(x), y).backward()
         optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
 
     return step
 
@@ -203,7 +210,7 @@ def block(variant: str, batch: int, plain_seconds: float) -> int:
     if variant in ("default", "layerwise"):
         return interval(batch)
     steps = min(interval(batch), math.ceil(4.0 * SECONDS / plain_seconds))
-    return 10 * math.ceil(steps / 10) if variant == "every=10" else max(2, steps)
+    return 10 * math.ceil(steps / 10) if variant in ("every=10", "steered") else max(2, steps)
 
 
 def multiplications(step: Step, x: Tensor, y: Tensor) -> int:
@@ -304,7 +311,7 @@ def main() -> None:
         print(f"{'{}, {}, batch {}'.format(*case):32}{result['plain_ms']:6.0f} ms " + row(result, columns))
         sys.stdout.flush()
         if args.all:
-            append(report.RESULTS / "cost.jsonl", result)
+            append(RESULTS / "cost.jsonl", result)
     if args.all:
         memory()
         report.write()
@@ -325,7 +332,7 @@ def memory() -> None:
         for variant in ("default", "exact", "cached"):
             extra = (peak_memory(variant, model, optimizer, 32) - alone) / size
             case = {"model": model, "optimizer": optimizer, "batch": 32, "variant": variant}
-            append(report.RESULTS / "memory.jsonl", {**case, "extra": extra})
+            append(RESULTS / "memory.jsonl", {**case, "extra": extra})
 
 
 def row(result: dict[str, Any], columns: list[str]) -> str:

@@ -1,79 +1,294 @@
-"""Training without a learning rate search: test accuracy from initial rates far off, against a tuned rate.
+"""Can a run do without a search for its learning rate? Alpha from absurd rates against tuned and other methods.
 
-For every base optimizer: a grid of rates with linear decay to 0 (the best one is "tuned", chosen by test
-accuracy, which flatters it), and AlphaGuided with AlphaScheduler(total_steps=...) from three initial rates.
-Two epochs of Fashion-MNIST (Debian's dataset-fashion-mnist, or --data), one seed, one CPU thread.
+For every problem and base optimizer: `AlphaScheduler(total_steps=...)` from five initial rates and three seeds;
+"tuned", the best of a grid of rates with linear decay (constant for Schedule-Free), chosen on a validation
+split and run again on three fresh seeds; "guessed", the middle of that grid; and methods that set their own
+rate. Every run is one line in the results, and what is there is not run again: stop it whenever you like.
+
+    python -m examples.benchmarks.rate_free --quick     # three small problems, under three minutes, not kept
+    python -m examples.benchmarks.rate_free --core      # all problems, most bases; two hours on two cores
+    python -m examples.benchmarks.rate_free             # everything, over several runs
+    python -m examples.benchmarks.rate_free --unseen    # the problems that nothing was tuned on
+    python -m examples.benchmarks.report                # docs/benchmarks.md from what was kept
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import importlib
+import itertools
+import json
+import math
+import multiprocessing
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
+from tqdm import tqdm
 
-from examples.data import Data, load
-from examples.training import train
+from alpha_optim import AlphaGuided, AlphaScheduler, CalibrateThenAnneal
+from examples.benchmarks.problems import PROBLEMS, UNSEEN, Problem
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": lambda: nn.Sequential(
-        nn.Flatten(), nn.LazyLinear(256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
+RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
+ALL = {**PROBLEMS, **UNSEEN}
+INITIAL = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
+SEEDS, FRESH, GRID_SEED = (0, 1, 2), (20, 21, 22), 10
+ROOT_TEN = math.sqrt(10.0)
+
+
+def package(module: str, name: str) -> Any:
+    """An optimizer of another package."""
+    return getattr(importlib.import_module(module), name)
+
+
+class Base(NamedTuple):
+    """A base optimizer, and the middle of its grid of rates."""
+
+    build: Callable[[Iterable[Tensor], float], torch.optim.Optimizer]
+    middle: float
+    constant: bool = False
+
+    def grid(self) -> list[float]:
+        """Nine rates, a factor of the root of ten apart."""
+        return [float(f"{self.middle * ROOT_TEN**power:.2g}") for power in range(-4, 5)]
+
+
+BASES = {
+    "SGD": Base(lambda p, lr: torch.optim.SGD(p, lr=lr), 0.1),
+    "momentum": Base(lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9), 0.03),
+    "Adam": Base(lambda p, lr: torch.optim.Adam(p, lr=lr), 1e-3),
+    "AdamW": Base(lambda p, lr: torch.optim.AdamW(p, lr=lr), 1e-3),
+    "Schedule-Free SGD": Base(lambda p, lr: package("schedulefree", "SGDScheduleFree")(p, lr=lr), 1.0, True),
+    "Schedule-Free AdamW": Base(
+        lambda p, lr: package("schedulefree", "AdamWScheduleFree")(p, lr=lr), 3e-3, True
     ),
-    "cnn": lambda: nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.LazyLinear(10),
-    ),
 }
-BASES: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
-    "Adam": lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr),
-    "SGD momentum 0.9": lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
-    "SGD": lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr),
+PEERS: dict[str, Callable[[Iterable[Tensor]], torch.optim.Optimizer]] = {
+    "Prodigy": lambda p: package("prodigyopt", "Prodigy")(p),
+    "DAdaptAdam": lambda p: package("dadaptation", "DAdaptAdam")(p),
+    "DAdaptSGD": lambda p: package("dadaptation", "DAdaptSGD")(p, momentum=0.9),
+    "MoMo": lambda p: package("momo", "Momo")(p),
+    "Schedule-Free AdamW, default": lambda p: package("schedulefree", "AdamWScheduleFree")(p),
+    "Schedule-Free SGD, default": lambda p: package("schedulefree", "SGDScheduleFree")(p),
+    "Adam, default": lambda p: torch.optim.Adam(p),
+    "ReduceLROnPlateau": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
 }
-GRID = {
-    "Adam": (3e-4, 1e-3, 3e-3, 1e-2),
-    "SGD momentum 0.9": (1e-2, 3e-2, 1e-1, 2e-1),
-    "SGD": (3e-2, 1e-1, 3e-1, 6e-1),
-}
+COSINE = ("Prodigy", "DAdaptAdam", "DAdaptSGD")
+"""Methods whose rate follows a cosine to 0, as their authors advise; the others' is constant."""
 
 
-def run(
-    data: Data, model_name: str, base: str, lr: float, batch: int, epochs: int, guided: bool
-) -> tuple[float, float]:
-    """Train once; return test accuracy in % and the highest rate after the calibration."""
-    torch.manual_seed(0)
-    model = MODELS[model_name]()
-    model(data.x_test[:1])  # lazy layers take their shape
-    steps = epochs * (len(data.y_train) // batch)
-    done = train(data, model, BASES[base](model, lr), batch, steps, guided)
-    return 100 * done.accuracy, max(done.rates[steps // 5 :])
+class Case(NamedTuple):
+    """One run: ``method`` is "alpha", "grid", "tuned", "guessed" or the name of a peer."""
+
+    problem: str
+    method: str
+    base: str
+    lr: float
+    seed: int
+
+
+def run(case: Case) -> dict[str, Any]:
+    """Train once.
+
+    Returns:
+        The case, test and validation figures (accuracy in % or loss), the test figure before training, the
+        highest rate after the first fifth of the run, seconds, steps taken back, whether all is finite.
+    """
+    torch.set_num_threads(1)
+    problem = ALL[case.problem]
+    torch.manual_seed(case.seed)
+    model, loss_fn = problem.build(), problem.loss_fn()
+    before = figure(problem, model, problem.data().test)
+    optimizer, after_step = prepare(case, problem, model, loss_fn)
+    rates: list[float] = []
+    begin = time.perf_counter()
+    _mode(optimizer, "train")
+    for step, (x, y) in enumerate(batches(problem, case.seed)):
+        optimizer.zero_grad()
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        optimizer.step(**({"loss": loss.detach()} if case.method == "MoMo" else {}))
+        after_step(step)
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+    seconds = time.perf_counter() - begin
+    _mode(optimizer, "eval")
+    finite = all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+    return {
+        **case._asdict(),
+        "test": figure(problem, model, problem.data().test),
+        "validation": figure(problem, model, problem.data().validation),
+        "before": before,
+        "found": max(rates[len(rates) // 5 :]),
+        "seconds": seconds,
+        "taken_back": len(optimizer.guard_events) if isinstance(optimizer, AlphaGuided) else 0,
+        "finite": finite,
+    }
+
+
+def prepare(
+    case: Case, problem: Problem, model: nn.Module, loss_fn: nn.Module
+) -> tuple[torch.optim.Optimizer, Callable[[int], object]]:
+    """The optimizer of a case, and what is done after every step."""
+    params = list(model.parameters())
+    if case.method in PEERS:
+        optimizer = PEERS[case.method](params)
+        if case.method == "ReduceLROnPlateau":
+            return optimizer, watch_plateau(problem, model, loss_fn, optimizer)
+        cosine = CosineAnnealingLR(optimizer, problem.steps) if case.method in COSINE else None
+        return optimizer, lambda step: cosine.step() if cosine is not None else None
+    base = BASES[case.base]
+    optimizer = base.build(params, case.lr)
+    if case.method == "alpha":
+        guided = AlphaGuided(optimizer, model, loss_fn)
+        policy = CalibrateThenAnneal(problem.steps, anneal=not base.constant)
+        steered = AlphaScheduler(guided, policy)
+        return guided, lambda step: steered.step()
+    share = (lambda n: 1.0) if base.constant else (lambda n: max(0.0, 1.0 - n / problem.steps))
+    decay = LambdaLR(optimizer, share)
+    return optimizer, lambda step: decay.step()
+
+
+def watch_plateau(
+    problem: Problem, model: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer
+) -> Callable[[int], object]:
+    """Ten times a run the validation loss goes to ReduceLROnPlateau."""
+    plateau = ReduceLROnPlateau(optimizer, factor=0.3, patience=1)
+    x, y = problem.data().validation
+
+    def after_step(step: int) -> None:
+        if (step + 1) % max(1, problem.steps // 10) == 0:
+            with torch.no_grad():
+                plateau.step(float(loss_fn(model(x[:2000]), y[:2000])))
+
+    return after_step
+
+
+def batches(problem: Problem, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """As many shuffled mini-batches as the run has steps, epoch after epoch."""
+    x, y = problem.data().train
+    generator = torch.Generator().manual_seed(seed)
+    left = problem.steps
+    while left > 0:
+        order = torch.randperm(len(y), generator=generator)
+        for begin in range(0, len(order) - problem.batch + 1, problem.batch):
+            if left == 0:
+                return
+            left -= 1
+            index = order[begin : begin + problem.batch]
+            yield x[index], y[index]
+
+
+@torch.no_grad()
+def figure(problem: Problem, model: nn.Module, part: tuple[Tensor, Tensor]) -> float:
+    """Accuracy in %, or mean loss, in evaluation mode."""
+    x, y = part
+    model.eval()
+    total = 0.0
+    for begin in range(0, len(y), 1000):
+        output, target = model(x[begin : begin + 1000]), y[begin : begin + 1000]
+        if problem.accuracy:
+            total += float((output.argmax(1) == target).sum())
+        else:
+            total += float(problem.loss_fn()(output, target)) * len(target)
+    model.train()
+    return (100.0 if problem.accuracy else 1.0) * total / len(y)
+
+
+def _mode(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Schedule-Free has one mode for training and one for evaluation."""
+    switch = getattr(optimizer, name, None)
+    if switch is not None:
+        switch()
+
+
+# ---------------------------------------------------------------- which runs
+
+
+def first_cases(
+    problems: Iterable[str], bases: Iterable[str], initial: Iterable[float], seeds: Iterable[int], peers: bool
+) -> list[Case]:
+    """Ours, the grids, the peers."""
+    cases = []
+    for problem, base in itertools.product(problems, bases):
+        if problem == "text transformer" and base not in ("AdamW", "Schedule-Free AdamW"):
+            continue
+        cases += [Case(problem, "grid", base, lr, GRID_SEED) for lr in BASES[base].grid()]
+        cases += [Case(problem, "alpha", base, lr, seed) for lr, seed in itertools.product(initial, seeds)]
+    if peers:
+        cases += [Case(problem, peer, "", 0.0, s) for problem in problems for peer in PEERS for s in SEEDS]
+    return cases
+
+
+def second_cases(problems: Iterable[str], bases: Iterable[str], rows: list[dict[str, Any]]) -> list[Case]:
+    """The best rate of each grid, and its middle, on fresh seeds."""
+    cases = []
+    for problem, base in itertools.product(problems, bases):
+        best = best_of_grid(problem, base, rows)
+        if best is not None:
+            cases += [Case(problem, "tuned", base, best, seed) for seed in FRESH]
+            cases += [Case(problem, "guessed", base, BASES[base].middle, seed) for seed in FRESH]
+    return cases
+
+
+def best_of_grid(problem: str, base: str, rows: list[dict[str, Any]]) -> float | None:
+    """The rate with the best validation figure."""
+    grid = [row for row in rows if (row["problem"], row["base"], row["method"]) == (problem, base, "grid")]
+    grid = [row for row in grid if row["finite"] and math.isfinite(row["validation"])]
+    if not grid:
+        return None
+    sign = -1.0 if ALL[problem].accuracy else 1.0
+    return float(min(grid, key=lambda row: sign * row["validation"])["lr"])
+
+
+def kept() -> list[dict[str, Any]]:
+    """Results so far."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def work(cases: list[Case], jobs: int, keep: bool, rows: list[dict[str, Any]]) -> None:
+    """Run what is not there yet; every result is kept as soon as it is known."""
+    done = {tuple(row[name] for name in Case._fields) for row in rows}
+    waiting = [case for case in cases if tuple(case) not in done]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(jobs, initializer=warnings.simplefilter, initargs=("ignore",)) as pool:
+        found = pool.imap_unordered(run, waiting)
+        for row in tqdm(found, total=len(waiting), desc="runs", disable=None):
+            rows.append(row)
+            if keep:
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="folder with the four Fashion-MNIST files")
-    parser.add_argument("--model", choices=MODELS, default="mlp")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--initial", type=float, nargs="+", default=[1e-6, 1e-2, 1.0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="three small problems; nothing is kept")
+    size.add_argument("--core", action="store_true", help="all problems, most bases")
+    size.add_argument("--unseen", action="store_true", help="the problems that were kept out of all tuning")
+    parser.add_argument("--problems", nargs="+", choices=list(ALL), help="only these")
+    parser.add_argument("--bases", nargs="+", choices=list(BASES), help="only these")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    data = load(args.data)
-    print(f"{data.name}, {args.model}, batch {args.batch}, {args.epochs} epochs: test accuracy in % (rate)")
-    heads = "".join(f"{f'from {lr:g}':>16}" for lr in args.initial)
-    print(f"{'base':18}{'tuned':>16}{heads}")
-    for base in BASES:
-        rest = (data, args.model, base)
-        tuned = max((run(*rest, lr, args.batch, args.epochs, False)[0], lr) for lr in GRID[base])
-        found = [run(*rest, lr, args.batch, args.epochs, True) for lr in args.initial]
-        cells = "".join(f"{f'{accuracy:.1f} ({rate:.2g})':>16}" for accuracy, rate in [tuned, *found])
-        print(f"{base:18}{cells}", flush=True)
+    problems, bases, initial, seeds = list(PROBLEMS), list(BASES), INITIAL, SEEDS
+    if args.unseen:
+        problems = list(UNSEEN)
+    if args.quick:
+        problems, bases = ["digits MLP", "regression", "noisy quadratic"], ["SGD", "momentum", "Adam"]
+        initial, seeds = (1e-6, 1e-2, 100.0), (0,)
+    if args.core:
+        bases = ["SGD", "momentum", "AdamW", "Schedule-Free AdamW"]
+    problems, bases = args.problems or problems, args.bases or bases
+    rows = [] if args.quick else kept()
+    work(first_cases(problems, bases, initial, seeds, not args.quick), args.jobs, not args.quick, rows)
+    work(second_cases(problems, bases, rows), args.jobs, not args.quick, rows)
+    from examples.benchmarks.rate_report import summary
+
+    print(summary(rows))
 
 
 if __name__ == "__main__":

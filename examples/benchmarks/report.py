@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from examples.benchmarks import rate_free, rate_report
+from examples.benchmarks.tables import load, table
+
 DOCS = Path(__file__).parents[2] / "docs"
-COLUMNS = ("gradients", "default", "every=10", "exact", "cached", "Cockpit", "vmap")
+COLUMNS = ("gradients", "default", "every=10", "steered", "exact", "layerwise", "cached", "Cockpit", "vmap")
 COLOURS = {"default": "tab:blue", "exact": "tab:orange", "cached": "tab:gray", "Cockpit": "tab:red"}
 
 HEAD = """# What alpha costs
@@ -44,22 +45,6 @@ layers' hooks and, under plain SGD, for inner products of samples, whose small m
 of the large ones. At batch 32 the fixed part is the same and the step shorter.
 
 """
-
-
-def load(name: str) -> list[dict[str, Any]]:
-    """Read a file of raw results; of several of one case the last counts."""
-    path = RESULTS / name
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    keys = ("data", "model", "optimizer", "base", "batch", "variant")
-    return list({tuple(str(row.get(key)) for key in keys): row for row in rows}.values())
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def cost_table(rows: list[dict[str, Any]]) -> str:
@@ -158,6 +143,9 @@ def write() -> None:
         "output gradients of the watched samples until the step is made, what the C library does not give "
         "back, and under SGD 12 MB of imported BackPACK.\n\n" + memory_table(memory)
     )
+    rates = rate_free.kept()
+    if rates:
+        parts.append(rate_report.section(rates, DOCS / "rates.png"))
     (DOCS / "benchmarks.md").write_text("".join(parts))
 
 

@@ -18,10 +18,15 @@ from torch import nn
 from tqdm import tqdm
 
 from alpha_optim import AlphaGuided
-from examples.benchmarks.rate_free import BASES, MODELS
+from examples.benchmarks import problems
 from examples.data import Data, load, shuffled_batches
 
-RATES = {"SGD": 0.1, "SGD momentum 0.9": 0.03, "Adam": 1e-3}
+MODELS = {"mlp": problems.mlp, "cnn": problems.cnn}
+BASES = {
+    "Adam": lambda model: torch.optim.Adam(model.parameters(), lr=1e-3),
+    "SGD momentum 0.9": lambda model: torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9),
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+}
 RESULTS = Path(__file__).parent / "results" / "sampled.jsonl"
 
 
@@ -29,8 +34,7 @@ def history(data: Data, model_name: str, base: str, batch: int, steps: int, vari
     """Train at a constant rate and return what was measured."""
     torch.manual_seed(0)
     model, loss_fn = MODELS[model_name](), nn.CrossEntropyLoss()
-    model(data.x_train[:1])
-    optimizer = AlphaGuided(BASES[base](model, RATES[base]), model, loss_fn, variance=variance)
+    optimizer = AlphaGuided(BASES[base](model), model, loss_fn, variance=variance)
     label = f"{model_name}, {base}, batch {batch}, {variance}"
     for index in tqdm(shuffled_batches(data, batch, steps, seed=0), desc=label, leave=False, disable=None):
         optimizer.zero_grad()

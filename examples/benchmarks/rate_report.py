@@ -1,0 +1,200 @@
+"""Tables and a picture of the study of learning rates, from its raw results."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from examples.benchmarks.rate_free import ALL, BASES, COSINE, FRESH, PEERS, UNSEEN
+from examples.benchmarks.tables import table
+
+Row = dict[str, Any]
+
+
+def select(rows: list[Row], **wanted: Any) -> list[Row]:
+    """Rows with these values."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def figures(rows: list[Row]) -> list[float]:
+    """Test figures, the worst last; what is not a number is worst of all."""
+    if not rows:
+        return []
+    accuracy = ALL[rows[0]["problem"]].accuracy
+    nan = -math.inf if accuracy else math.inf
+    return sorted((row["test"] if math.isfinite(row["test"]) else nan for row in rows), reverse=accuracy)
+
+
+def written(value: float, accuracy: bool) -> str:
+    """A figure as text."""
+    return "–" if math.isnan(value) else f"{value:.1f}" if accuracy else f"{value:.4f}"
+
+
+def diverged(row: Row) -> bool:
+    """Whether a run ended with numbers that are not finite, or no better than it began."""
+    worse = row["test"] <= row["before"] if ALL[row["problem"]].accuracy else row["test"] >= row["before"]
+    return not row["finite"] or not math.isfinite(row["test"]) or worse
+
+
+def verdict(ours: list[float], tuned: list[float], accuracy: bool) -> tuple[bool, bool]:
+    """Whether our worst and our median are as near to the tuned runs as they should be.
+
+    The worst within 0.5 points (3 % of the loss) of tuned's own worst, the median within 0.2 points (3 %) of
+    tuned's mean.
+    """
+    worst, median, mean = ours[-1], statistics.median(ours), statistics.fmean(tuned)
+    if accuracy:
+        return worst >= tuned[-1] - 0.5, median >= mean - 0.2
+    return worst <= 1.03 * tuned[-1], median <= 1.03 * mean
+
+
+HEADER = [
+    "problem, base",
+    "tuned: mean, worst (rate)",
+    "guessed",
+    "alpha: median, worst",
+    "runs",
+    "found / tuned rate, 10–90 %",
+    "diverged",
+    "time",
+    "reached",
+]
+
+
+def alpha_line(rows: list[Row], problem: str, base: str) -> list[str] | None:
+    """One problem and base: ours from all initial rates against tuned and guessed."""
+    own, tuned = (select(rows, problem=problem, base=base, method=method) for method in ("alpha", "tuned"))
+    if not own or not tuned:
+        return None
+    accuracy = ALL[problem].accuracy
+    best = tuned[0]["lr"]
+    guessed = figures(select(rows, problem=problem, base=base, method="guessed"))
+    ours, theirs = figures(own), figures(tuned)
+    ratios = sorted(row["found"] / best for row in own)
+    low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+    worst, median = verdict(ours, theirs, accuracy)
+    seconds = statistics.median(r["seconds"] for r in own) / statistics.median(r["seconds"] for r in tuned)
+    mean = statistics.fmean(guessed) if guessed else math.nan
+    return [
+        f"{problem}, {base}",
+        f"{written(statistics.fmean(theirs), accuracy)}, {written(theirs[-1], accuracy)} ({best:g})",
+        written(mean, accuracy),
+        f"{written(statistics.median(ours), accuracy)}, {written(ours[-1], accuracy)}",
+        str(len(own)),
+        f"{statistics.median(ratios):.2g} ({low:.2g}–{high:.2g})",
+        str(sum(map(diverged, own))),
+        f"{seconds:.2f}",
+        ("worst" if worst else "–") + ", " + ("median" if median else "–"),
+    ]
+
+
+def alpha_table(rows: list[Row], problems: list[str]) -> str:
+    """All problems and bases that are complete."""
+    lines = [alpha_line(rows, problem, base) for problem in problems for base in BASES]
+    return table(HEADER, [line for line in lines if line is not None])
+
+
+def by_initial_rate(rows: list[Row], problems: list[str]) -> str:
+    """Median over seeds from each initial rate."""
+    rates = sorted({row["lr"] for row in rows if row["method"] == "alpha"})
+    lines = []
+    for problem in problems:
+        for base in BASES:
+            cells = []
+            for lr in rates:
+                found = figures(select(rows, problem=problem, base=base, method="alpha", lr=lr))
+                cells.append(written(statistics.median(found), ALL[problem].accuracy) if found else "")
+            if any(cells):
+                lines.append([f"{problem}, {base}", *cells])
+    return table(["problem, base", *(f"from {lr:g}" for lr in rates)], lines)
+
+
+def peer_table(rows: list[Row], problems: list[str]) -> str:
+    """Median and worst of the other methods, and of ours over each base."""
+    lines = []
+    for problem in problems:
+        accuracy = ALL[problem].accuracy
+        methods = [
+            (f"alpha, {base}", select(rows, problem=problem, base=base, method="alpha")) for base in BASES
+        ]
+        methods += [(peer, select(rows, problem=problem, method=peer)) for peer in PEERS]
+        for name, found in methods:
+            if found:
+                values = figures(found)
+                middle = written(statistics.median(values), accuracy)
+                broken = sum(map(diverged, found))
+                lines.append([problem, name, middle, written(values[-1], accuracy), str(broken)])
+    return table(["problem", "method", "median", "worst", "diverged"], lines)
+
+
+def summary(rows: list[Row]) -> str:
+    """What there is, for the screen."""
+    problems = [name for name in ALL if select(rows, problem=name)]
+    return "\n".join([alpha_table(rows, problems), by_initial_rate(rows, problems), peer_table(rows, problems)])
+
+
+TEXT = """
+## Training without a search for the rate
+
+`python -m examples.benchmarks.rate_free` (raw results in `examples/benchmarks/results/rates.jsonl`). Test
+accuracy in % or test loss. **alpha** is `AlphaScheduler(total_steps=...)` from initial rates of 1e-6, 1e-4,
+1e-2, 1 and 100 with up to three seeds each; **tuned** the best of nine rates with linear decay (constant for
+Schedule-Free), chosen on a validation split and run again on three fresh seeds; **guessed** the middle of that
+grid on the same seeds. *time* is that of a run as a multiple of a tuned one, the search not counted. *reached*:
+worst within 0.5 points (3 % of the loss) of tuned's worst seed; median within 0.2 points (3 %) of tuned's mean.
+
+"""
+
+
+def section(rows: list[Row], picture_path: Path) -> str:
+    """The part of docs/benchmarks.md."""
+    seen = [name for name in ALL if name not in UNSEEN]
+    picture(rows, picture_path)
+    parts = [TEXT, alpha_table(rows, seen)]
+    parts.append(f"\n![test figures against initial rates]({picture_path.name})\n")
+    parts.append("\nMedian over seeds by initial rate:\n\n" + by_initial_rate(rows, seen))
+    parts.append(
+        f"\nOther methods that set their own rate (three seeds; {', '.join(COSINE)} with a cosine, "
+        "ReduceLROnPlateau on SGD with momentum 0.9 from 0.1, the others as they come), and alpha over all its "
+        "initial rates and seeds:\n\n" + peer_table(rows, seen)
+    )
+    if select(rows, problem=next(iter(UNSEEN)), method="alpha"):
+        parts.append(
+            "\nProblems that nothing was tuned on, run once at the end (`--unseen`):\n\n"
+            + alpha_table(rows, list(UNSEEN))
+            + "\n"
+            + peer_table(rows, list(UNSEEN))
+        )
+    return "".join(parts)
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Every run of ours over its initial rate, and the tuned runs as a line."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    problems = [name for name in ALL if name not in UNSEEN and select(rows, problem=name, method="alpha")]
+    columns = 4
+    figure, grid = plt.subplots(-(-len(problems) // columns), columns, figsize=(12, 5.5), squeeze=False)
+    for axes in grid.flat[len(problems) :]:
+        axes.set_axis_off()
+    for axes, problem in zip(grid.flat, problems, strict=False):
+        for index, base in enumerate(BASES):
+            own = select(rows, problem=problem, base=base, method="alpha")
+            tuned = select(rows, problem=problem, base=base, method="tuned")
+            if own and len(tuned) == len(FRESH):
+                axes.plot([r["lr"] for r in own], [r["test"] for r in own], ".", color=f"C{index}", label=base)
+                axes.axhline(statistics.fmean(figures(tuned)), color=f"C{index}", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_title(problem, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.legend(fontsize=6)
+    figure.supxlabel("initial learning rate", fontsize=9)
+    figure.supylabel("test accuracy in % or test loss; lines: tuned", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,74 @@
+"""Writes docs/compatibility.md from the marks on the tests: ``python -m tests.compatibility``."""
+
+import ast
+from pathlib import Path
+from typing import NamedTuple
+
+TESTS = Path(__file__).parent
+DOCUMENT = TESTS.parent / "docs" / "compatibility.md"
+AREAS = [
+    "torch.optim",
+    "Other packages",
+    "Loops",
+    "Precision",
+    "Models",
+    "Schedules",
+    "torch.compile",
+    "Lightning",
+    "Accelerate",
+    "Trainer",
+    "Logging",
+    "Resume",
+    "Process",
+]
+UNTESTED = [
+    ("GPU", "CUDA and other accelerators, capturable and fused optimizers there, CUDA graphs"),
+    ("Distributed", "DDP, FSDP, ZeRO, tensor parallelism: every rank would measure its own part of the batch"),
+    ("Models", "ScriptModules (torch cannot hook them)"),
+    ("Frameworks", "DeepSpeed, Fabric, Ignite, Keras"),
+]
+HEAD = """# What it works with
+
+Written by `python -m tests.compatibility` from the marks on the tests; each row names the test that shows it.
+*supported*: works as without alpha, and alpha is measured or the reason why not is said. *refused*: an error
+that says what to do instead. Shown on a CPU with torch 2.13, Lightning 2.6, Accelerate 1.15 and
+Transformers 5.24.
+
+| | what | | test |
+|---|---|---|---|
+"""
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    area: str
+    thing: str
+    status: str
+    test: str
+
+
+def rows():
+    """Every marked test, in the order of the areas."""
+    found = []
+    for path in sorted(TESTS.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.compatibility":
+                    area, thing, *status = (ast.literal_eval(argument) for argument in mark.args)
+                    test = f"{path.relative_to(TESTS.parent)}::{node.name}"
+                    found.append(Row(area, thing, status[0] if status else "supported", test))
+    return sorted(found, key=lambda row: (AREAS.index(row.area), row.status != "supported"))
+
+
+def document():
+    """The whole text."""
+    lines = [f"| {row.area} | {row.thing} | {row.status} | `{row.test}` |\n" for row in rows()]
+    lines += [f"| {area} | {thing} | untested | |\n" for area, thing in UNTESTED]
+    return HEAD + "".join(lines)
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document())
