@@ -52,9 +52,10 @@ class GoodPoint:
         if self._level is None or self._first is None:
             return torch.zeros((), dtype=torch.bool, device=mean.device)
         level, deviation = self._level
-        rise = mean - level
-        much = torch.gt(rise, LOST * (self._first.to(mean.device) - level))
-        return much & torch.gt(rise, DRIFT / math.sqrt(WINDOW) * deviation)
+        rise, progress = mean - level, self._first.to(mean.device) - level
+        certain = DRIFT / math.sqrt(WINDOW) * deviation
+        # Where there was no progress yet there is none to lose.
+        return torch.gt(rise, LOST * progress) & torch.gt(rise, certain) & torch.gt(progress, certain)
 
     def improved(self, device: torch.device) -> Tensor | None:
         """Whether the window that is now complete is the best so far ``[]``."""
@@ -91,9 +92,9 @@ class GoodPoint:
         self._losses = []
 
     @torch.no_grad()
-    def go_back(self, state: Sequence[Tensor]) -> None:
-        """Put the good point back, bit for bit."""
-        self._returns += 1
+    def go_back(self, state: Sequence[Tensor], counts: bool = True) -> None:
+        """Put the good point back, bit for bit; whether that counts against the patience."""
+        self._returns += counts
         self._lost_before = torch.zeros((), dtype=torch.bool)
         for now, kept in zip(state, self.tensors, strict=True):
             now.copy_(kept)

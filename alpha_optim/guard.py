@@ -62,6 +62,7 @@ class Guard:
         self._scatter: Tensor | None = None  # mean squared difference of consecutive losses []
         self._differences = 0
         self.stepped = False
+        self.return_wanted = False  # to the good point, by a policy
 
     @torch.no_grad()
     def judge(self, iteration: int, loss: BatchLoss, params: Sequence[Tensor]) -> GuardEvent | None:
@@ -91,6 +92,9 @@ class Guard:
         reason = next((name for name, bad in zip(checks, failed, strict=False) if bad), None)
         if reason == "loss_drifted" and self._good.accept(state):
             reason = None
+        if self.return_wanted and self._good.tensors:
+            reason = "policy_returned"
+        self.return_wanted = False
         if reason is not None:
             return self._put_right(iteration, reason, loss, state)
         if drifted is not None:
@@ -102,9 +106,9 @@ class Guard:
         """Restore what the reason asks for."""
         before, after = math.nan, math.nan if loss.mean is None else float(loss.mean)
         restored = True
-        if reason == "loss_drifted":
+        if reason in ("loss_drifted", "policy_returned"):
             before, after = self._good.levels()
-            self._good.go_back(state)
+            self._good.go_back(state, counts=reason == "loss_drifted")
         elif self.stepped and reason != "gradient_not_finite":
             if reason == "loss_rose" and loss.mean is not None:
                 self._note_difference(loss.mean)
@@ -175,6 +179,7 @@ class Guard:
             "scatter": self._scatter,
             "differences": self._differences,
             "stepped": self.stepped,
+            "return_wanted": self.return_wanted,
         }
 
     def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
@@ -184,6 +189,7 @@ class Guard:
         self.stepped = bool(state["stepped"]) and fits
         self._last = [k.to(n.device) for k, n in zip(state["last"], now, strict=True)] if fits else []
         self._good.load_state_dict(state["good"], now)
+        self.return_wanted = bool(state.get("return_wanted", False))
         self._loss, self._scatter = state["loss"], state["scatter"]
         self._samples, self._differences = int(state["samples"]), int(state["differences"])
 

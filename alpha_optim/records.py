@@ -90,7 +90,8 @@ class GuardEvent:
     Attributes:
         iteration: The iteration whose step was not executed.
         reason: ``"loss_not_finite"``, ``"state_not_finite"`` (a parameter or buffer), ``"loss_rose"``,
-            ``"loss_drifted"`` (over many steps) or ``"gradient_not_finite"``.
+            ``"loss_drifted"`` (over many steps), ``"gradient_not_finite"``, or ``"policy_returned"``: the
+            policy has seen enough of a climb and goes back to the best point.
         loss_before: Loss before the step that was judged (nan if not observed).
         loss_after: Loss after it.
         restored: Whether parameters and buffers were put back to the point before that step.

@@ -130,6 +130,9 @@ class AlphaScheduler(LRScheduler):
             scale *= base.factor_of(self.policy, measurement)
             self._seen_measurement = measurement.iteration
         self.scale = min(1e30, max(1e-30, scale))
+        guard = optimizer._session.guard
+        if base.return_wanted_by(self.policy) and guard is not None:
+            guard.return_wanted = True
         if optimizer.iteration != self._seen_iteration:  # a skipped step is not progress
             self._seen_iteration = optimizer.iteration
             if self.schedule is not None:
@@ -185,7 +188,7 @@ class AlphaScheduler(LRScheduler):
     def _guard_acted(self, event: GuardEvent) -> GuardEvent:
         """Lower the scale after a step that was taken back; returns the event with what was done."""
         self._take_over_foreign_rates()
-        if event.restored:
+        if event.restored and event.reason != "policy_returned":
             again = event.iteration - self._last_event <= SOON or event.reason == "loss_drifted"
             self._last_event = event.iteration
             event = replace(event, scale_factor=LOWER_AGAIN if again else LOWER_ONCE)

@@ -211,7 +211,7 @@ class Session:
         event = guard.judge(self.iteration, self._loss, params)
         if event is None:
             return
-        if event.reason == "loss_drifted" and self._lazy_state:
+        if event.reason in ("loss_drifted", "policy_returned") and self._lazy_state:
             self.optimizer.state.clear()  # momentum and second moments of the diverged stretch
         self.probe.pending = None
         self.optimizer.zero_grad()

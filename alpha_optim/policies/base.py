@@ -6,6 +6,7 @@ inherited:
 - ``envelope(iteration) -> float >= 0``: multiplied in at every step (warm-up, annealing; may be 0).
 - ``wants(iteration) -> bool``: whether to measure, asked when the optimizer has ``every=None``.
 - ``on_event(event)``: told when the guard took a step back.
+- ``wants_return() -> bool``: asked once per scheduler step; True: back to the best point (needs a guard).
 - ``state_dict() / load_state_dict(state)``: what it remembers, as plain values.
 """
 
@@ -65,6 +66,12 @@ def tell_event(policy: Any, event: GuardEvent) -> None:
     method = getattr(policy, "on_event", None)
     if method is not None:
         method(event)
+
+
+def return_wanted_by(policy: Any) -> bool:
+    """Ask a policy whether to go back to the best point; False if it never does."""
+    method = getattr(policy, "wants_return", None)
+    return False if method is None else bool(method())
 
 
 def state_of(policy: Any) -> dict[str, Any]:

@@ -1,44 +1,39 @@
 """Find the rate in the first steps of a run, then hold and anneal it.
 
-What alpha tells about the rate: far below the right rate it sits on a plateau between -1 and 0 (how
-high depends on the batch size), then rises through 0 within a decade (the knee), and above that says
-little. So the knee is looked for, from either side, and the rate is set a little above it: greedy steps
-(alpha = 0) are too small over a run, the more so the less noisy the batches are.
+Where losses are measured they find the rate (`loss_search`), else alpha does (`knee_search`). Afterwards
+the rate only comes down: linearly to 0, by half where the loss stays above what the calibration had
+reached (`loss_watch`), and for a while after a step was taken back.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections import deque
 from typing import Any
 
 from alpha_optim.alpha import AlphaMeasurement
-from alpha_optim.policies.window import AlphaWindow
+from alpha_optim.policies import loss_search
+from alpha_optim.policies.knee_search import FASTEST, KneeSearch
+from alpha_optim.policies.loss_search import LossSearch
+from alpha_optim.policies.loss_watch import LossWatch
 from alpha_optim.records import GuardEvent
+from alpha_optim.window import rises_of
 
 FEWEST = 100
 """Calibration takes at least this many steps, or a fifth of shorter runs."""
-WINDOW = 8
-START = 1e-2
-"""The first steps are made with this fraction of the initial rate (more in runs too short to climb back): a
-few steps at a rate far too high damage a network for good, and no alpha is known before the second."""
-FASTEST = 0.25
-"""Largest change of the log rate per step: a decade in nine."""
-LARGEST = 1.2
-"""Largest change per measurement, where steps are measured now and then."""
-SLOWER = 0.5
-"""What the pace is multiplied by at every crossing of the knee."""
-CROSSINGS = 2
-"""The knee is known after so many."""
 LOWER_HELD = 2.0
-"""What the held rate is divided by for every stretch in which steps had to be taken back."""
+"""What the held rate is divided by for every stretch in which steps had to be taken back, and for every
+window in which the loss was too high."""
 CALM = 10
-"""After so many measurements without a step taken back the rate returns towards the one held."""
+"""After so many steps of which none was taken back the rate returns towards the one held."""
+SPARSE = 10
+"""After the calibration every so many steps are measured, if the policy decides (``every=None``)."""
+RAMP = 10
+"""After the calibration the rate grows linearly from a tenth in so many steps: optimizers start anew."""
 
 
 class CalibrateThenAnneal:
-    """Climbs or descends to the knee of alpha, then sets the rate and anneals it linearly to 0."""
+    """Climbs until the loss rises, returns, sets the rate and anneals it linearly to 0."""
 
     def __init__(
         self,
@@ -53,9 +48,9 @@ class CalibrateThenAnneal:
         Args:
             total_steps: Number of optimizer steps of the whole run.
             calibrate: Share of the run for the calibration, in (0, 1); at least 100 steps where the run
-                is long enough for that.
-            boost: How far above the knee the rate is set, a factor >= 1; None: by the batch size, 1 for
-                batches of up to 32 samples, 1.5 for 128, at most 2.
+                is long enough for that. With losses it may take up to twice as long.
+            boost: What the rate found is multiplied by, a factor >= 1; None: by the batch size, 1 for 32
+                samples, 1.5 for 128, with losses also down to 0.66 for 8.
             anneal: Whether to anneal linearly to 0 (not if a schedule does).
 
         Raises:
@@ -70,160 +65,156 @@ class CalibrateThenAnneal:
         self.total_steps, self.boost, self.anneal = total_steps, boost, anneal
         self.calibration_steps = max(int(calibrate * total_steps), min(FEWEST, total_steps // 5))
         self._warned = False
-        self._window = AlphaWindow(WINDOW)
-        self._where: deque[float] = deque(maxlen=WINDOW)  # log scale at which the window was measured
-        # In half of the calibration the given rate can be reached again.
-        self._start = max(START, math.exp(-0.5 * FASTEST * self.calibration_steps))
-        self._position = math.log(self._start)  # log scale now, while no alpha is known through the envelope
-        self._trail: list[tuple[int, float]] = [(0, self._position)]  # from which iteration on it was what
-        self._begun = False
-        self._last: int | None = None  # iteration of the last measurement
-        self._pace = FASTEST
-        self._sign = 0  # -1: below the knee, 1: above, 0: not known yet
-        self._crossings: list[float] = []
+        self._search: LossSearch | KneeSearch | None = None
+        self._watch = LossWatch(total_steps)
+        self._by_loss = self.calibration_steps >= loss_search.SHORTEST
+        knee = KneeSearch(self.calibration_steps, boost)
+        # The envelope until the search begins.
+        self._start = loss_search.START if self._by_loss else math.exp(knee.start)
+        self._ramp = False  # whether the rate grows after the calibration
+        self._scale = 0.0  # log of the product of all factors, the guard's included
         self._done = False
+        self._done_at = 0  # first iteration after the calibration
         self._held = 0.0  # log scale to hold after the calibration
-        self._calm = CALM + 1  # measurements since a step was taken back
+        self._taken_back = -CALM - 1  # iteration at which a step was taken back last
 
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the factor for this measurement."""
         if self._done:
-            return self._return_to_held()
+            return self._move_to(self._after(measurement))
         n = measurement.iteration
-        # Products of slope and step grow with the rate; divided by it, old rates weigh as new ones.
-        rate = measurement.lr[0] if measurement.lr and measurement.lr[0] > 0.0 else 1.0
-        usable = self._window.add(measurement, weight=1.0 / rate)
-        ends = n + 2 >= self.calibration_steps
-        if not (usable or self._begun):  # no alpha yet: the envelope keeps the rate low until the end
-            self._done = ends
-            self._position = 0.0 if ends else self._position
+        if self._search is None and not self._begin(measurement):
+            self._done = n + 2 >= self.calibration_steps
             return 1.0
-        if usable:
-            self._where.append(self._position_at(n))
-        steps = 1 if self._last is None else max(1, n - self._last)
-        self._last = n
-        change = self._search(steps) if len(self._window) >= 2 else 0.0
-        if ends or len(self._crossings) >= CROSSINGS:
-            self._done = True
-            change = self._to_the_rate(measurement.samples_start)
-            self._held = self._position + change
-        self._position += change
-        first, self._begun = not self._begun, True
-        # Measurement n is known after step n+1, so a change acts from step n+2 on.
-        self._trail = [*self._trail[-4 * WINDOW :], (n + 2, self._position)]
-        return self._start * math.exp(change) if first else math.exp(change)
+        assert self._search is not None
+        self._search.see(measurement)
+        self._conclude(n + 2)
+        return self._move_to(self._search.position)
 
-    def _return_to_held(self) -> float:
-        """The guard lowers the rate by much, for safety; once all is calm, take most of that back."""
-        self._calm += 1
-        if self._calm <= CALM or self._position >= self._held:
-            return 1.0
-        change = min(FASTEST, self._held - self._position)
-        self._position += change
+    def _begin(self, measurement: AlphaMeasurement) -> bool:
+        """Choose how to search; False while nothing is known to search with."""
+        loss = measurement.loss_start
+        if self._by_loss and loss is not None and math.isfinite(loss):
+            self._search = LossSearch(self.calibration_steps, self.boost)
+            return True
+        knee = KneeSearch(self.calibration_steps, self.boost)
+        self._start = math.exp(knee.start)
+        if rises_of(measurement) is None:
+            return False
+        self._search = knee
+        return True
+
+    def _conclude(self, iteration: int) -> None:
+        """Take over what the search has found, once it has."""
+        if self._search is None or not self._search.done:
+            return
+        self._done, self._done_at, self._held = True, iteration, self._search.position
+        if isinstance(self._search, LossSearch):
+            self._ramp = self._search.wants_return
+            trace = self._search.trace
+            self._watch.level = None if trace is None else trace.best
+
+    def _move_to(self, position: float) -> float:
+        """Factor that brings the scale there."""
+        change, self._scale = position - self._scale, position
         return math.exp(change)
 
-    def _search(self, steps: int) -> float:
-        """Change of the log rate towards the knee, the bolder the more certain alpha's sign is.
+    def _after(self, measurement: AlphaMeasurement) -> float:
+        """Log scale after the calibration.
 
-        Args:
-            steps: Number of steps since the last measurement.
+        The guard lowers the rate by much, for safety; once all is calm, take most of that back.
         """
-        alpha, std = self._window.alpha, self._window.alpha_std
-        if not (math.isfinite(alpha) and math.isfinite(std)):
-            return 0.0
-        certainty = max(-1.0, min(1.0, 0.5 * alpha / std)) if std > 0.0 else math.copysign(1.0, alpha)
-        if abs(certainty) >= 0.5:
-            self._side(1 if alpha > 0.0 else -1)
-        return -min(LARGEST, self._pace * steps) * certainty
+        loss, n = measurement.loss_start, measurement.iteration
+        if loss is not None and math.isfinite(loss) and self._watch.too_high(loss, n):
+            self._held -= math.log(LOWER_HELD)
+        if self._scale > self._held:
+            return self._held
+        calm = n - self._taken_back > CALM
+        return min(self._held, self._scale + FASTEST) if calm else self._scale
 
-    def _side(self, sign: int) -> None:
-        """Take note on which side of the knee the window lies."""
-        if self._sign and sign != self._sign:
-            self._crossings.append(sum(self._where) / len(self._where))
-            self._pace *= SLOWER
-            self._forget_window()
-        self._sign = sign
+    def wants(self, iteration: int) -> bool:
+        """Whether to measure: every step of the calibration, one in `SPARSE` afterwards."""
+        return not self._done or iteration % SPARSE == 0
 
-    def _to_the_rate(self, samples: int) -> float:
-        """Change of the log rate to the knee, or a little above it.
-
-        Greedy steps are too short over a run, the more so the less noisy the batches are.
-        """
-        if not self._crossings:
-            # Not a word from alpha (tiny batches), or still too low: at least the user's own rate.
-            return 0.0 if self._sign > 0 else max(0.0, -self._position)
-        # The highest: alpha of a fixed rate rises as training goes on, so a late crossing lies too low.
-        boost = min(2.0, max(1.0, (samples / 32) ** 0.3)) if self.boost is None else self.boost
-        return max(self._crossings) + math.log(boost) - self._position
-
-    def _position_at(self, iteration: int) -> float:
-        """Log scale of the step of an iteration."""
-        return next((p for n, p in reversed(self._trail) if n <= iteration), self._trail[0][1])
-
-    def _forget_window(self) -> None:
-        self._window.clear()
-        self._where.clear()
+    def wants_return(self) -> bool:
+        """Whether to go back to the best point so far, asked after every measurement; once per climb."""
+        if not isinstance(self._search, LossSearch):
+            return False
+        wanted, self._search.wants_return = self._search.wants_return, False
+        return wanted
 
     def envelope(self, iteration: int) -> float:
-        """Return a low start until the first alpha, 1 in the calibration, then fall linearly to 0."""
+        """Return a low start until the first measurement, 1 in the calibration, then fall linearly to 0."""
         if iteration > self.total_steps and not self._warned:
             self._warned = True
             warnings.warn(
                 f"more steps than total_steps={self.total_steps}: the last learning rate is held",
                 stacklevel=2,
             )
+        if isinstance(self._search, LossSearch):
+            last = loss_search.LONGEST * self.calibration_steps
+            return self._annealed(iteration, self._done_at if self._done else last)
         if iteration < self.calibration_steps:
-            return 1.0 if self._begun else self._start
-        late = 1.0  # the calibration is over, but no alpha has come since to say so
-        if not self._done and not self._crossings and self._sign <= 0:
-            late = math.exp(max(0.0, -self._position)) if self._begun else 1.0
+            return self._start if self._search is None and not self._done else 1.0
+        return self._late() * self._annealed(iteration, self.calibration_steps)
+
+    def _late(self) -> float:
+        """The calibration is over, but no alpha has come since to say so."""
+        if self._done or self._search is None:
+            return 1.0
+        assert isinstance(self._search, KneeSearch)
+        too_low = not self._search.crossings and self._search.sign <= 0
+        return math.exp(max(0.0, -self._search.position)) if too_low else 1.0
+
+    def _annealed(self, iteration: int, begin: int) -> float:
+        """Fall from 1 at ``begin`` to 0, perhaps after a ramp."""
+        since = iteration - begin
+        ramped = min(1.0, max(0.1, 0.1 + 0.9 * since / RAMP)) if self._ramp else 1.0
         if not self.anneal:
-            return late
-        last = self.total_steps - 1
-        left = self.total_steps - min(iteration, last)
-        return late * left / max(1, self.total_steps - self.calibration_steps)
+            return ramped
+        left = self.total_steps - min(iteration, self.total_steps - 1)
+        return ramped * min(1.0, left / max(1, self.total_steps - begin))
 
     def on_event(self, event: GuardEvent) -> None:
-        """A step was taken back and the rate lowered: it was above the knee, old alphas are void."""
-        if event.restored:
-            self._position += math.log(event.scale_factor)
-            self._trail = [*self._trail, (event.iteration, self._position)]
-            self._forget_window()
-            if self._done and self._calm > CALM:  # the rate was too high: once per bad stretch
+        """A step was taken back and the rate lowered."""
+        if not event.restored or event.reason == "policy_returned":
+            return
+        self._scale += math.log(event.scale_factor)
+        if self._done:
+            if event.iteration - self._taken_back > CALM:  # the rate was too high: once per bad stretch
                 self._held -= math.log(LOWER_HELD)
-            self._calm = 0
-            if not self._done:
-                if self._sign < 0:
-                    self._crossings.append(self._position)
-                    self._pace *= SLOWER
-                self._sign = 1
+        elif self._search is not None:
+            self._search.taken_back(event)
+            self._conclude(event.iteration)
+        self._taken_back = event.iteration
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered of the calibration."""
+        search = self._search
         return {
-            "window": self._window.state_dict(),
-            "where": list(self._where),
-            "position": self._position,
-            "begun": self._begun,
-            "last": self._last,
-            "trail": [list(entry) for entry in self._trail],
-            "pace": self._pace,
-            "sign": self._sign,
-            "crossings": list(self._crossings),
+            "search": None if search is None else search.state_dict(),
+            "by_loss": isinstance(search, LossSearch),
+            "watch": self._watch.state_dict(),
+            "start": self._start,
+            "ramp": self._ramp,
+            "scale": self._scale,
             "done": self._done,
+            "done_at": self._done_at,
             "held": self._held,
-            "calm": self._calm,
+            "taken_back": self._taken_back,
             "warned": self._warned,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a calibration."""
-        self._window.load_state_dict(state["window"])
-        self._where = deque(map(float, state["where"]), maxlen=WINDOW)
-        self._position, self._pace = float(state["position"]), float(state["pace"])
-        self._trail = [(int(n), float(position)) for n, position in state["trail"]]
-        self._sign, self._done = int(state["sign"]), bool(state["done"])
-        self._begun, self._calm = bool(state["begun"]), int(state["calm"])
-        self._held, self._last = float(state["held"]), state["last"]
-        self._crossings = [float(position) for position in state["crossings"]]
+        self._search = None
+        if state["search"] is not None:
+            kind = LossSearch if state["by_loss"] else KneeSearch
+            self._search = kind(self.calibration_steps, self.boost)
+            self._search.load_state_dict(state["search"])
+        self._watch.load_state_dict(state["watch"])
+        self._start, self._scale = float(state["start"]), float(state["scale"])
+        self._ramp = bool(state["ramp"])
+        self._done, self._done_at = bool(state["done"]), int(state["done_at"])
+        self._held, self._taken_back = float(state["held"]), int(state["taken_back"])
         self._warned = bool(state["warned"])

@@ -53,6 +53,10 @@ class Bounded:
         """Tell the inner policy."""
         base.tell_event(self.policy, event)
 
+    def wants_return(self) -> bool:
+        """Ask the inner policy."""
+        return base.return_wanted_by(self.policy)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the product and the inner state."""
         return {"product": self._product, "policy": base.state_of(self.policy)}
@@ -98,6 +102,10 @@ class WithWarmup:
     def on_event(self, event: GuardEvent) -> None:
         """Tell the inner policy."""
         base.tell_event(self.policy, event)
+
+    def wants_return(self) -> bool:
+        """Ask the inner policy."""
+        return base.return_wanted_by(self.policy)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner state."""

@@ -128,7 +128,7 @@ def ill_conditioned() -> Split:
     generator = torch.Generator().manual_seed(0)
     scales = torch.logspace(0, -1.5, 100)
     x = torch.randn(8000, 100, generator=generator) * scales
-    weight = torch.randn(100, 1, generator=generator) / scales.sqrt()
+    weight = torch.randn(100, 1, generator=generator) / scales.sqrt().unsqueeze(1)
     y = x @ weight + torch.randn(8000, 1, generator=generator)
     return _in_three(x, y, 2000)
 

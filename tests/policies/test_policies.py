@@ -123,5 +123,5 @@ def test_a_step_taken_back_counts_as_above_the_knee():
     for n in range(20):
         policy(seen(-0.8 + 0.01 * (n % 3), n))
     policy.on_event(GuardEvent(21, "loss_rose", 1.0, 9.0, restored=True, scale_factor=0.5))
-    assert policy.state_dict()["sign"] == 1
-    assert len(policy.state_dict()["crossings"]) == 1
+    assert policy.state_dict()["search"]["sign"] == 1
+    assert len(policy.state_dict()["search"]["crossings"]) == 1

@@ -1,0 +1,192 @@
+"""Find the rate from the loss while the rate climbs, with alpha's slopes saying where to start.
+
+Above the knee alpha says little about how much too large a rate is; there the loss has to speak. Three
+parts, none of which depends on the initial rate: jump to a rate whose steps promise a small decrease
+(start slope times step length); climb fast until the loss has risen, which tells roughly where the edge
+is; go back to the best point and climb slowly from a `SPAN`-th of the edge. The rate lies half way (in its
+logarithm) between those at which the losses of the two climbs were lowest: either climb alone is misled by a
+dip of the loss, and seldom both in the same direction.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from alpha_optim.alpha import AlphaMeasurement
+from alpha_optim.policies.loss_trace import LossTrace
+from alpha_optim.policies.trail import Trail
+from alpha_optim.policies.window import AlphaWindow
+from alpha_optim.records import GuardEvent
+from alpha_optim.window import rises_of
+
+START = 1e-8
+"""The first steps are made at this fraction of the initial rate."""
+SHORTEST = 20
+"""Calibrations shorter than this cannot climb back from there."""
+PROMISE = 1e-3
+"""The climb starts where a step promises this decrease, relative to the loss: far below any knee seen."""
+JUMP = math.log(1e3)
+"""Largest jump towards that rate; the slope is measured again before the next."""
+BLIND = math.log(30.0)
+"""Jump where a step was too short to move the parameters."""
+FASTEST = 0.25
+"""Change of the log rate per step in the fast climb: a decade in nine; half of it where alpha is above 0."""
+LARGEST = 1.2
+"""Largest change per measurement, where steps are measured now and then."""
+SPAN = math.log(50.0)
+"""The slow climb starts so far below the edge."""
+WIDTH = 4.0
+"""The slow climb covers so many e-folds (from a 50th of the edge to it) in what is left of the calibration."""
+SLOWEST = 0.01
+FEWEST_SLOW = 20
+SINGLE = 50
+"""Calibrations shorter than this have one climb only, at `WIDTH` e-folds in all."""
+RESOLUTION = 0.4
+"""A window of losses covers this change of the log rate, but 4 to 20 measurements."""
+COARSE = 5
+"""Length of a window in the fast climb."""
+ALPHAS = 12
+"""Length of the window of alphas."""
+EVENTS = 2
+"""The second step that is taken back ends the slow climb; one alone can be an outlier."""
+LONGEST = 2
+"""The calibration ends after so many times its length, whatever the loss did."""
+
+
+class LossSearch:
+    """Climbs until the loss rises, twice."""
+
+    def __init__(self, calibration_steps: int, boost: float | None) -> None:
+        """Start low."""
+        self.calibration_steps, self.boost = calibration_steps, boost
+        self.start = self.position = math.log(START)
+        self.done = False
+        self.wants_return = False
+        self.trace: LossTrace | None = None
+        self._trail = Trail(self.position)
+        self._window = AlphaWindow(ALPHAS)
+        self._stage = 0  # 0: jump to the start, 1: fast climb, 2: slow climb
+        self._first_lowest: float | None = None  # log rate at which the loss of the fast climb was lowest
+        self._pace = FASTEST
+        self._last: int | None = None
+        self._samples = 0
+        self._taken_back = 0
+
+    def see(self, measurement: AlphaMeasurement) -> None:
+        """Move `position` for this measurement."""
+        n, loss = measurement.iteration, measurement.loss_start
+        here = self._trail.at(n)
+        steps = 1 if self._last is None else max(1, n - self._last)
+        self._last, self._samples = n, measurement.samples_start
+        if loss is None or not math.isfinite(loss):
+            return
+        if self._stage == 0:
+            self._to_the_start(measurement, loss, here)
+        else:
+            assert self.trace is not None
+            variance = measurement.loss_variance_start or 0.0
+            self.trace.add(loss, here, math.sqrt(variance / max(1, self._samples)))
+            rate = measurement.lr[0] if measurement.lr and measurement.lr[0] > 0.0 else 1.0
+            self._window.add(measurement, weight=1.0 / rate)
+            self.position += min(LARGEST, self._climb() * steps)
+            if self.trace.risen():
+                self._end_climb(n, here)
+            elif n >= LONGEST * self.calibration_steps:
+                self._stage = 2
+                self._end_climb(n, self.position, risen=False)
+        # Measurement n is known after step n+1, so a change acts from step n+2 on.
+        self._trail.note(n + 2, self.position)
+
+    def _to_the_start(self, measurement: AlphaMeasurement, loss: float, here: float) -> None:
+        """Jump to where a step promises a decrease of `PROMISE`."""
+        if self.trace is None:
+            self.trace = LossTrace(COARSE, loss)
+        rises = rises_of(measurement)
+        if rises is None or rises[0] == 0.0:
+            self.position = here + BLIND
+            return
+        size = max(abs(loss), math.sqrt(measurement.loss_variance_start or 0.0))
+        change = min(JUMP, math.log(PROMISE * size / abs(rises[0]))) if size > 0.0 else 0.0
+        self.position = max(self.position, here + change) if change > 0.0 else here + change
+        if change < 1.0 or measurement.iteration >= self.calibration_steps // 2:
+            single = self.calibration_steps < SINGLE
+            self._pace = min(FASTEST, WIDTH / self.calibration_steps) if single else FASTEST
+            self._begin_climb(2 if single else 1)
+
+    def _begin_climb(self, stage: int) -> None:
+        assert self.trace is not None
+        self._stage, self._taken_back = stage, 0
+        size = COARSE if stage == 1 else min(20, max(4, round(RESOLUTION / self._pace)))
+        self.trace = LossTrace(size, self.trace.first)
+        self._window.clear()
+
+    def _climb(self) -> float:
+        """Change of the log rate per step."""
+        if self._stage == 2:
+            return self._pace
+        alpha, std = self._window.alpha, self._window.alpha_std
+        above = len(self._window) >= 4 and math.isfinite(alpha) and alpha > std
+        return 0.5 * self._pace if above else self._pace
+
+    def _end_climb(self, n: int, edge: float, risen: bool = True) -> None:
+        """The loss has risen at this log rate: climb again, or take the rate at which it was lowest."""
+        assert self.trace is not None
+        self.wants_return = risen
+        lowest = self.trace.lowest()
+        if self._stage == 1:
+            left = max(FEWEST_SLOW, self.calibration_steps - n)
+            self._pace = min(FASTEST, max(SLOWEST, WIDTH / left))
+            self.position = edge - SPAN
+            # A few losses in a noisy stretch say nothing about the rate.
+            self._first_lowest = lowest if self.trace.has_fallen() else None
+            self._begin_climb(2)
+            return
+        both = [where for where in (self._first_lowest, lowest) if where is not None]
+        self.position = (math.fsum(both) / len(both) if both else edge - 1.0) + self._boost()
+        self.done = True
+
+    def _boost(self) -> float:
+        """Noise leaves less room above the lowest point, and batches of many samples have less of it."""
+        if self.boost is not None:
+            return math.log(self.boost)
+        return 0.3 * math.log(min(256, max(8, self._samples)) / 32)
+
+    def taken_back(self, event: GuardEvent) -> None:
+        """A step was taken back and the rate lowered."""
+        edge = self._trail.at(event.iteration - 1)
+        self.position += math.log(event.scale_factor)
+        if self._stage > 0:
+            self._taken_back += 1
+            self._window.clear()
+            if self._stage == 1 or self._taken_back >= EVENTS or event.reason != "loss_rose":
+                self._end_climb(event.iteration, edge)
+        self._trail.note(event.iteration, self.position)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "position": self.position,
+            "done": self.done,
+            "wants_return": self.wants_return,
+            "trace": None if self.trace is None else self.trace.state_dict(),
+            "trail": self._trail.state(),
+            "window": self._window.state_dict(),
+            "stage": self._stage,
+            "first_lowest": self._first_lowest,
+            "pace": self._pace,
+            "last": self._last,
+            "samples": self._samples,
+            "taken_back": self._taken_back,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
+        self.position, self.done = float(state["position"]), bool(state["done"])
+        self.wants_return = bool(state["wants_return"])
+        self.trace = None if state["trace"] is None else LossTrace.of(state["trace"])
+        self._trail.restore(state["trail"])
+        self._window.load_state_dict(state["window"])
+        self._first_lowest = state["first_lowest"]
+        self._stage, self._pace, self._last = int(state["stage"]), float(state["pace"]), state["last"]
+        self._samples, self._taken_back = int(state["samples"]), int(state["taken_back"])

@@ -1,0 +1,138 @@
+"""`CalibrateThenAnneal` where losses are known: the loss over the climbing rate finds the rate."""
+
+import json
+import math
+
+import pytest
+
+from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, measure_alpha
+from alpha_optim.policies import base
+from alpha_optim.policies.loss_trace import Level, LossTrace
+from alpha_optim.policies.loss_watch import LossWatch
+
+STEPS = 1000
+
+
+class Caricature:
+    """Training whose loss falls with the rate and rises above an edge; a measurement comes a step later."""
+
+    def __init__(self, initial, edge=1.0, steps=STEPS):
+        self.policy = CalibrateThenAnneal(steps)
+        self.rate, self.edge, self.loss, self.good, self.n = initial, edge, 2.0, 2.0, 0
+        self.pending, self.returns = None, []
+
+    def step(self):
+        lr = self.rate * self.policy.envelope(self.n)
+        wobble = 0.02 * math.sin(7.0 * self.n)
+        measurement = measure_alpha(
+            self.n,
+            lr,
+            Observation(32, -1.0, 1.0, self.loss + wobble, 0.1),
+            Observation(32, min(0.3, math.log(lr / self.edge)), 1.0, self.loss - wobble, 0.1),
+            (lr,),
+        )
+        self.good = min(self.good, self.loss)
+        self.loss += -0.1 * min(lr, self.edge) * self.loss / self.edge + 0.2 * max(0.0, lr / self.edge - 1.0)
+        self.loss = min(self.loss, 5.0)
+        if self.pending is not None:
+            self.rate *= base.factor_of(self.policy, self.pending)
+            if base.return_wanted_by(self.policy):
+                self.returns.append(self.n)
+                self.loss = self.good
+        self.pending = measurement
+        self.n += 1
+        return lr
+
+
+@pytest.mark.parametrize("edge", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("initial", [1e-6, 1e-2, 1.0, 100.0])
+def test_the_rate_is_found_from_anywhere(initial, edge):
+    run = Caricature(initial, edge)
+    rates = [run.step() for _ in range(260)]
+    assert edge / 4 < max(rates[230:]) < edge * 2
+    assert len(run.returns) == 2
+    assert run.returns[-1] <= 2 * run.policy.calibration_steps + 2
+
+
+def test_what_is_found_hardly_depends_on_the_initial_rate():
+    found = []
+    for initial in (1e-6, 1e-3, 1.0, 100.0):
+        run = Caricature(initial)
+        found.append([run.step() for _ in range(260)][-1])
+    assert max(found) < 1.6 * min(found)
+
+
+def test_the_first_step_is_tiny_and_the_run_ends_at_zero():
+    run = Caricature(1.0)
+    rates = [run.step() for _ in range(STEPS)]
+    assert rates[0] == 1e-8
+    top = max(rates[220:])
+    assert 0.0 < rates[-1] < 0.01 * top
+    assert rates[300:] == sorted(rates[300:], reverse=True)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40, 90, 150, 400])
+def test_a_search_by_loss_resumes_from_json(cut):
+    one = Caricature(1e-3)
+    for _ in range(cut):
+        one.step()
+    base.tell_event(one.policy, GuardEvent(one.n, "loss_rose", 1.0, 9.0, restored=True, scale_factor=0.5))
+    two = Caricature(1e-3)
+    two.rate, two.loss, two.good, two.n, two.pending = one.rate, one.loss, one.good, one.n, one.pending
+    two.policy.load_state_dict(json.loads(json.dumps(one.policy.state_dict())))
+    assert [one.step() for _ in range(200)] == [two.step() for _ in range(200)]
+    assert one.policy.state_dict() == two.policy.state_dict()
+
+
+def test_the_trace_knows_where_the_loss_was_lowest_and_when_it_rose():
+    trace = LossTrace(4, first=2.0)
+    losses = [2.0, 1.8, 1.6, 1.4, 1.2, 1.0, 1.0, 1.0, 1.0, 1.2, 1.4]
+    for position, loss in enumerate(losses):
+        trace.add(loss + 0.001 * (-1) ** position, float(position), 0.01)
+    assert not trace.risen()
+    assert trace.lowest() == pytest.approx(6.5, abs=0.6)
+    for position in range(11, 15):
+        trace.add(1.9, float(position), 0.01)
+    assert trace.risen()
+
+
+def test_noise_alone_is_no_rise():
+    trace = LossTrace(10, first=1.0)
+    for n in range(300):
+        trace.add(1.0 + 0.3 * math.sin(12.9 * n * n), 0.01 * n, 0.3)
+    assert not trace.risen()
+
+
+def test_the_watch_speaks_where_the_loss_stays_above_the_best_level():
+    watch = LossWatch(400)
+    assert not any(watch.too_high(9.0, n) for n in range(100))  # no level yet
+    watch.level = Level(1.0, 0.1, 10)
+    answers = [watch.too_high(2.0, n) for n in range(60)]
+    assert [n for n, answer in enumerate(answers) if answer] == [39]  # the first window settles
+    assert not any(watch.too_high(0.9, n) for n in range(60, 120))
+    assert sum(watch.too_high(2.0, n) for n in range(120, 520)) == 3  # then the higher loss is accepted
+
+
+def test_the_watch_counts_steps_also_where_few_are_measured():
+    watch = LossWatch(1000)
+    watch.level = Level(1.0, 0.1, 10)
+    answers = {n: watch.too_high(2.0, n) for n in range(0, 200, 10)}
+    assert [n for n, answer in answers.items() if answer] == [110]
+
+
+def test_steps_are_measured_rarely_once_the_rate_is_known():
+    run = Caricature(1.0)
+    assert all(run.policy.wants(n) for n in range(30))
+    for _ in range(260):
+        run.step()
+    assert [n for n in range(300, 330) if run.policy.wants(n)] == [300, 310, 320]
+
+
+def test_a_noisy_stretch_without_progress_is_not_taken_for_the_lowest():
+    trace = LossTrace(5, first=1.0)
+    for n in range(30):
+        trace.add(1.0 + 0.3 * math.sin(12.9 * n * n), 0.1 * n, 0.3)
+    assert not trace.has_fallen()
+    for n in range(30, 40):
+        trace.add(0.1, 0.1 * n, 0.3)
+    assert trace.has_fallen()
