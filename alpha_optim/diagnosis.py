@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from alpha_optim.alpha import AlphaMeasurement
 from alpha_optim.history import AlphaHistory
+from alpha_optim.policies.loss_search import RESOLUTION, room_above
+from alpha_optim.policies.loss_trace import LossTrace
 from alpha_optim.records import AlphaStatus, GuardEvent
 
 WINDOW = 100
@@ -24,6 +27,8 @@ CERTAIN = 2.0
 SHORT = -0.1
 FAR = 0.8
 LARGE = 32
+CLIMB = math.log(100.0)
+"""A rate that rose by this factor, step by step, says where the loss was lowest and where it began to rise."""
 
 _ADVICE = {
     "undershooting": "Steps end short of the minimum along their direction: the learning rate can grow.",
@@ -43,7 +48,9 @@ class Diagnosis:
         alpha: Alpha over the window, a pure number; nan without measurements.
         alpha_std: Its standard error.
         count: Number of measurements in the window.
-        suggested_lr: A learning rate for the first param group, or None when the data cannot tell.
+        suggested_lr: A learning rate for the first param group to begin a decay with, or None when the data
+            cannot tell. They can if losses were measured while the rate climbed until the loss rose, as in
+            the calibration of an `AlphaScheduler`, in a long warm-up, or in a trial run with a growing rate.
     """
 
     verdict: str
@@ -71,26 +78,73 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
     """
     recent = history[-WINDOW:]
     alpha, std, count = history.windowed(WINDOW)
-    if _diverges(recent, events):
-        return Diagnosis("diverging", alpha, std, count)
+    verdict = "diverging" if _diverges(recent, events) else _verdict(recent, alpha, std, count)
+    return Diagnosis(verdict, alpha, std, count, rate_from_climbs(history))
+
+
+def _verdict(recent: Sequence[AlphaMeasurement], alpha: float, std: float, count: int) -> str:
+    """What alpha says of a run that does not diverge."""
     if count < FEWEST or not math.isfinite(std):
-        return Diagnosis("unknown", alpha, std, count)
+        return "unknown"
     if alpha + CERTAIN * std < SHORT:
-        return Diagnosis("undershooting", alpha, std, count)
+        return "undershooting"
     if alpha - CERTAIN * std > FAR:
-        return Diagnosis("overshooting", alpha, std, count)
+        return "overshooting"
     large = bool(recent) and sorted(item.samples_start for item in recent)[len(recent) // 2] >= LARGE
     # Near 0 means a good rate for large batches, and nothing at all for tiny ones.
     if alpha - CERTAIN * std > (SHORT if large else 0.0):
-        return Diagnosis("balanced", alpha, std, count)
-    return Diagnosis("unknown", alpha, std, count)
+        return "balanced"
+    return "unknown"
+
+
+def rate_from_climbs(history: Sequence[AlphaMeasurement]) -> float | None:
+    """Learning rate of the first param group, from the stretches in which it climbed; None if they do not tell.
+
+    Args:
+        history: Measurements of a run.
+
+    Returns:
+        The geometric mean of what the climbs say, see `alpha_optim.policies.loss_search`.
+    """
+    found = [rate for climb in _climbs(history) if (rate := _lowest(climb)) is not None]
+    return math.exp(math.fsum(found) / len(found)) if found else None
+
+
+def _climbs(history: Sequence[AlphaMeasurement]) -> list[list[AlphaMeasurement]]:
+    """Stretches in which the rate never fell and grew by `CLIMB`, of measurements with losses."""
+    climbs: list[list[AlphaMeasurement]] = [[]]
+    for item in history:
+        if not (item.lr and item.lr[0] > 0.0 and math.isfinite(item.loss_start)):
+            continue
+        if climbs[-1] and item.lr[0] < climbs[-1][-1].lr[0]:
+            climbs.append([])
+        climbs[-1].append(item)
+    return [climb for climb in climbs if climb and math.log(climb[-1].lr[0] / climb[0].lr[0]) >= CLIMB]
+
+
+def _lowest(climb: Sequence[AlphaMeasurement]) -> float | None:
+    """Log rate to take after a climb; None if its loss did not fall, or not rise again."""
+    moved = [item for last, item in pairwise(climb) if item.lr[0] > last.lr[0]]
+    if len(moved) < FEWEST:
+        return None
+    pace = math.log(climb[-1].lr[0] / climb[0].lr[0]) / len(moved)
+    trace = LossTrace(min(20, max(5, round(RESOLUTION / pace))), climb[0].loss_start)
+    for item in climb:
+        known = item.samples_start > 0 and item.loss_variance_start > 0.0
+        error = math.sqrt(item.loss_variance_start / item.samples_start) if known else 0.0
+        trace.add(item.loss_start, math.log(item.lr[0]), error)
+        if trace.risen():
+            lowest = trace.lowest() if trace.has_fallen() else None
+            return None if lowest is None else lowest + room_above(climb[0].samples_start)
+    return None
 
 
 def _diverges(recent: Sequence[AlphaMeasurement], events: Sequence[GuardEvent]) -> bool:
     """Whether the loss is not finite, or its level rose over the window beyond its scatter."""
     if recent and recent[-1].status is AlphaStatus.NOT_FINITE:
         return True
-    if events and recent and sum(event.iteration >= recent[0].iteration for event in events) > 3:
+    bad = [event for event in events if event.reason != "policy_returned"]
+    if bad and recent and sum(event.iteration >= recent[0].iteration for event in bad) > 3:
         return True
     losses = np.array([item.loss_start for item in recent])
     losses = losses[np.isfinite(losses)]

@@ -91,7 +91,7 @@ class Guard:
         *failed, better = torch.stack(list(checks.values())).tolist()
         reason = next((name for name, bad in zip(checks, failed, strict=False) if bad), None)
         if reason == "loss_drifted" and self._good.accept(state):
-            reason = None
+            reason = drifted = None  # the window is closed
         if self.return_wanted and self._good.tensors:
             reason = "policy_returned"
         self.return_wanted = False

@@ -9,6 +9,7 @@ from torch import nn
 
 from alpha_optim import AlphaGuided, AlphaHistory, GuardEvent, Observation, measure_alpha
 from alpha_optim.diagnosis import diagnose
+from examples.data import digits
 
 
 def history(alpha, count=100, spread=0.3, losses=None, samples=8):
@@ -78,3 +79,67 @@ def test_on_a_real_run(lr, verdicts):
         loss_fn(model(x), teacher(x).argmax(1)).backward()
         guided.step()
     assert guided.diagnose().verdict in verdicts
+
+
+def test_returns_of_a_policy_are_no_sign_of_divergence():
+    events = [GuardEvent(n, "policy_returned", 1.0, 2.0, restored=True) for n in (50, 60, 70, 80)]
+    assert diagnose(history(0.2), events).verdict == "balanced"
+
+
+BASES = {
+    "sgd": (lambda params, lr: torch.optim.SGD(params, lr=lr), 1e-4),
+    "momentum": (lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9), 1e-5),
+    "adam": (lambda params, lr: torch.optim.Adam(params, lr=lr), 1e-6),
+}
+
+
+def train_digits(kind, lr, batch, seed, factor, steps, wrapped=True):
+    """Train a small network on the digits at rates ``lr * factor(n)``; its optimizer and its final loss."""
+    data = digits()
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer, loss_fn = BASES[kind][0](model.parameters(), lr), nn.CrossEntropyLoss()
+    if wrapped:
+        optimizer = AlphaGuided(optimizer, model, loss_fn)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        index = torch.randint(len(data.y_train), (batch,), generator=generator)
+        optimizer.zero_grad()
+        loss = loss_fn(model(data.x_train[index]), data.y_train[index])
+        if not torch.isfinite(loss):
+            break
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return optimizer, float(loss_fn(model(data.x_train), data.y_train))
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("batch", [2, 8, 32, 128])
+def test_a_trial_run_with_a_growing_rate_suggests_one_as_good_as_the_best_of_a_grid(kind, batch):
+    lowest, steps = BASES[kind][1], 300
+    suggested = []
+    for seed in (0, 1):
+        trial, _ = train_digits(kind, lowest, batch, seed, lambda n: math.exp(n * math.log(1e6) / 300), 300)
+        suggested.append(trial.diagnose().suggested_lr)
+    known = [rate for rate in suggested if rate is not None]
+    assert known
+
+    def decayed(lr):
+        return train_digits(kind, lr, batch, 1, lambda n: 1.0 - n / steps, steps, wrapped=False)[1]
+
+    grid = {rate: loss for k in range(9) if math.isfinite(loss := decayed(rate := 10 * lowest * 10 ** (k / 2)))}
+    best = min(grid, key=grid.get)
+    for rate in known:
+        # Within 3 times the best of the grid; where the optimum is flat, as good as the rates next to it.
+        neighbours = [loss for other, loss in grid.items() if best / 3.2 < other < 3.2 * best]
+        assert best / 3 <= rate <= 3 * best or decayed(rate) <= 1.1 * max(neighbours)
+
+
+def test_a_run_at_one_rate_suggests_none():
+    run, _ = train_digits("adam", 1e-3, 32, 0, lambda n: 1.0, 100)
+    assert run.diagnose().suggested_lr is None
+    climb, _ = train_digits("adam", 1e-6, 32, 0, lambda n: 1.05**n, 150)  # the loss has not risen yet
+    assert climb.diagnose().suggested_lr is None

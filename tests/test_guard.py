@@ -194,3 +194,60 @@ def test_switched_off_it_keeps_nothing_and_does_nothing():
         scheduler.step()
     assert guided.guard_events == ()
     assert guided.iteration == 5
+
+
+def judged(guard, losses, params):
+    """Events of a guard that sees these mean losses, one after the other."""
+    events = []
+    for n, loss in enumerate(losses):
+        guard.stepped = n > 0
+        event = guard.judge(n, BatchLoss(torch.tensor(float(loss)), None, 0), params)
+        if event is not None:
+            events.append(event)
+    return events
+
+
+def test_a_higher_loss_is_accepted_after_many_returns_and_the_run_goes_on():
+    from alpha_optim.good_point import PATIENCE
+
+    params = [nn.Parameter(torch.ones(3))]
+    wave = [0.01 * math.sin(n) for n in range(400)]
+    climbs = [1.0 + w for w in wave[:20]] + [1.4 + 5 * w for w in wave[20:]]
+    events = judged(Guard(None), climbs, params)
+    assert [event.reason for event in events] == ["loss_rose"] + ["loss_drifted"] * PATIENCE
+
+
+def test_noise_before_any_progress_is_no_drift():
+    generator = torch.Generator().manual_seed(3)
+    params = [nn.Parameter(torch.ones(3))]
+    losses = 1.0 + 0.2 * torch.randn(600, generator=generator)
+    losses[0] = 0.7  # a lucky first batch
+    assert judged(Guard(None), losses.tolist(), params) == []
+
+
+def test_a_policy_may_return_to_the_best_point():
+    class Returns(Hold):
+        asked = 0
+
+        def wants_return(self):
+            self.asked += 1
+            return self.asked == 15
+
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, loss_fn)
+    scheduler = AlphaScheduler(guided, Returns())
+    kept = None
+    for x, y in batches(25):
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        before = len(guided.guard_events)
+        guided.step()
+        if len(guided.guard_events) > before:
+            good = guided._session.guard._good.tensors
+            kept = all(torch.equal(now, then) for now, then in zip(model.parameters(), good, strict=False))
+            assert not guided.state  # momentum starts anew
+        scheduler.step()
+    (event,) = guided.guard_events
+    assert (event.reason, event.restored, event.scale_factor) == ("policy_returned", True, 1.0)
+    assert kept
+    assert scheduler.scale == 1.0

@@ -54,6 +54,14 @@ LONGEST = 2
 """The calibration ends after so many times its length, whatever the loss did."""
 
 
+def room_above(samples: int) -> float:
+    """How far above the point of lowest loss the log rate is set, by the number of samples in a batch.
+
+    Noise leaves less room, and batches of many samples have less of it.
+    """
+    return 0.3 * math.log(min(256, max(8, samples)) / 32)
+
+
 class LossSearch:
     """Climbs until the loss rises, twice."""
 
@@ -143,14 +151,9 @@ class LossSearch:
             self._begin_climb(2)
             return
         both = [where for where in (self._first_lowest, lowest) if where is not None]
-        self.position = (math.fsum(both) / len(both) if both else edge - 1.0) + self._boost()
+        self.position = math.fsum(both) / len(both) if both else edge - 1.0
+        self.position += room_above(self._samples) if self.boost is None else math.log(self.boost)
         self.done = True
-
-    def _boost(self) -> float:
-        """Noise leaves less room above the lowest point, and batches of many samples have less of it."""
-        if self.boost is not None:
-            return math.log(self.boost)
-        return 0.3 * math.log(min(256, max(8, self._samples)) / 32)
 
     def taken_back(self, event: GuardEvent) -> None:
         """A step was taken back and the rate lowered."""
