@@ -130,9 +130,7 @@ def _lowest(climb: Sequence[AlphaMeasurement]) -> float | None:
     pace = math.log(climb[-1].lr[0] / climb[0].lr[0]) / len(moved)
     trace = LossTrace(min(20, max(5, round(RESOLUTION / pace))), climb[0].loss_start)
     for item in climb:
-        known = item.samples_start > 0 and item.loss_variance_start > 0.0
-        error = math.sqrt(item.loss_variance_start / item.samples_start) if known else 0.0
-        trace.add(item.loss_start, math.log(item.lr[0]), error)
+        trace.see(item, math.log(item.lr[0]))
         if trace.risen():
             lowest = trace.lowest() if trace.has_fallen() else None
             return None if lowest is None else lowest + room_above(climb[0].samples_start)

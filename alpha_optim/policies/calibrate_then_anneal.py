@@ -94,7 +94,7 @@ class CalibrateThenAnneal:
     def _begin(self, measurement: AlphaMeasurement) -> bool:
         """Choose how to search; False while nothing is known to search with."""
         loss = measurement.loss_start
-        if self._by_loss and loss is not None and math.isfinite(loss):
+        if self._by_loss and math.isfinite(loss):
             self._search = LossSearch(self.calibration_steps, self.boost)
             return True
         knee = KneeSearch(self.calibration_steps, self.boost)
@@ -125,7 +125,7 @@ class CalibrateThenAnneal:
         The guard lowers the rate by much, for safety; once all is calm, take most of that back.
         """
         loss, n = measurement.loss_start, measurement.iteration
-        if loss is not None and math.isfinite(loss) and self._watch.too_high(loss, n):
+        if math.isfinite(loss) and self._watch.too_high(loss, n):
             self._held -= math.log(LOWER_HELD)
         if self._scale > self._held:
             return self._held

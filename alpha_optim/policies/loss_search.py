@@ -87,14 +87,13 @@ class LossSearch:
         here = self._trail.at(n)
         steps = 1 if self._last is None else max(1, n - self._last)
         self._last, self._samples = n, measurement.samples_start
-        if loss is None or not math.isfinite(loss):
+        if not math.isfinite(loss):
             return
         if self._stage == 0:
             self._to_the_start(measurement, loss, here)
         else:
             assert self.trace is not None
-            variance = measurement.loss_variance_start or 0.0
-            self.trace.add(loss, here, math.sqrt(variance / max(1, self._samples)))
+            self.trace.see(measurement, here)
             rate = measurement.lr[0] if measurement.lr and measurement.lr[0] > 0.0 else 1.0
             self._window.add(measurement, weight=1.0 / rate)
             self.position += min(LARGEST, self._climb() * steps)
@@ -114,7 +113,8 @@ class LossSearch:
         if rises is None or rises[0] == 0.0:
             self.position = here + BLIND
             return
-        size = max(abs(loss), math.sqrt(measurement.loss_variance_start or 0.0))
+        variance = measurement.loss_variance_start
+        size = max(abs(loss), math.sqrt(variance) if variance > 0.0 else 0.0)
         change = min(JUMP, math.log(PROMISE * size / abs(rises[0]))) if size > 0.0 else 0.0
         self.position = max(self.position, here + change) if change > 0.0 else here + change
         if change < 1.0 or measurement.iteration >= self.calibration_steps // 2:

@@ -6,6 +6,8 @@ import math
 from collections import deque
 from typing import Any, NamedTuple
 
+from alpha_optim.alpha import AlphaMeasurement
+
 RISE = 0.5
 """The climb is over when a window lost this share of all progress since the first step ..."""
 SURE = 4.0
@@ -55,6 +57,12 @@ class LossTrace:
         if self.best is None or mean < self.best.mean:
             squares = math.fsum((loss - mean) ** 2 for loss in self._losses)
             self.best = Level(mean, max(error, math.sqrt(squares / (self.size - 1))), self.size)
+
+    def see(self, measurement: AlphaMeasurement, position: float) -> None:
+        """Add the loss at the start of a step that was made at a log rate."""
+        samples, variance = measurement.samples_start, measurement.loss_variance_start
+        known = samples > 0 and variance > 0.0  # not where it is nan
+        self.add(measurement.loss_start, position, math.sqrt(variance / samples) if known else 0.0)
 
     def risen(self) -> bool:
         """Whether the window at hand lost much of the progress, beyond its noise."""

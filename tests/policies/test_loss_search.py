@@ -16,7 +16,8 @@ STEPS = 1000
 class Caricature:
     """Training whose loss falls with the rate and rises above an edge; a measurement comes a step later."""
 
-    def __init__(self, initial, edge=1.0, steps=STEPS):
+    def __init__(self, initial, edge=1.0, steps=STEPS, samples=32):
+        self.samples, self.variance = samples, None if samples == 1 else 0.1
         self.policy = CalibrateThenAnneal(steps)
         self.rate, self.edge, self.loss, self.good, self.n = initial, edge, 2.0, 2.0, 0
         self.pending, self.returns = None, []
@@ -27,8 +28,10 @@ class Caricature:
         measurement = measure_alpha(
             self.n,
             lr,
-            Observation(32, -1.0, 1.0, self.loss + wobble, 0.1),
-            Observation(32, min(0.3, math.log(lr / self.edge)), 1.0, self.loss - wobble, 0.1),
+            Observation(self.samples, -1.0, 1.0, self.loss + wobble, self.variance),
+            Observation(
+                self.samples, min(0.3, math.log(lr / self.edge)), 1.0, self.loss - wobble, self.variance
+            ),
             (lr,),
         )
         self.good = min(self.good, self.loss)
@@ -52,6 +55,14 @@ def test_the_rate_is_found_from_anywhere(initial, edge):
     assert edge / 4 < max(rates[230:]) < edge * 2
     assert len(run.returns) == 2
     assert run.returns[-1] <= 2 * run.policy.calibration_steps + 2
+
+
+def test_losses_of_single_samples_are_searched_by_their_scatter():
+    """Batches of one sample have no variance of the loss."""
+    run = Caricature(1e-3, samples=1)
+    rates = [run.step() for _ in range(260)]
+    assert 1 / 4 < max(rates[230:]) < 2
+    assert len(run.returns) == 2
 
 
 def test_what_is_found_hardly_depends_on_the_initial_rate():
