@@ -112,15 +112,19 @@ class GoodPoint:
         """Loss of the good point and of the window in progress."""
         if self._level is None or not self._losses:
             return math.nan, math.nan
-        return float(self._level[0]), float(self._window()[0])
+        return float(self._level[0]), float(self._recent().mean())
 
     def keep(self, state: Sequence[Tensor]) -> None:
         """Copy parameters and buffers."""
         self.tensors = copied(self.tensors, state)
 
     def _window(self) -> tuple[Tensor, Tensor]:
-        losses = torch.stack([loss.to(self._losses[0].device) for loss in self._losses])
+        losses = self._recent()
         return losses.mean(), losses.std()
+
+    def _recent(self) -> Tensor:
+        """Losses of the window in progress ``[n]``."""
+        return torch.stack([loss.to(self._losses[0].device) for loss in self._losses])
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything; tensors are copies."""

@@ -1,19 +1,21 @@
-"""Find the rate from the loss while the rate climbs, with alpha's slopes saying where to start.
+"""Find the rate from alpha and the loss while the rate climbs.
 
 Above the knee alpha says little about how much too large a rate is; there the loss has to speak. Three
 parts, none of which depends on the initial rate: jump to a rate whose steps promise a small decrease
 (start slope times step length); climb fast until the loss has risen, which tells roughly where the edge
-is; go back to the best point and climb slowly from a `SPAN`-th of the edge. The rate lies half way (in its
-logarithm) between those at which the losses of the two climbs were lowest: either climb alone is misled by a
-dip of the loss, and seldom both in the same direction.
+is; go back to the best point and climb slowly from a `SPAN`-th of the edge. Three log rates are seen on the
+way: where alpha rose above 0 in the fast climb, and where the losses of the two climbs were lowest. Each
+alone is misled now and then, by noise or by an optimizer for which it lies low or high; the median is taken.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 from alpha_optim.alpha import AlphaMeasurement
+from alpha_optim.policies.crossing import Crossing
 from alpha_optim.policies.loss_trace import LossTrace
 from alpha_optim.policies.trail import Trail
 from alpha_optim.policies.window import AlphaWindow
@@ -35,7 +37,9 @@ FASTEST = 0.25
 LARGEST = 1.2
 """Largest change per measurement, where steps are measured now and then."""
 SPAN = math.log(50.0)
-"""The slow climb starts so far below the edge."""
+"""The slow climb starts so far below the edge ..."""
+BELOW = math.log(4.0)
+"""... and at least so far below the knee: an edge that is hardly felt lies too high."""
 WIDTH = 4.0
 """The slow climb covers so many e-folds (from a 50th of the edge to it) in what is left of the calibration."""
 SLOWEST = 0.01
@@ -76,6 +80,7 @@ class LossSearch:
         self._window = AlphaWindow(ALPHAS)
         self._stage = 0  # 0: jump to the start, 1: fast climb, 2: slow climb
         self._first_lowest: float | None = None  # log rate at which the loss of the fast climb was lowest
+        self._knee = Crossing()  # of the fast climb
         self._pace = FASTEST
         self._last: int | None = None
         self._samples = 0
@@ -94,6 +99,8 @@ class LossSearch:
         else:
             assert self.trace is not None
             self.trace.see(measurement, here)
+            if self._stage == 1:
+                self._knee.see(measurement, here)
             rate = measurement.lr[0] if measurement.lr and measurement.lr[0] > 0.0 else 1.0
             self._window.add(measurement, weight=1.0 / rate)
             self.position += min(LARGEST, self._climb() * steps)
@@ -145,13 +152,14 @@ class LossSearch:
         if self._stage == 1:
             left = max(FEWEST_SLOW, self.calibration_steps - n)
             self._pace = min(FASTEST, max(SLOWEST, WIDTH / left))
-            self.position = edge - SPAN
+            knee = self._knee.found
+            self.position = edge - SPAN if knee is None else min(edge - SPAN, knee - BELOW)
             # A few losses in a noisy stretch say nothing about the rate.
             self._first_lowest = lowest if self.trace.has_fallen() else None
             self._begin_climb(2)
             return
-        both = [where for where in (self._first_lowest, lowest) if where is not None]
-        self.position = math.fsum(both) / len(both) if both else edge - 1.0
+        seen = [where for where in (self._knee.found, self._first_lowest, lowest) if where is not None]
+        self.position = statistics.median(seen) if seen else edge - 1.0
         self.position += room_above(self._samples) if self.boost is None else math.log(self.boost)
         self.done = True
 
@@ -177,6 +185,7 @@ class LossSearch:
             "window": self._window.state_dict(),
             "stage": self._stage,
             "first_lowest": self._first_lowest,
+            "knee": self._knee.state_dict(),
             "pace": self._pace,
             "last": self._last,
             "samples": self._samples,
@@ -191,5 +200,6 @@ class LossSearch:
         self._trail.restore(state["trail"])
         self._window.load_state_dict(state["window"])
         self._first_lowest = state["first_lowest"]
+        self._knee.load_state_dict(state["knee"])
         self._stage, self._pace, self._last = int(state["stage"]), float(state["pace"]), state["last"]
         self._samples, self._taken_back = int(state["samples"]), int(state["taken_back"])
