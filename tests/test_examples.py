@@ -1,5 +1,6 @@
 """What the README shows and calls."""
 
+import math
 import pathlib
 import re
 import subprocess
@@ -48,6 +49,61 @@ def test_the_demo_refuses_a_folder_that_is_not_there():
 def test_the_cost_benchmark_starts():
     done = run("examples.benchmarks.cost", "--help")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("example", "options", "package"),
+    [
+        ("with_lightning", ["--epochs", "2"], "lightning"),
+        ("with_accelerate", ["--epochs", "2", "--accumulate", "2"], "accelerate"),
+        ("with_trainer", ["--steps", "12"], "transformers"),
+    ],
+)
+def test_the_examples_of_frameworks_run(example, options, package):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    done = run(f"examples.{example}", *options)
+    assert done.returncode == 0, done.stderr
+    assert "alpha = " in done.stdout
+
+
+def test_a_run_of_the_study_from_an_absurd_rate_ends_where_a_good_one_does():
+    from examples.benchmarks.rate_free import Case
+    from examples.benchmarks.rate_free import run as study
+
+    found = study(Case("digits MLP", "alpha", "momentum", 1e-6, 0))
+    tuned = study(Case("digits MLP", "tuned", "momentum", 0.2, 0))
+    assert found["finite"]
+    assert found["test"] > tuned["test"] - 1.5
+    assert found["lr"] < 1e-4 * found["found"]
+
+
+def test_the_study_takes_the_best_rate_on_the_validation_split_and_tells_what_diverged():
+    from examples.benchmarks.rate_free import best_of_grid
+    from examples.benchmarks.rate_report import alpha_table, diverged
+
+    def row(method, lr, validation, test, seed=0, finite=True):
+        names = {"problem": "digits MLP", "base": "SGD", "method": method, "lr": lr, "seed": seed}
+        return {
+            **names,
+            "validation": validation,
+            "test": test,
+            "before": 10.0,
+            "finite": finite,
+            "found": lr,
+        } | {"seconds": 1.0}
+
+    grid = [
+        row("grid", 0.1, 95.0, 99.0),
+        row("grid", 0.3, 96.0, 90.0),
+        row("grid", 1.0, math.nan, 10.0, finite=False),
+    ]
+    assert best_of_grid("digits MLP", "SGD", grid) == 0.3
+    assert [diverged(one) for one in grid] == [False, False, True]
+    runs = [row("tuned", 0.3, 0.0, 95.0, seed) for seed in range(3)]
+    runs += [row("alpha", rate, 0.0, 94.6, seed) for rate in (1e-6, 1.0) for seed in range(3)]
+    table = alpha_table([*grid, *runs], ["digits MLP"])
+    assert "| digits MLP, SGD | 95.0, 95.0 (0.3) | – | 94.6, 94.6 | 6 |" in table
+    assert table.rstrip().endswith("| 0 | 1.00 | worst, – |")
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("docs/*.md"), ROOT / "README.md"], ids=lambda path: path.name)

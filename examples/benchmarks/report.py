@@ -12,37 +12,42 @@ DOCS = Path(__file__).parents[2] / "docs"
 COLUMNS = ("gradients", "default", "every=10", "steered", "exact", "layerwise", "cached", "Cockpit", "vmap")
 COLOURS = {"default": "tab:blue", "exact": "tab:orange", "cached": "tab:gray", "Cockpit": "tab:red"}
 
-HEAD = """# What alpha costs
+HEAD = """# What alpha costs, and what it gives
 
-Written by `python -m examples.benchmarks.report` from the raw results in `examples/benchmarks/results/` (torch
-{torch}, {cpu}, one thread), which `python -m examples.benchmarks.cost` measures: `--models`, `--optimizers`,
-`--batch`, `--references`, `--save`. No GPU was at hand, so there are no figures from one.
+Written by `python -m examples.benchmarks.report` from the raw results in `examples/benchmarks/results/`
+(torch {torch}, {cpu}, one thread). `python -m examples.benchmarks.cost --all` measures every case of cost and
+memory and writes this page; `--models`, `--optimizers`, `--batch`, `--references` pick some for the screen.
+No GPU was at hand: the same table there was not run.
 
-Time of a training step as a multiple of the plain step, median over pairs of neighbouring blocks in one
-process. **default** is `AlphaGuided(optimizer, model, loss_fn)`: alpha of every step, variances of slopes from
-16 samples now and then. **exact** takes all samples at every step. **gradients** has slopes only. In brackets
-the floor: counted multiplications beyond those of the plain step, and the bytes of the passes over parameters
-at the memory bandwidth of the machine. *cached* is our own reference backend with all samples, *Cockpit* the
-original implementation, *vmap* the plain step beside gradients of single samples by `torch.func.vmap`. The
-machine is shared: figures scatter by about 0.04.
+Time of a training step as a multiple of the plain step; plain and measured steps take turns in one process,
+and the median over blocks is shown. **default** is `AlphaGuided(optimizer, model, loss_fn)`: alpha of every
+step, variances of slopes from 16 samples now and then. **exact** takes all samples at every step.
+**gradients** has slopes only. *steered* has an `AlphaScheduler` past its calibration, with its guard, and
+`every=None`. In brackets the floor: counted multiplications beyond those of the plain step, and the bytes of
+the passes over parameters at the memory bandwidth of the machine. *layerwise* is that backend where the
+default is `backpack` (plain SGD); *cached* our own reference backend with all samples, *Cockpit* the original
+implementation, *vmap* the plain step beside gradients of single samples by `torch.func.vmap`. The machine is
+shared: figures scatter by about 0.04.
 
 """
 WHY = """
 ## Where the floor is out of reach
 
-A step of the MLP takes 10 ms and is three matrix products; beside it everything counts. Of the 2.7 ms that
-the default adds under plain SGD, 0.8 ms are the inner product with the previous gradient and the norm of this
-one. About 0.5 ms come from the previous gradients being kept, so that less of the next ones is found in the
-cache. 1.3 ms are some hundred small operations and the Python around them: they take 0.7 ms on their own and
-twice as much right after a matrix product that has emptied the caches. On every other model these are 1 or 2
-% of a step. On the CNN the C library's allocator takes its share: it hands memory back to the system and gets
-it again page by page, the more often the more tensors are alive; with `MALLOC_TRIM_THRESHOLD_=4000000000
-MALLOC_MMAP_THRESHOLD_=4000000000` in the environment all samples cost 1.42 instead of 1.56 under plain SGD.
+A step of the MLP takes 10 to 14 ms and is three matrix products; beside it everything counts. A third of what
+the default adds under plain SGD are the inner product with the previous gradient and the norm of this one,
+which is the floor. A tenth comes from the previous gradients being kept, so that less of the next ones is
+found in the cache. The rest are some sixty small operations and the Python around them: 0.4 ms on their own,
+and more than twice as much right after a matrix product that has emptied the caches. On every other model
+these are 1 or 2 % of a step. At batch 32 they are the same and the step is shorter.
 
 With all samples a convolution or a linear layer on tokens pays for two more forward passes, one for each end
-of a step, and the floor itself is 1.6 to 1.7 wherever such layers make the step. The MLP also pays for its
-layers' hooks and, under plain SGD, for inner products of samples, whose small matrices run at half the speed
-of the large ones. At batch 32 the fixed part is the same and the step shorter.
+of a step, so that the floor itself is 1.6 to 1.7 wherever such layers make the step: 1.5 is out of reach
+there for any method that applies the layer to the direction. The MLP also pays for its layers' hooks and,
+under plain SGD, for inner products of samples, whose small matrices run at half the speed of the large ones.
+Networks with BatchNorm on batch statistics pay for those statistics once more. The C library's allocator
+takes its share: it hands memory back to the system and gets it again page by page, the more often the more
+tensors are alive; `MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000` in the environment
+stops that.
 
 """
 
@@ -139,7 +144,7 @@ def write() -> None:
     parts.append(
         "\n## Memory\n\nPeak memory of the process beyond that of the plain run, in multiples of parameters "
         "(7 MB the MLP, 13 MB the transformer), each case in a process of its own, batch 32 "
-        "(`python -m examples.benchmarks.cost --memory`). Besides the direction (one) it holds inputs and "
+        "(`python -m examples.benchmarks.cost --all`). Besides the direction (one) it holds inputs and "
         "output gradients of the watched samples until the step is made, what the C library does not give "
         "back, and under SGD 12 MB of imported BackPACK.\n\n" + memory_table(memory)
     )
