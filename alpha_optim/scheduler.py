@@ -208,7 +208,7 @@ class AlphaScheduler(LRScheduler):
                 "expected a finite number >= 0"
             )
         largest = max(self._scheduled) * self.scale
-        if self.schedule is None and largest > self.max_lr:
+        if self.schedule is None and largest > self.max_lr and not base.keeps_scale(self.policy):
             self.scale *= self.max_lr / largest  # it must not wind up against the bound
         wanted = [rate * self.scale * envelope for rate in self._scheduled]
         positive = [rate for rate in wanted if rate > 0.0]

@@ -148,6 +148,18 @@ def test_the_scale_does_not_wind_up_against_the_upper_bound():
     assert rates[21][0] == pytest.approx(0.1)
 
 
+def test_a_search_that_passes_the_bound_still_knows_where_it_is():
+    """The climbs go above 0.01, the rate that is found too: what remains is the bound, not something below it."""
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, CalibrateThenAnneal(600, anneal=False), max_lr=0.01)
+    data = [(x, (x[:, 0] > 0).long()) for x, _ in batches(320)]
+    rates = [rate for (rate,) in train(model, loss_fn, guided, scheduler, data)]
+    assert max(rates) == pytest.approx(0.01)
+    assert rates[-1] == pytest.approx(0.01)
+
+
 def test_the_bound_cuts_the_curve_of_a_schedule_and_leaves_the_rest():
     model, base = make()
     loss_fn = nn.CrossEntropyLoss()

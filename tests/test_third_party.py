@@ -12,12 +12,6 @@ from tests.test_transparency import equal_states
 STEPS = 20
 
 
-def optimizer_of(module, name, **options):
-    """Build an optimizer of a package, or skip: the packages are extras."""
-    package = pytest.importorskip(module, reason=f"{module} is not installed")
-    return lambda params: getattr(package, name)(params, **options)
-
-
 OPTIMIZERS = {
     "schedulefree.SGDScheduleFree": ("schedulefree", "SGDScheduleFree", {"lr": 0.5}),
     "schedulefree.AdamWScheduleFree": ("schedulefree", "AdamWScheduleFree", {"lr": 0.01, "warmup_steps": 3}),
@@ -26,6 +20,7 @@ OPTIMIZERS = {
     "dadaptation.DAdaptAdam": ("dadaptation", "DAdaptAdam", {}),
     "dadaptation.DAdaptSGD": ("dadaptation", "DAdaptSGD", {}),
     "pytorch_optimizer.Lion": ("pytorch_optimizer", "Lion", {"lr": 1e-3}),
+    "pytorch_optimizer.Muon": ("pytorch_optimizer", "Muon", {}),
     "pytorch_optimizer.Lookahead": ("pytorch_optimizer", "Lookahead", {}),
     "momo.Momo": ("momo", "Momo", {"lr": 0.1}),
 }
@@ -37,7 +32,12 @@ def make(name):
     package = pytest.importorskip(module, reason=f"{module} is not installed")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
-    params = model.parameters()
+    params = list(model.parameters())
+    if cls == "Muon":  # matrices its own way, the rest by AdamW
+        groups = [
+            {"params": [p for p in params if (p.dim() == 2) is own], "use_muon": own} for own in (True, False)
+        ]
+        return model, package.Muon(groups)
     if cls == "Lookahead":
         return model, package.Lookahead(torch.optim.AdamW(params, lr=0.01))
     return model, getattr(package, cls)(params, **options)
@@ -65,7 +65,9 @@ def train(model, optimizer, steps=STEPS, seed=0, toggle=False, loss_fn=None):
     return modes
 
 
-@pytest.mark.compatibility("Other packages", "Schedule-Free, Prodigy, D-Adaptation, Lion, Lookahead, MoMo")
+@pytest.mark.compatibility(
+    "Other packages", "Schedule-Free, Prodigy, D-Adaptation, Lion, Muon, Lookahead, MoMo"
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_wrapped_and_bare_are_alike(name):
     (bare_model, bare), (model, base) = make(name), make(name)

@@ -7,6 +7,8 @@ inherited:
 - ``wants(iteration) -> bool``: whether to measure, asked when the optimizer has ``every=None``.
 - ``on_event(event)``: told when the guard took a step back.
 - ``wants_return() -> bool``: asked once per scheduler step; True: back to the best point (needs a guard).
+- ``keeps_scale``: true if the policy keeps count of the scale it has asked for. Such a scale is not cut at a
+  bound, only the rates that follow from it; any other could wind up against the bound.
 - ``state_dict() / load_state_dict(state)``: what it remembers, as plain values.
 """
 
@@ -72,6 +74,11 @@ def return_wanted_by(policy: Any) -> bool:
     """Ask a policy whether to go back to the best point; False if it never does."""
     method = getattr(policy, "wants_return", None)
     return False if method is None else bool(method())
+
+
+def keeps_scale(policy: Any) -> bool:
+    """Whether a policy keeps count of the scale it has asked for."""
+    return bool(getattr(policy, "keeps_scale", False))
 
 
 def state_of(policy: Any) -> dict[str, Any]:

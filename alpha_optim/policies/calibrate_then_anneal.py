@@ -35,6 +35,8 @@ RAMP = 10
 class CalibrateThenAnneal:
     """Climbs until the loss rises, returns, sets the rate and anneals it linearly to 0."""
 
+    keeps_scale = True
+
     def __init__(
         self,
         total_steps: int,

@@ -32,11 +32,13 @@ class Bounded:
             )
         self.policy, self.lowest, self.highest = policy, lowest, highest
         self._product = 1.0
+        self._wanted = 1.0  # without the bounds
 
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the inner factor, cut so that the product stays within the bounds."""
-        wanted = self._product * base.factor_of(self.policy, measurement)
-        product = min(self.highest, max(self.lowest, wanted))
+        before = self._wanted if base.keeps_scale(self.policy) else self._product
+        self._wanted = before * base.factor_of(self.policy, measurement)
+        product = min(self.highest, max(self.lowest, self._wanted))
         factor, self._product = product / self._product, product
         return factor
 
@@ -59,11 +61,11 @@ class Bounded:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the product and the inner state."""
-        return {"product": self._product, "policy": base.state_of(self.policy)}
+        return {"product": self._product, "wanted": self._wanted, "policy": base.state_of(self.policy)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
-        self._product = float(state["product"])
+        self._product, self._wanted = float(state["product"]), float(state["wanted"])
         base.restore(self.policy, state["policy"])
 
 
