@@ -149,7 +149,7 @@ def test_the_scale_does_not_wind_up_against_the_upper_bound():
 
 
 def test_a_search_that_passes_the_bound_still_knows_where_it_is():
-    """The climbs go above 0.01, the rate that is found too: what remains is the bound, not something below it."""
+    """The climbs go above 0.01, and so does the rate found: what remains is the bound, nothing below it."""
     model, base = make()
     loss_fn = nn.CrossEntropyLoss()
     guided = AlphaGuided(base, model, loss_fn)
