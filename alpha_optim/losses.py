@@ -21,7 +21,7 @@ from alpha_optim.direction import at_least_float32
 from alpha_optim.hooks import Hook
 from alpha_optim.passes import LossCall
 from alpha_optim.projections.stand_in import stand_in
-from alpha_optim.scalars import Scalar, scalar
+from alpha_optim.scalars import Scalar, quotient, scalar
 
 _WEIGHTED = (nn.CrossEntropyLoss, nn.NLLLoss)
 
@@ -165,9 +165,8 @@ def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tenso
         return sums
     if type(loss_fn) in _WEIGHTED:  # a subclass may divide by something else
         total = _total_weight(loss_fn, args, kwargs, values)
-        normalised: Tensor = (
-            sums if not isinstance(total, Tensor) and total == samples else sums * (samples / total)
-        )
+        whole = not isinstance(total, Tensor) and total == samples
+        normalised: Tensor = sums if whole else sums * quotient(float(samples), total)
         return normalised
     if type(loss_fn).__module__.startswith("torch.nn."):
         return sums * (samples / values.numel())

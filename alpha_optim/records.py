@@ -94,7 +94,8 @@ class GuardEvent:
             policy has seen enough of a climb and goes back to the best point.
         loss_before: Loss before the step that was judged (nan if not observed).
         loss_after: Loss after it.
-        restored: Whether parameters and buffers were put back to the point before that step.
+        restored: Whether parameters and buffers were put back: to the point before that step, or to the best
+            one so far (``"loss_drifted"``, ``"policy_returned"``).
         scale_factor: By what the scheduler multiplied the scale of the learning rate.
     """
 

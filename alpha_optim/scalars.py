@@ -65,6 +65,8 @@ def gathered(values: Sequence[Tensor | None], device: torch.device) -> Scalars:
 
 def as_tensor(value: Any, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
     """Numbers as a tensor again."""
+    if isinstance(value, (bool, float)):  # filled on the device: a copy would be waited for
+        return torch.full((), value, dtype=dtype, device=device)
     return torch.as_tensor(value, dtype=dtype, device=device)
 
 

@@ -207,10 +207,12 @@ class AlphaScheduler(LRScheduler):
                 f"policy {type(self.policy).__name__} returned envelope({iteration}) = {envelope!r}; "
                 "expected a finite number >= 0"
             )
-        largest = max(self._scheduled) * self.scale
-        if self.schedule is None and largest > self.max_lr and not base.keeps_scale(self.policy):
-            self.scale *= self.max_lr / largest  # it must not wind up against the bound
-        wanted = [rate * self.scale * envelope for rate in self._scheduled]
+        largest, scale = max(self._scheduled) * self.scale, self.scale
+        if largest > self.max_lr and base.keeps_scale(self.policy):
+            scale *= self.max_lr / largest  # cut before the envelope, which still anneals it
+        elif self.schedule is None and largest > self.max_lr:
+            self.scale = scale = scale * self.max_lr / largest  # it must not wind up against the bound
+        wanted = [rate * scale * envelope for rate in self._scheduled]
         positive = [rate for rate in wanted if rate > 0.0]
         if self.min_lr > 0.0 and not positive:
             wanted = [self.min_lr] * len(wanted)

@@ -941,3 +941,14 @@ def test_a_recorded_mean_does_not_replace_what_loss_fn_says():
         guided.step()
     check_same(guided.alpha_history, reference.alpha_history)
     assert {m.information for m in guided.alpha_history} == {"full"}
+
+
+@pytest.mark.filterwarnings("ignore:loss_fn")
+def test_a_batch_without_a_target_that_counts_raises_nothing():
+    model, loss_fn = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn)
+    for target in (0, -100, 1):
+        guided.zero_grad()
+        loss_fn(model(torch.randn(5, 4)), torch.full((5,), target)).backward()
+        guided.step()
+    assert {m.status.value for m in guided.alpha_history} == {"not_finite"}

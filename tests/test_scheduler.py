@@ -160,6 +160,21 @@ def test_a_search_that_passes_the_bound_still_knows_where_it_is():
     assert rates[-1] == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize(
+    "policy", [lambda: CalibrateThenAnneal(300), lambda: WithWarmup(CalibrateThenAnneal(300), 10)]
+)
+def test_a_search_held_by_a_bound_is_annealed_all_the_same(policy):
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, policy(), max_lr=0.02)
+    data = [(x, (x[:, 0] > 0).long()) for x, _ in batches(300)]
+    rates = [rate for (rate,) in train(model, loss_fn, guided, scheduler, data)]
+    assert max(rates) <= 0.02 * (1 + 1e-9)
+    assert max(rates[150:]) > 0.002
+    assert rates[-1] < 0.1 * max(rates[150:])
+
+
 def test_the_bound_cuts_the_curve_of_a_schedule_and_leaves_the_rest():
     model, base = make()
     loss_fn = nn.CrossEntropyLoss()

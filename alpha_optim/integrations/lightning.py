@@ -49,12 +49,13 @@ class AlphaMonitor(Callback):
         for index, optimizer in enumerate(trainer.optimizers):
             if not isinstance(optimizer, AlphaGuided):
                 continue
-            steps = optimizer.iteration - self._logged.get(index, 0)
-            if steps < self.every:
+            last = self._logged.get(index, 0)
+            if optimizer.iteration - last < self.every:
                 continue
             self._logged[index] = optimizer.iteration
             name = "alpha_optim" if len(trainer.optimizers) == 1 else f"alpha_optim_{index}"
-            found = metrics_of(optimizer.alpha_history, steps)
+            # The newest measurement is that of the step before the last.
+            found = metrics_of(optimizer.alpha_history.up_to(optimizer.iteration, after=last - 2))
             metrics = {f"{name}/{key}": value for key, value in found.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)

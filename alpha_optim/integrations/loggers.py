@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from alpha_optim.alpha import AlphaMeasurement
-from alpha_optim.history import AlphaHistory
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.window import window_alpha
 
 Metrics = dict[str, float]
 
 
-def metrics_of(history: AlphaHistory, count: int) -> Metrics:
-    """Alpha over the last measurements and the learning rates of the last step, for a logger.
+def metrics_of(recent: Sequence[AlphaMeasurement]) -> Metrics:
+    """Alpha over some measurements and the learning rates of the last step, for a logger.
 
     Args:
-        history: What was measured.
-        count: Over how many measurements alpha is taken.
+        recent: The measurements, oldest first.
 
     Returns:
         ``alpha`` and ``alpha_std`` (pure numbers), ``step_length`` (parameter distance), ``lr`` (``lr_0``,
         ``lr_1``, ... where param groups differ); what is not finite is left out.
     """
-    recent = history[-count:]
     if not recent:
         return {}
     newest, window = recent[-1], window_alpha(recent)
     # Of a single step its own alpha, with the conventions of its status.
-    alpha = newest.alpha if count == 1 else window.alpha
+    alpha = newest.alpha if len(recent) == 1 else window.alpha
     metrics = {"alpha": alpha, "alpha_std": window.alpha_std, "step_length": newest.step_length}
     if len(set(newest.lr)) == 1:
         metrics["lr"] = newest.lr[0]
@@ -84,7 +81,7 @@ def log_measurements(
         waiting += 1
         if waiting == every:
             waiting = 0
-            metrics = {prefix + name: value for name, value in metrics_of(history, every).items()}
+            metrics = {prefix + name: value for name, value in metrics_of(history[-every:]).items()}
             log(metrics, measurement.iteration)
 
     return history.subscribe(measured)

@@ -50,9 +50,10 @@ class AlphaCallback(TrainerCallback):
         """
         if logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
             return
-        count = max(1, self._optimizer.iteration - self._logged)
-        self._logged = self._optimizer.iteration
-        metrics = metrics_of(self._optimizer.alpha_history, count)
+        now, last = self._optimizer.iteration, self._logged
+        self._logged = now
+        # The newest measurement is that of the step before the last.
+        metrics = metrics_of(self._optimizer.alpha_history.up_to(now, after=last - 2))
         extra = {name: value for name, value in metrics.items() if not name.startswith("lr")}
         logs.update(extra)
         state.log_history[-1].update(extra)

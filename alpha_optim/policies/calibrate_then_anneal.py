@@ -154,8 +154,7 @@ class CalibrateThenAnneal:
                 stacklevel=2,
             )
         if isinstance(self._search, LossSearch):
-            last = loss_search.LONGEST * self.calibration_steps
-            return self._annealed(iteration, self._done_at if self._done else last)
+            return self._annealed(iteration, self._done_at) if self._done else 1.0
         if iteration < self.calibration_steps:
             return self._start if self._search is None and not self._done else 1.0
         return self._late() * self._annealed(iteration, self.calibration_steps)

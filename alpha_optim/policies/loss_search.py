@@ -83,6 +83,8 @@ class LossSearch:
         self._knee = Crossing()  # of the fast climb
         self._pace = FASTEST
         self._last: int | None = None
+        self._begin: int | None = None  # iteration of the first measurement
+        self._from = 0  # measurements of earlier iterations belong to the climb before
         self._samples = 0
         self._taken_back = 0
 
@@ -91,8 +93,9 @@ class LossSearch:
         n, loss = measurement.iteration, measurement.loss_start
         here = self._trail.at(n)
         steps = 1 if self._last is None else max(1, n - self._last)
+        self._begin = n if self._begin is None else self._begin
         self._last, self._samples = n, measurement.samples_start
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) or n < self._from:
             return
         if self._stage == 0:
             self._to_the_start(measurement, loss, here)
@@ -106,9 +109,9 @@ class LossSearch:
             self.position += min(LARGEST, self._climb() * steps)
             if self.trace.risen():
                 self._end_climb(n, here)
-            elif n >= LONGEST * self.calibration_steps:
+            elif n - self._begin >= LONGEST * self.calibration_steps:
                 self._stage = 2
-                self._end_climb(n, self.position, risen=False)
+                self._end_climb(n, here, risen=False)
         # Measurement n is known after step n+1, so a change acts from step n+2 on.
         self._trail.note(n + 2, self.position)
 
@@ -124,7 +127,8 @@ class LossSearch:
         size = max(abs(loss), math.sqrt(variance) if variance > 0.0 else 0.0)
         change = min(JUMP, math.log(PROMISE * size / abs(rises[0]))) if size > 0.0 else 0.0
         self.position = max(self.position, here + change) if change > 0.0 else here + change
-        if change < 1.0 or measurement.iteration >= self.calibration_steps // 2:
+        assert self._begin is not None
+        if change < 1.0 or measurement.iteration - self._begin >= self.calibration_steps // 2:
             single = self.calibration_steps < SINGLE
             self._pace = min(FASTEST, WIDTH / self.calibration_steps) if single else FASTEST
             self._begin_climb(2 if single else 1)
@@ -147,10 +151,11 @@ class LossSearch:
     def _end_climb(self, n: int, edge: float, risen: bool = True) -> None:
         """The loss has risen at this log rate: climb again, or take the rate at which it was lowest."""
         assert self.trace is not None
-        self.wants_return = risen
+        self.wants_return, self._from = risen, n + 2
+        assert self._begin is not None
         lowest = self.trace.lowest()
         if self._stage == 1:
-            left = max(FEWEST_SLOW, self.calibration_steps - n)
+            left = max(FEWEST_SLOW, self.calibration_steps - (n - self._begin))
             self._pace = min(FASTEST, max(SLOWEST, WIDTH / left))
             knee = self._knee.found
             self.position = edge - SPAN if knee is None else min(edge - SPAN, knee - BELOW)
@@ -159,7 +164,9 @@ class LossSearch:
             self._begin_climb(2)
             return
         seen = [where for where in (self._knee.found, self._first_lowest, lowest) if where is not None]
-        self.position = statistics.median(seen) if seen else edge - 1.0
+        # Not a word from anything: below what is known to be too high, else at least the user's own rate.
+        nothing = edge - 1.0 if risen else max(0.0, edge)
+        self.position = statistics.median(seen) if seen else nothing
         self.position += room_above(self._samples) if self.boost is None else math.log(self.boost)
         self.done = True
 
@@ -172,6 +179,7 @@ class LossSearch:
             self._window.clear()
             if self._stage == 1 or self._taken_back >= EVENTS or event.reason != "loss_rose":
                 self._end_climb(event.iteration, edge)
+                self._from = event.iteration  # the factor acts before the step that was not made
         self._trail.note(event.iteration, self.position)
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,6 +192,8 @@ class LossSearch:
             "trail": self._trail.state(),
             "window": self._window.state_dict(),
             "stage": self._stage,
+            "begin": self._begin,
+            "from": self._from,
             "first_lowest": self._first_lowest,
             "knee": self._knee.state_dict(),
             "pace": self._pace,
@@ -199,6 +209,7 @@ class LossSearch:
         self.trace = None if state["trace"] is None else LossTrace.of(state["trace"])
         self._trail.restore(state["trail"])
         self._window.load_state_dict(state["window"])
+        self._begin, self._from = state["begin"], int(state["from"])
         self._first_lowest = state["first_lowest"]
         self._knee.load_state_dict(state["knee"])
         self._stage, self._pace, self._last = int(state["stage"]), float(state["pace"]), state["last"]

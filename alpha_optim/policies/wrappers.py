@@ -52,7 +52,10 @@ class Bounded:
         return True if question is None else question(iteration)
 
     def on_event(self, event: GuardEvent) -> None:
-        """Tell the inner policy."""
+        """Tell the inner policy; one that keeps count of the scale will take back what the guard did."""
+        if base.keeps_scale(self.policy):
+            self._wanted *= event.scale_factor
+            self._product *= event.scale_factor
         base.tell_event(self.policy, event)
 
     def wants_return(self) -> bool:
@@ -91,6 +94,11 @@ class WithWarmup:
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the inner factor once the warm-up is over, 1 before."""
         return self.policy(measurement) if measurement.iteration >= self.steps else 1.0
+
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether the inner policy keeps count of the scale."""
+        return base.keeps_scale(self.policy)
 
     def envelope(self, iteration: int) -> float:
         """Return the warm-up times the inner envelope."""

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, measure_alpha
+from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, WithWarmup, measure_alpha
 from alpha_optim.policies import base
 from alpha_optim.policies.loss_trace import Level, LossTrace
 from alpha_optim.policies.loss_watch import LossWatch
@@ -147,3 +147,20 @@ def test_a_noisy_stretch_without_progress_is_not_taken_for_the_lowest():
     for n in range(30, 40):
         trace.add(0.1, 0.1 * n, 0.3)
     assert trace.has_fallen()
+
+
+def test_a_search_that_begins_late_takes_its_time():
+    """Behind a warm-up that is longer than the calibration."""
+    run = Caricature(1e-3)
+    run.policy = WithWarmup(CalibrateThenAnneal(STEPS), 2 * run.policy.calibration_steps + 50)
+    rates = [run.step() for _ in range(550)]
+    assert 1 / 4 < max(rates[520:]) < 2
+
+
+def test_where_too_little_is_seen_the_users_rate_is_used():
+    run = Caricature(0.5)
+    whole = run.policy
+    run.policy = lambda m: whole(m) if m.iteration % 50 == 0 else 1.0
+    run.policy.envelope = whole.envelope
+    rates = [run.step() for _ in range(400)]
+    assert 0.2 < rates[-1] <= 0.5
