@@ -141,11 +141,11 @@ TEXT = """
 `python -m examples.benchmarks.rate_free` (raw results in `examples/benchmarks/results/rates.jsonl`). Test
 accuracy in % or test loss. **alpha** is `AlphaScheduler(total_steps=...)` from initial rates of 1e-6, 1e-4,
 1e-2, 1 and 100 with up to three seeds each; **tuned** the best of nine rates with linear decay (constant for
-Schedule-Free), chosen on a validation split and run again on three fresh seeds; **guessed** the middle of that
-grid on the same seeds. *found* is the highest rate after
-the first fifth of a run, which in runs of 600 steps can still be that of the climb. *time* is that of a run as a
-multiple of a tuned one, the search not counted; other work shared the machine. *reached*:
-worst within 0.5 points (3 % of the loss) of tuned's worst seed; median within 0.2 points (3 %) of tuned's mean.
+Schedule-Free), chosen on a validation split and run again on three fresh seeds; **guessed** the middle of
+that grid on the same seeds. *found* is the highest rate after the first fifth of a run, which in runs of 600
+steps can still be that of the climb. *time* is that of a run as a multiple of a tuned one, the search not
+counted; other work shared the machine. *reached*: worst within 0.5 points (3 % of the loss) of tuned's worst
+seed; median within 0.2 points (3 %) of tuned's mean.
 
 """
 
@@ -194,7 +194,10 @@ def picture(rows: list[Row], path: Path) -> None:
         axes.set_xscale("log")
         axes.set_title(problem, fontsize=9)
         axes.tick_params(labelsize=7)
-        axes.legend(fontsize=6)
+    handles = [
+        plt.Line2D([], [], marker=".", linestyle="-", color=f"C{k}", label=b) for k, b in enumerate(BASES)
+    ]
+    figure.legend(handles=handles, loc="lower right", fontsize=8)
     figure.supxlabel("initial learning rate", fontsize=9)
     figure.supylabel("test accuracy in % or test loss; lines: tuned", fontsize=9)
     figure.tight_layout()
