@@ -27,7 +27,7 @@ step, variances of slopes from 16 samples now and then. **exact** takes all samp
 the passes over parameters at the memory bandwidth of the machine. *layerwise* is that backend where the
 default is `backpack` (plain SGD); *cached* our own reference backend with all samples, *Cockpit* the original
 implementation, *vmap* the plain step beside gradients of single samples by `torch.func.vmap`. The machine is
-shared: figures scatter by about 0.04.
+shared: figures scatter by about 0.05.
 
 """
 WHY = """
@@ -119,7 +119,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         axes.bar(*zip(*points, strict=True), width=0.17, color=colour, label=name)
     axes.set_yscale("log")
     axes.set_ylabel("overhead, % of a plain step")
-    axes.set_xticks(range(len(rows)), [f"{row['model']}\n{row['optimizer']}" for row in rows], fontsize=8)
+    axes.set_xticks(range(len(rows)), [f"{row['model']}\n{row['optimizer']}" for row in rows], fontsize=6)
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
