@@ -25,9 +25,7 @@ class Crossing:
 
     def see(self, measurement: AlphaMeasurement, position: float) -> None:
         """Add a step that was made at a log rate."""
-        # Products of slope and step grow with the rate; divided by it, old rates weigh as new ones.
-        rate = measurement.lr[0] if measurement.lr and measurement.lr[0] > 0.0 else 1.0
-        if not self._window.add(measurement, weight=1.0 / rate):
+        if not self._window.add_per_rate(measurement):
             return
         self._where.append(position)
         if len(self._window) < FEWEST or self.found is not None:

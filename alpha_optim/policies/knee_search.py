@@ -53,9 +53,7 @@ class KneeSearch:
         """Move `position` for this measurement."""
         n = measurement.iteration
         self._from = n + 2 if self._from is None else self._from
-        # Products of slope and step grow with the rate; divided by it, old rates weigh as new ones.
-        rate = measurement.lr[0] if measurement.lr and measurement.lr[0] > 0.0 else 1.0
-        if n >= self._from and self._window.add(measurement, weight=1.0 / rate):
+        if n >= self._from and self._window.add_per_rate(measurement):
             self._where.append(self._trail.at(n))
         steps = 1 if self._last is None else max(1, n - self._last)
         self._last = n

@@ -72,7 +72,7 @@ class LossSearch:
     def __init__(self, calibration_steps: int, boost: float | None) -> None:
         """Start low."""
         self.calibration_steps, self.boost = calibration_steps, boost
-        self.start = self.position = math.log(START)
+        self.position = math.log(START)  # log scale asked for
         self.done = False
         self.wants_return = False
         self.trace: LossTrace | None = None
@@ -104,8 +104,7 @@ class LossSearch:
             self.trace.see(measurement, here)
             if self._stage == 1:
                 self._knee.see(measurement, here)
-            rate = measurement.lr[0] if measurement.lr and measurement.lr[0] > 0.0 else 1.0
-            self._window.add(measurement, weight=1.0 / rate)
+            self._window.add_per_rate(measurement)
             self.position += min(LARGEST, self._climb() * steps)
             if self.trace.risen():
                 self._end_climb(n, here)

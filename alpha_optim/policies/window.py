@@ -25,6 +25,14 @@ class AlphaWindow:
             self._rises.append((rises[0] * weight, rises[1] * weight))
         return rises is not None
 
+    def add_per_rate(self, measurement: AlphaMeasurement) -> bool:
+        """Add a measurement of a climb or descent, in which old rates should weigh as new ones.
+
+        Products of slope and step length grow with the rate, so they are divided by it.
+        """
+        rate = measurement.lr[0] if measurement.lr and measurement.lr[0] > 0.0 else 1.0
+        return self.add(measurement, weight=1.0 / rate)
+
     def clear(self) -> None:
         """Forget everything, after the rate has changed."""
         self._rises.clear()
