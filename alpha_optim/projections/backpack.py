@@ -27,14 +27,9 @@ from alpha_optim.direction import Direction, at_least_float32
 from alpha_optim.gradient_watch import LossGradients
 from alpha_optim.passes import BackwardPass, PassLog
 from alpha_optim.projections.base import Names, SampleSlopes
-from alpha_optim.projections.contractions import (
-    Contraction,
-    bias_rows,
-    contraction_of,
-    layers_to_contract,
-    rowwise,
-)
+from alpha_optim.projections.contractions import Contraction, contraction_of, layers_to_contract
 from alpha_optim.projections.gram import Factors
+from alpha_optim.projections.individual import backpack_rules
 from alpha_optim.projections.layers import KnownLayers, LayerCall
 from alpha_optim.projections.recorder import BySample, SampleRecorder, add_to
 from alpha_optim.projections.self_check import NOT_ADDED_UP, SelfCheck
@@ -236,7 +231,7 @@ def _along_start(waiting: _Waiting, gradient: Tensor, factors: Factors | None) -
 
 
 class BackpackProduct:
-    """A linear layer's derivative times changes of its parameters, by BackPACK."""
+    """A linear layer's derivative times changes of its parameters, by the rule of our BackPACK extension."""
 
     def __init__(self, call: LayerCall, rows: int) -> None:
         """Keep the rows of the call on a stand-in, where BackPACK looks for them."""
@@ -249,19 +244,16 @@ class BackpackProduct:
 
     def along(self, changes: dict[str, Tensor], made: float | Tensor = 0.0) -> Tensor:
         """See `Contraction`."""
-        parts = []
-        for name, change in changes.items():
-            change = change.to(self._gradient.dtype)
-            if name == "bias":
-                parts.append(bias_rows(self._standin, change, self._gradient))
-            else:
-                moved = _linear_rule().weight_jac_mat_prod(self._standin, (), (self._gradient,), change)
-                parts.append(rowwise(moved, self._gradient))
+        rule, gradient = _linear_rule(), self._gradient
+        parts = [
+            rule.along(self._standin, name, gradient, change.to(gradient.dtype))
+            for name, change in changes.items()
+        ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 @lru_cache(maxsize=1)
 def _linear_rule() -> Any:
-    from backpack.core.derivatives.linear import LinearDerivatives
+    from alpha_optim.projections.backpack_extension import LayerSlopes
 
-    return LinearDerivatives()
+    return LayerSlopes(backpack_rules()[nn.Linear])

@@ -14,9 +14,9 @@ have convolutions of few channels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -120,11 +120,19 @@ def _linear_in_parameters(call: LayerCall, changes: Values, gradient: Tensor) ->
     weight = changes.get("weight")
     if weight is None:
         return bias_rows(call.layer.module, changes["bias"], gradient)
-    standin = copy.copy(call.layer.module)
-    standin._parameters = {"weight": weight, "bias": changes.get("bias")}  # type: ignore[dict-item] # - tensors do
     args = tuple(_wide_to(value, gradient.dtype) for value in call.args)
     kwargs = {name: _wide_to(value, gradient.dtype) for name, value in call.kwargs.items()}
-    return rowwise(standin.forward(*args, **kwargs), gradient)
+    return rowwise(layer_on(call.layer.module, changes, args, kwargs), gradient)
+
+
+def layer_on(
+    module: nn.Module, changes: Values, args: Sequence[Any], kwargs: dict[str, Any] | None = None
+) -> Tensor:
+    """Apply a layer that is linear in its parameters with changes in place of them."""
+    standin = copy.copy(module)
+    standin._parameters = {"weight": changes["weight"], "bias": changes.get("bias")}  # type: ignore[dict-item] # - tensors do
+    output: Tensor = standin.forward(*args, **(kwargs or {}))
+    return output
 
 
 def _linear(call: LayerCall, changes: Values, gradient: Tensor) -> Tensor:
@@ -137,7 +145,7 @@ def _linear(call: LayerCall, changes: Values, gradient: Tensor) -> Tensor:
 
 def bias_rows(module: nn.Module, bias: Tensor, gradient: Tensor) -> Tensor:
     """What a change of the bias contributes to every row, float64 ``[rows]``."""
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):
         return (gradient.flatten(2).sum(2) @ bias).double()
     along = gradient @ bias
     return (along.flatten(1).sum(1) if along.dim() > 1 else along).double()
@@ -155,7 +163,7 @@ def _embedding(call: LayerCall, changes: Values, gradient: Tensor) -> Tensor:
     return rowwise(moved, gradient)
 
 
-_CONVOLUTIONS = (
+CONVOLUTIONS = (
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
@@ -167,7 +175,7 @@ _PRODUCTS: dict[type[nn.Module], Callable[[LayerCall, Values, Tensor], Tensor]] 
     nn.Linear: _linear,
     nn.Embedding: _embedding,
     nn.Bilinear: _linear_in_parameters,
-    **dict.fromkeys(_CONVOLUTIONS, _linear_in_parameters),
+    **dict.fromkeys(CONVOLUTIONS, _linear_in_parameters),
 }
 
 

@@ -29,7 +29,8 @@ NEEDS_OUTPUT = (nn.RNN, nn.LSTM)
 
 
 @lru_cache(maxsize=1)
-def _backpack_rules() -> dict[type[nn.Module], BaseParameterDerivatives]:
+def backpack_rules() -> dict[type[nn.Module], BaseParameterDerivatives]:
+    """BackPACK's derivatives of the layers it covers."""
     from backpack.core.derivatives.batchnorm_nd import BatchNormNdDerivatives
     from backpack.core.derivatives.conv1d import Conv1DDerivatives
     from backpack.core.derivatives.conv2d import Conv2DDerivatives
@@ -61,7 +62,7 @@ def _backpack_rules() -> dict[type[nn.Module], BaseParameterDerivatives]:
 
 def backpack_covers(module: nn.Module) -> bool:
     """Whether BackPACK's derivatives (with our rule for BatchNorm in training) cover a layer."""
-    if type(module) not in _backpack_rules():
+    if type(module) not in backpack_rules():
         return False
     if isinstance(module, (nn.RNN, nn.LSTM)):
         return (
@@ -120,7 +121,7 @@ def _from_backpack(call: LayerCall, rows: int, per_sample: int) -> dict[str, Ten
         gradient = gradient.reshape(-1, per_sample, *gradient.shape[1:])
     standin.input0 = layer_input
     standin.output = gradient if call.output is None else call.output[:rows].to(dtype)
-    rule = _backpack_rules()[type(module)]
+    rule = backpack_rules()[type(module)]
     try:
         return {
             name: rule.param_mjp(name, standin, (), (gradient,), gradient, sum_batch=False)
