@@ -304,8 +304,9 @@ def test_random_numbers_inside_a_layer_are_drawn_again():
 WIDE = [8, 8, 6, 8, 8]
 
 
+@pytest.mark.parametrize("backend", ["backpack", "layerwise"])
 @pytest.mark.parametrize("clip", [False, True])
-def test_wide_layers_go_through_inner_products_of_samples(clip, monkeypatch):
+def test_wide_layers_go_through_inner_products_of_samples(clip, backend, monkeypatch):
     from alpha_optim.projections.gram import Factors
 
     calls = []
@@ -325,17 +326,65 @@ def test_wide_layers_go_through_inner_products_of_samples(clip, monkeypatch):
     expected = observe_run(
         twin, zoo.cross_entropy_of_one, F.cross_entropy, Clipped(twin.parameters(), lr=0.3), batches
     )
-    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.3), model, loss_fn, variance="exact")
+    sgd = torch.optim.SGD(model.parameters(), lr=0.3)
+    guided = AlphaGuided(sgd, model, loss_fn, variance="exact", backend=backend)
     for x, y in batches:
         guided.zero_grad()
         loss_fn(model(x), y).backward()
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         guided.step()
-    assert guided.backend == "backpack"
     check(list(guided.alpha_history), expected)
     assert calls.count(True) == 10
     assert calls.count(False) == 8  # two wide layers, at the ends of four steps
+
+
+@pytest.mark.parametrize("backend", ["backpack", "layerwise"])
+def test_inputs_that_the_next_batch_overwrites(backend):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3)).double()
+    batches = [(torch.randn(6, 40, dtype=torch.float64), torch.randint(0, 3, (6,))) for _ in range(4)]
+    twin, loss_fn, memory = copy.deepcopy(model), nn.CrossEntropyLoss(), torch.empty(6, 40, dtype=torch.float64)
+    bare = torch.optim.SGD(twin.parameters(), lr=0.3)
+    expected = observe_run(twin, zoo.cross_entropy_of_one, F.cross_entropy, bare, batches)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.3)
+    guided = AlphaGuided(sgd, model, loss_fn, variance="exact", backend=backend)
+    for x, y in batches:
+        guided.zero_grad()
+        loss_fn(model(memory.copy_(x)), y).backward()
+        guided.step()
+    check(list(guided.alpha_history), expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "layerwise"])
+def test_momentum_that_is_switched_on_and_off(backend):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3)).double()
+    batches = [(torch.randn(6, 40, dtype=torch.float64), torch.randint(0, 3, (6,))) for _ in range(9)]
+    twin, loss_fn = copy.deepcopy(model), nn.CrossEntropyLoss()
+
+    class Switched(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure=None):
+            self.param_groups[0]["momentum"] = 0.9 if self.steps in (3, 4, 5) else 0.0
+            self.steps += 1
+            return super().step(closure)
+
+    expected = observe_run(
+        twin, zoo.cross_entropy_of_one, F.cross_entropy, Switched(twin.parameters(), lr=0.1), batches
+    )
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    guided = AlphaGuided(sgd, model, loss_fn, variance="exact", backend=backend)
+    for step, (x, y) in enumerate(batches):
+        sgd.param_groups[0]["momentum"] = 0.9 if step in (3, 4, 5) else 0.0
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+    full = [k for k, m in enumerate(guided.alpha_history) if m.information == "full"]
+    # BackPACK's way needs plain SGD already before the backward pass: the first other step is lost to it.
+    assert set(range(8)) - set(full) == ({3} if backend == "auto" else set())
+    check([guided.alpha_history[k] for k in full], [expected[k] for k in full])
 
 
 class Positions(nn.Module):

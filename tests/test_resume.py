@@ -44,6 +44,7 @@ def train(model, loss_fn, guided, scheduler, batches, clip=False):
 
 CASES = [
     ("sgd", "backpack"),
+    ("sgd", "layerwise"),
     ("sgd", "cached"),
     ("momentum", "cached"),
     ("momentum", "gradients"),
@@ -85,19 +86,19 @@ def test_a_resumed_run_continues_bit_for_bit(kind, backend, cut, clip, tmp_path)
         assert run[2].iteration == other[2].iteration
 
 
-@pytest.mark.parametrize("kind", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("sgd", "backpack"), ("sgd", "layerwise"), ("momentum", "auto"), ("adamw", "auto")]
+)
 @pytest.mark.parametrize("variance", ["sampled", "exact"])
 @pytest.mark.parametrize("cut", [1, 2, 7, 30])
-def test_variances_and_what_was_learned_go_on_where_they_were(kind, variance, cut, tmp_path):
+def test_variances_and_what_was_learned_go_on_where_they_were(kind, backend, variance, cut, tmp_path):
     """Wide layers, so that steps are kept as factors; more samples than are sampled; a penalty."""
 
     def make():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(60, 50), nn.Tanh(), nn.Linear(50, 3))
-        guided = AlphaGuided(
-            OPTIMIZERS[kind](model.parameters()), model, nn.CrossEntropyLoss(), variance=variance
-        )
-        return model, guided
+        optimizer, loss_fn = OPTIMIZERS[kind](model.parameters()), nn.CrossEntropyLoss()
+        return model, AlphaGuided(optimizer, model, loss_fn, variance=variance, backend=backend)
 
     def go(model, guided, batches):
         for x, y in batches:

@@ -28,7 +28,7 @@ from alpha_optim.gradient_watch import LossGradients
 from alpha_optim.passes import BackwardPass, PassLog
 from alpha_optim.projections.base import Names, SampleSlopes
 from alpha_optim.projections.contractions import Contraction, contraction_of, layers_to_contract
-from alpha_optim.projections.gram import Factors
+from alpha_optim.projections.gram import Factors, GradientsAsFactors
 from alpha_optim.projections.individual import backpack_rules
 from alpha_optim.projections.layers import KnownLayers, LayerCall
 from alpha_optim.projections.recorder import BySample, SampleRecorder, add_to
@@ -44,9 +44,7 @@ class BackpackBackend:
         """Prepare; see `SampleRecorder` for the arguments."""
         self._recorder = SampleRecorder(names, log, sampled)
         self._check = SelfCheck(names)
-        self._last: dict[int, Factors] = {}  # of the step that is the end's direction
-        self._last_factor: Tensor | float = 1.0
-        self._saved: dict[int, tuple[Tensor, Tensor]] = {}  # factors of a resumed run
+        self._gram = GradientsAsFactors()
         self._index: dict[int, int] = {}
         self._layers = KnownLayers(partial(layers_to_contract, model))
         self._log = log
@@ -63,12 +61,7 @@ class BackpackBackend:
         self._params, self._start = params, start
         self._index = {id(param): index for index, param in enumerate(params)}
         self._check.watch([], params)
-        if self._saved:
-            self._last = {
-                id(params[index]): Factors(inputs.to(params[index].device), gradients.to(params[index].device))
-                for index, (inputs, gradients) in self._saved.items()
-            }
-            self._saved = {}
+        self._gram.begin(params)
         # Shorter than the parameters if a group was added; then the pair is dropped.
         self._end_of = None if end_of is None or len(end_of.bases) != len(params) else end_of
         self._recorder.begin(self._layers.of(params), self._called)
@@ -78,33 +71,31 @@ class BackpackBackend:
         entry, key = self._recorder.accumulated(param), id(param)
         waiting = self._waiting.get(entry, {}).pop(key, [])
         for projection in waiting:
-            alone = projection.factors if len(waiting) == 1 else None
-            if (at_end := self._along_end(projection, key, alone)) is not None:
+            if (at_end := self._along_end(projection, param)) is not None:
                 add_to(self._at_end.setdefault(entry, {}), key, at_end)
             if self._start and param.grad is not None:
-                add_to(self._at_start.setdefault(entry, {}), key, _along_start(projection, param.grad, alone))
-            if alone is not None:
-                self._factors[key] = alone
+                at_start = self._gram.along_gradient(param)
+                values = projection.along(param.grad) if at_start is None else at_start
+                add_to(self._at_start.setdefault(entry, {}), key, values)
             self._projected.setdefault(entry, set()).add(key)
 
-    def _along_end(self, waiting: _Waiting, key: int, factors: Factors | None) -> Tensor | None:
+    def _along_end(self, waiting: _Waiting, param: Tensor) -> Tensor | None:
         if self._end_of is None:
             return None
-        base, rate = self._end_of.bases[self._index[key]], self._end_of.rates[self._index[key]]
-        last = self._last.get(key)
+        index = self._index[id(param)]
+        base, rate = self._end_of.bases[index], self._end_of.rates[index]
         if base is None:
             return None
-        if factors is not None and last is not None and factors.cheaper_than_product(last):
-            return factors.along(last) * self._last_factor * rate
-        return waiting.along(base) * rate
+        by_samples = self._gram.along_last_step(param, waiting.factors)
+        return (waiting.along(base) if by_samples is None else by_samples) * rate
 
     def discard(self) -> None:
         """Forget the passes so far."""
         self._waiting: dict[BackwardPass, dict[int, list[_Waiting]]] = {}
-        self._factors: dict[int, Factors] = {}
         self._at_end: BySample = {}
         self._at_start: BySample = {}
         self._projected: dict[BackwardPass, set[int]] = {}
+        self._gram.discard()
         self._recorder.discard()
 
     def end_slopes(self, direction: Direction) -> SampleSlopes | None:
@@ -118,25 +109,16 @@ class BackpackBackend:
         gradients changed by more than a factor the step is no multiple of it; those measurements keep the
         slopes of the gradients.
         """
-        reason = None
-        self._last, self._factors = self._factors, {}
-        self._last_factor = 1.0 if gradients.factor is None else gradients.factor
+        reason = self._gram.stepped(direction, gradients, len(self._log.reached))
         if not direction.of_gradient:
             return None  # the optimizer is no longer plain SGD
-        if len(self._log.reached) != 1:
-            reason = "several backward passes per step; backend='layerwise' can"
-        elif not all(
-            base is gradient for base, gradient in zip(direction.bases, gradients.tensors, strict=True)
-        ):
-            reason = "the step is no multiple of the gradient; backend='layerwise' can"
         if reason is not None:
-            self.unaccounted.add(["all parameters"], reason)
-            self._last = {}
+            self.unaccounted.add(["all parameters"], f"{reason}; backend='layerwise' can")
             return None
         rates = {id(param): rate for param, rate in zip(self._params, direction.rates, strict=True)}
 
         # What made the step is the gradient times what happened to it since the backward pass.
-        return self._combine(self._at_start, lambda values, key: values * rates[key] * self._last_factor)
+        return self._combine(self._at_start, lambda values, key: values * rates[key] * self._gram.factor)
 
     def _combine(self, store: BySample, scaled: Callable[[Tensor, int], Tensor]) -> SampleSlopes | None:
         by_parameter = {
@@ -170,14 +152,13 @@ class BackpackBackend:
         """Return what was learned about the model, and the factors of the pending step."""
         return {
             "verified": self._check.done,
-            "factor": self._last_factor,
-            "last": {self._index[key]: (f.inputs, f.gradients) for key, f in self._last.items()},
+            **self._gram.state_dict(self._index),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what was learned about the model, and the factors of the pending step."""
         self._check.done = bool(state["verified"])
-        self._last_factor, self._saved = state["factor"], dict(state["last"])
+        self._gram.load_state_dict(state)
 
     def mute(self) -> None:
         """Remove every hook; what was collected stays."""
@@ -206,6 +187,7 @@ class BackpackBackend:
         for name, param in call.layer.params.items():
             if param.requires_grad:
                 factors = Factors.of(call) if whole and name == "weight" else None
+                self._gram.note(param, factors)
                 waiting.setdefault(id(param), []).append(_Waiting(name, per_sample, contraction, factors))
 
 
@@ -222,12 +204,6 @@ class _Waiting:
         """Contract with a change of the parameter, one number per sample."""
         rows = self.contraction.along({self.name: change})
         return rows if self.per_sample == 1 else rows.reshape(-1, self.per_sample).sum(1)
-
-
-def _along_start(waiting: _Waiting, gradient: Tensor, factors: Factors | None) -> Tensor:
-    if factors is not None and factors.cheaper_than_product(factors):
-        return factors.along(factors)
-    return waiting.along(gradient)
 
 
 class BackpackProduct:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from alpha_optim.projections.contractions import CONVOLUTIONS, bias_rows, layer_on, rowwise
 from alpha_optim.projections.gram import Factors
 from alpha_optim.projections.individual import backpack_rules
+from alpha_optim.projections.layers import version_of
 
 
 class SlopesAlong(FirstOrderBackpropExtension):  # type: ignore[misc] # - BackPACK has no types
@@ -99,7 +100,7 @@ class LayerSlopes(FirstOrderModuleExtension):  # type: ignore[misc] # - BackPACK
         """Contract with the parameter's own gradient, by inner products of samples where that is cheaper."""
         layer_input: Any = module.input0
         if name == "weight" and layer_input.dim() == gradient.dim() == 2:
-            factors = Factors(layer_input, gradient)
+            factors = Factors(layer_input, gradient, version_of(layer_input))
             if factors.cheaper_than_product(factors):
                 return factors.along(factors)
         own = self._derivatives.param_mjp(name, module, (), (gradient,), gradient, sum_batch=True)

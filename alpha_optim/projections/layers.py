@@ -291,4 +291,9 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def _versions(value: Any) -> tuple[int, ...]:
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors_in(value))
+    return tuple(map(version_of, tensors_in(value)))
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written to; tensors made in inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -13,6 +13,7 @@ step otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from alpha_optim.passes import BackwardPass, PassLog
 from alpha_optim.projections.base import Names, SampleSlopes
 from alpha_optim.projections.contractions import Contraction, contraction_of, layers_to_contract
 from alpha_optim.projections.forward_mode import ForwardMode
+from alpha_optim.projections.gram import Factors, GradientsAsFactors
 from alpha_optim.projections.layers import (
     KnownLayers,
     Layer,
@@ -33,6 +35,16 @@ from alpha_optim.projections.layers import (
 from alpha_optim.projections.recorder import BySample, SampleRecorder, add_to
 from alpha_optim.projections.self_check import NOT_ADDED_UP, SelfCheck
 from alpha_optim.projections.stand_in import compiled
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A call of a layer, ready to be contracted with a step; ``factors`` for inner products of samples."""
+
+    layer: Layer
+    per_sample: int
+    contraction: Contraction
+    factors: Factors | None
 
 
 class LayerwiseBackend:
@@ -46,9 +58,12 @@ class LayerwiseBackend:
         self._recorder = SampleRecorder(names, log, sampled)
         self._layers = KnownLayers(self._find)
         self._check = SelfCheck(names)
+        self._gram = GradientsAsFactors()
+        self._log, self._exact = log, not sampled
         self._whole_model = compiled(model) is not None
         self._end_of: Direction | None = None
         self._start = False
+        self._index: dict[int, int] = {}
         self.unaccounted = self._recorder.unaccounted
         self.discard()
 
@@ -69,6 +84,7 @@ class LayerwiseBackend:
         if end_of is not None and len(end_of.bases) != len(params):
             self._end_of = None
         self._index = {id(param): index for index, param in enumerate(params)}
+        self._gram.begin(params)
         self._recorder.begin(layers, self._called)
 
     def accumulated(self, param: Tensor) -> None:
@@ -78,8 +94,9 @@ class LayerwiseBackend:
     def discard(self) -> None:
         """Forget the passes so far."""
         self._at_end: BySample = {}
-        self._kept: dict[BackwardPass, list[tuple[Layer, int, Contraction]]] = {}
+        self._kept: dict[BackwardPass, list[_Prepared]] = {}
         self._covered: dict[BackwardPass, set[int]] = {}
+        self._gram.discard()
         self._recorder.discard()
 
     def end_slopes(self, direction: Direction) -> SampleSlopes | None:
@@ -88,27 +105,22 @@ class LayerwiseBackend:
 
     def start_slopes(self, direction: Direction, gradients: LossGradients) -> SampleSlopes | None:
         """Contract what was kept with the step just made."""
+        self._gram.stepped(direction, gradients, len(self._log.reached))
         at_start: BySample = {}
         for entry, calls in self._kept.items():
             store = at_start.setdefault(entry, {})
-            for layer, per_sample, contraction in calls:
-                self._contract_start(entry, store, layer, per_sample, contraction, direction)
+            for call in calls:
+                self._contract_start(entry, store, call, direction)
         self._kept = {}
         return self._combine(at_start)
 
     def _contract_start(
-        self,
-        entry: BackwardPass,
-        store: dict[int, Tensor],
-        layer: Layer,
-        per_sample: int,
-        contraction: Contraction,
-        direction: Direction,
+        self, entry: BackwardPass, store: dict[int, Tensor], call: _Prepared, direction: Direction
     ) -> None:
         try:
-            self._add(store, layer, per_sample, contraction, direction, made=True)
+            self._add(store, call, direction, made=True)
         except UnsupportedLayerError as error:
-            self._recorder.failed(entry, layer, str(error))
+            self._recorder.failed(entry, call.layer, str(error))
 
     def verified(self, of_parameters: Tensor, known: Tensor) -> Tensor | None:
         """Whether the samples of the last answer add up to the gradient ``[]``; None if not all took part."""
@@ -135,12 +147,14 @@ class LayerwiseBackend:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned about the model."""
-        return {"whole_model": self._whole_model, "verified": self._check.done}
+        learned = {"whole_model": self._whole_model, "verified": self._check.done}
+        return {**learned, **self._gram.state_dict(self._index)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what was learned about the model."""
         self._whole_model, self._check.done = bool(state["whole_model"]), bool(state["verified"])
         self._layers = KnownLayers(self._find)
+        self._gram.load_state_dict(state)
 
     # ---------------------------------------------------------------- inside the backward pass
 
@@ -149,34 +163,44 @@ class LayerwiseBackend:
         per_sample = call.rows_per_sample(entry.samples)
         layer = Layer(call.layer.module, {n: p for n, p in call.layer.params.items() if p.requires_grad})
         make: Any = ForwardMode if self._whole_model else contraction_of
-        contraction: Contraction | None = None
+        prepared = None
         if self._end_of is not None:
             taking_part = samples if self._check.done else entry.samples
-            contraction = make(call, taking_part * per_sample)
-            assert contraction is not None
-            self._add(self._at_end.setdefault(entry, {}), layer, per_sample, contraction, self._end_of)
+            prepared = _Prepared(
+                layer, per_sample, make(call, taking_part * per_sample), self._factors(call, per_sample)
+            )
+            self._add(self._at_end.setdefault(entry, {}), prepared, self._end_of)
         if self._start:
-            if contraction is None or (samples < entry.samples and not self._check.done):
-                contraction = make(call, samples * per_sample)
-            self._kept.setdefault(entry, []).append((layer, per_sample, contraction))
+            if prepared is None or (samples < entry.samples and not self._check.done):
+                prepared = _Prepared(
+                    layer, per_sample, make(call, samples * per_sample), self._factors(call, per_sample)
+                )
+            self._kept.setdefault(entry, []).append(prepared)
+            for param in call.layer.params.values():
+                self._gram.note(param, prepared.factors)
         self._covered.setdefault(entry, set()).update(map(id, call.layer.params.values()))
 
-    def _add(
-        self,
-        store: dict[int, Tensor],
-        layer: Layer,
-        per_sample: int,
-        contraction: Contraction,
-        direction: Direction,
-        made: bool = False,
-    ) -> None:
+    def _factors(self, call: LayerCall, per_sample: int) -> Factors | None:
+        """The gradient of the call's weight as a product, where all samples take part."""
+        return Factors.of(call) if self._exact and per_sample == 1 and not self._whole_model else None
+
+    def _add(self, store: dict[int, Tensor], call: _Prepared, direction: Direction, made: bool = False) -> None:
         """Contract one call with a step, made or not, and add the result to its group."""
-        changes, rate = self._changes(layer, direction)
+        changes, rate = self._changes(call.layer, direction)
         if not changes:
             return
-        rows = contraction.along(changes, rate if made else 0.0) * rate
-        values = rows if per_sample == 1 else rows.reshape(-1, per_sample).sum(1)
-        add_to(store, self._check.group_of(layer), values)
+        rows = None
+        if "weight" in changes:
+            rows = self._gram.along_last_step(call.layer.params["weight"], call.factors)
+        if rows is not None:
+            del changes["weight"]
+            rows = rows * direction.rates[self._index[id(call.layer.params["weight"])]]
+        if changes:
+            others = call.contraction.along(changes, rate if made else 0.0) * rate
+            rows = others if rows is None else rows + others
+        assert rows is not None
+        values = rows if call.per_sample == 1 else rows.reshape(-1, call.per_sample).sum(1)
+        add_to(store, self._check.group_of(call.layer), values)
 
     def _changes(self, layer: Layer, direction: Direction) -> tuple[dict[str, Tensor], Any]:
         """Changes of a layer's parameters by local name, up to one common rate."""
