@@ -28,8 +28,10 @@ CALM = 10
 """After so many steps of which none was taken back the rate returns towards the one held."""
 SPARSE = 10
 """After the calibration every so many steps are measured, if the policy decides (``every=None``)."""
-RAMP = 10
-"""After the calibration the rate grows linearly from a tenth in so many steps: optimizers start anew."""
+RAMP = 20
+SHORTEST_RAMP = 10
+"""After the calibration the rate grows linearly from a tenth in a 20th of the run, at least 10 steps:
+optimizers start anew."""
 
 
 class CalibrateThenAnneal:
@@ -79,6 +81,11 @@ class CalibrateThenAnneal:
         self._done_at = 0  # first iteration after the calibration
         self._held = 0.0  # log scale to hold after the calibration
         self._taken_back = -CALM - 1  # iteration at which a step was taken back last
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the calibration is over and the rate found."""
+        return self._done
 
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the factor for this measurement."""
@@ -170,7 +177,8 @@ class CalibrateThenAnneal:
     def _annealed(self, iteration: int, begin: int) -> float:
         """Fall from 1 at ``begin`` to 0, perhaps after a ramp."""
         since = iteration - begin
-        ramped = min(1.0, max(0.1, 0.1 + 0.9 * since / RAMP)) if self._ramp else 1.0
+        ramp = max(SHORTEST_RAMP, self.total_steps // RAMP)
+        ramped = min(1.0, max(0.1, 0.1 + 0.9 * since / ramp)) if self._ramp else 1.0
         if not self.anneal:
             return ramped
         left = self.total_steps - min(iteration, self.total_steps - 1)

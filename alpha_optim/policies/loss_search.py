@@ -106,7 +106,9 @@ class LossSearch:
                 self._knee.see(measurement, here)
             self._window.add_per_rate(measurement)
             self.position += min(LARGEST, self._climb() * steps)
-            if self.trace.risen():
+            # Past the knee rates do harm that the loss may not show for long: no need to wait for the edge.
+            past_the_knee = self._knee.found is not None
+            if self.trace.risen() or (past_the_knee and self.trace.passed(here)):
                 self._end_climb(n, here)
             elif n - self._begin >= LONGEST * self.calibration_steps:
                 self._stage = 2

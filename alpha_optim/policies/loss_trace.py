@@ -12,6 +12,10 @@ RISE = 0.5
 """The climb is over when a window lost this share of all progress since the first step ..."""
 SURE = 4.0
 """... and that is so many standard errors of the difference of two windows."""
+AHEAD = 1.0
+"""The lowest loss lies behind when the log rate there is so much smaller, and the loss ..."""
+BEYOND = 1.5
+"""... so many standard errors above."""
 FALLEN = 2.0
 """A climb has got somewhere when its best window lies so many standard errors below its first."""
 
@@ -68,16 +72,26 @@ class LossTrace:
         """Whether the window at hand lost much of the progress, beyond its noise."""
         if self.best is None:
             return False
-        error = self.best.deviation * math.sqrt(2.0 / self.size)
         rise = self._means[-1][0] - self.best.mean
-        return rise > max(RISE * (self.first - self.best.mean), SURE * error)
+        return rise > max(RISE * (self.first - self.best.mean), SURE * self._error(self.best))
+
+    def passed(self, position: float) -> bool:
+        """Whether the lowest loss lies behind this log rate, risen for good or not."""
+        lowest = self.lowest()
+        if self.best is None or lowest is None or not self.has_fallen():
+            return False
+        rise = self._means[-1][0] - self.best.mean
+        return position - lowest > AHEAD and rise > BEYOND * self._error(self.best)
 
     def has_fallen(self) -> bool:
         """Whether the best window lies below the first one, beyond its noise."""
         if self.best is None:
             return False
-        error = self.best.deviation * math.sqrt(2.0 / self.size)
-        return self._means[0][0] - self.best.mean > FALLEN * error
+        return self._means[0][0] - self.best.mean > FALLEN * self._error(self.best)
+
+    def _error(self, level: Level) -> float:
+        """Standard error of the difference of two windows."""
+        return level.deviation * math.sqrt(2.0 / self.size)
 
     def lowest(self) -> float | None:
         """Log rate at which the loss was lowest: the mean over windows as good as the best."""

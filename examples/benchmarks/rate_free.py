@@ -97,15 +97,16 @@ def run(case: Case) -> dict[str, Any]:
 
     Returns:
         The case, test and validation figures (accuracy in % or loss), the test figure before training, the
-        highest rate after the first fifth of the run, seconds, steps taken back, whether all is finite.
+        highest rate after the calibration (where there is one), seconds, steps taken back, whether all is
+        finite.
     """
     torch.set_num_threads(1)
     problem = ALL[case.problem]
     torch.manual_seed(case.seed)
     model, loss_fn = problem.build(), problem.loss_fn()
     before = figure(problem, model, problem.data().test)
-    optimizer, after_step = prepare(case, problem, model, loss_fn)
-    rates: list[float] = []
+    optimizer, after_step, settled = prepare(case, problem, model, loss_fn)
+    found = 0.0
     begin = time.perf_counter()
     _mode(optimizer, "train")
     for step, (x, y) in enumerate(batches(problem, case.seed)):
@@ -114,7 +115,7 @@ def run(case: Case) -> dict[str, Any]:
         loss.backward()
         optimizer.step(**({"loss": loss.detach()} if case.method == "MoMo" else {}))
         after_step(step)
-        rates.append(float(optimizer.param_groups[0]["lr"]))
+        found = max(found, float(optimizer.param_groups[0]["lr"])) if settled() else 0.0
     seconds = time.perf_counter() - begin
     _mode(optimizer, "eval")
     finite = all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
@@ -123,7 +124,7 @@ def run(case: Case) -> dict[str, Any]:
         "test": figure(problem, model, problem.data().test),
         "validation": figure(problem, model, problem.data().validation),
         "before": before,
-        "found": max(rates[len(rates) // 5 :]),
+        "found": found,
         "seconds": seconds,
         "taken_back": len(optimizer.guard_events) if isinstance(optimizer, AlphaGuided) else 0,
         "finite": finite,
@@ -132,25 +133,29 @@ def run(case: Case) -> dict[str, Any]:
 
 def prepare(
     case: Case, problem: Problem, model: nn.Module, loss_fn: nn.Module
-) -> tuple[torch.optim.Optimizer, Callable[[int], object]]:
-    """The optimizer of a case, and what is done after every step."""
+) -> tuple[torch.optim.Optimizer, Callable[[int], object], Callable[[], bool]]:
+    """The optimizer of a case, what is done after every step, and whether its rate is found."""
     params = list(model.parameters())
     if case.method in PEERS:
         optimizer = PEERS[case.method](params)
         if case.method == "ReduceLROnPlateau":
-            return optimizer, watch_plateau(problem, model, loss_fn, optimizer)
+            return optimizer, watch_plateau(problem, model, loss_fn, optimizer), always
         cosine = CosineAnnealingLR(optimizer, problem.steps) if case.method in COSINE else None
-        return optimizer, lambda step: cosine.step() if cosine is not None else None
+        return optimizer, lambda step: cosine.step() if cosine is not None else None, always
     base = BASES[case.base]
     optimizer = base.build(params, case.lr)
     if case.method == "alpha":
         guided = AlphaGuided(optimizer, model, loss_fn)
         policy = CalibrateThenAnneal(problem.steps, anneal=not base.constant)
         steered = AlphaScheduler(guided, policy)
-        return guided, lambda step: steered.step()
+        return guided, lambda step: steered.step(), lambda: policy.calibrated
     share = (lambda n: 1.0) if base.constant else (lambda n: max(0.0, 1.0 - n / problem.steps))
     decay = LambdaLR(optimizer, share)
-    return optimizer, lambda step: decay.step()
+    return optimizer, lambda step: decay.step(), always
+
+
+def always() -> bool:
+    return True
 
 
 def watch_plateau(

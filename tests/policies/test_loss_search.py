@@ -107,6 +107,36 @@ def test_the_trace_knows_where_the_loss_was_lowest_and_when_it_rose():
     assert trace.risen()
 
 
+def test_the_trace_knows_when_the_lowest_loss_lies_behind():
+    falling = [2.0 - 0.02 * n for n in range(50)]
+    for above, expected in ((0.0, False), (0.1, True)):
+        trace = LossTrace(4, first=2.0)
+        for n, loss in enumerate(falling + [1.02 + above] * 30):
+            trace.add(loss + 0.001 * (-1) ** n, 0.05 * n, 0.01)
+        assert not trace.risen()
+        assert trace.passed(0.05 * 80) is expected
+        assert not trace.passed(trace.lowest() + 0.9)  # not far enough
+
+
+@pytest.mark.parametrize("initial", [1e-6, 1.0, 100.0])
+def test_a_loss_that_stays_low_for_long_does_not_draw_the_climb_far_above_the_knee(initial):
+    class Patient(Caricature):
+        """Above the edge nothing is gained, and far above it a little lost, until the loss rises for good."""
+
+        def step(self):
+            before = self.loss
+            lr = super().step()
+            if self.edge < lr < 100.0 * self.edge:
+                self.loss = before if lr < 6.0 * self.edge else self.good + 0.3 * (2.0 - self.good)
+            return lr
+
+    run = Patient(initial)
+    rates = [run.step() for _ in range(260)]
+    assert max(rates) < 20.0  # a climb until the loss has risen for good passes 100
+    assert run.policy.calibrated
+    assert 1 / 4 < max(rates[230:]) < 6  # where nothing is lost
+
+
 def test_noise_alone_is_no_rise():
     trace = LossTrace(10, first=1.0)
     for n in range(300):
