@@ -3,9 +3,10 @@
 Above the knee alpha says little about how much too large a rate is; there the loss has to speak. Three
 parts, none of which depends on the initial rate: jump to a rate whose steps promise a small decrease
 (start slope times step length); climb fast until the loss has risen, which tells roughly where the edge
-is; go back to the best point and climb slowly from a `SPAN`-th of the edge. Three log rates are seen on the
-way: where alpha rose above 0 in the fast climb, and where the losses of the two climbs were lowest. Each
-alone is misled now and then, by noise or by an optimizer for which it lies low or high; the median is taken.
+is; go back to the best point and climb slowly from a `SPAN`-th of the edge. Past the knee a climb ends as soon
+as the lowest loss lies behind. Three log rates are seen on the way: where alpha rose above 0 in the fast
+climb, and where the losses of the two climbs were lowest. Each alone is misled now and then, by noise or by an
+optimizer for which it lies low or high; the median is taken.
 """
 
 from __future__ import annotations

@@ -101,6 +101,21 @@ def memory_table(rows: list[dict[str, Any]]) -> str:
     return table(header, cells)
 
 
+def profile_tables(results: list[dict[str, Any]]) -> str:
+    """Operations that take more or less time in a measured step, one table per case."""
+    parts = []
+    for result in results:
+        plain = result["plain_ms"]
+        case = f"{result['model']}, {result['optimizer']}, batch {result['batch']}, {result['variant']}"
+        parts.append(f"\n{case} (plain step under the profiler: {plain:.1f} ms):\n\n")
+        lines = [
+            [name, f"{ms:+.2f} ms", f"{100 * ms / plain:+.1f} %", f"{calls:+.1f}"]
+            for name, ms, calls in result["added"]
+        ]
+        parts.append(table(["operation", "added per step", "of the plain step", "calls"], lines))
+    return "".join(parts)
+
+
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
     """Overheads on a log scale."""
     import matplotlib as mpl
@@ -136,6 +151,13 @@ def write() -> None:
     processor = f"{platform.machine()} CPU"
     parts = [HEAD.format(torch=torch.__version__, cpu=processor), cost_table(costs)]
     parts.append("\n![overhead in per cent of a plain step, on a log scale](cost.png)\n" + WHY)
+    profiles = load("profile.jsonl")
+    if profiles:
+        parts.append(
+            "What the measured step takes beyond the plain one, operation by operation, the median over five "
+            "rounds under torch's profiler, which makes every operation longer "
+            "(`python -m examples.benchmarks.profile_step --save`):\n" + profile_tables(profiles) + "\n"
+        )
     parts.append(
         "## What sampling the variances changes\n\nThe same runs measured twice, with sampled and with exact "
         "variances (`python -m examples.benchmarks.sampled --save`), step by step. Means of slopes and losses "
