@@ -33,6 +33,26 @@ def test_the_readmes_code_runs(capsys):
     assert "over 15 steps" in capsys.readouterr().out
 
 
+def test_the_tutorial_runs_as_it_stands(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        exec("\n".join(code), {})
+    printed = capsys.readouterr().out
+    low, middle, good = (float(value) for value in re.findall(r"lr .*: alpha (\S+) ±", printed))
+    assert low < -0.2
+    assert middle < -0.2
+    assert 0.0 < good < 1.0
+    ends = [float(value) for value in re.findall(r"from .*: accuracy (\S+) %", printed)]
+    assert len(ends) == 3
+    assert min(ends) > 88.0
+    assert max(ends) - min(ends) < 3.0
+    assert "policy_returned, rate times 1" in printed
+    assert "resumed at step 300 with 299 measurements" in printed
+    assert (tmp_path / "run.png").is_file()
+
+
 def test_the_demo_trains_and_saves_a_picture(tmp_path):
     done = run("examples.demo", "--steps", "60", "--out", str(tmp_path / "demo.png"))
     assert done.returncode == 0, done.stderr
