@@ -171,8 +171,12 @@ class LineProbe:
         gradients: LossGradients,
         slopes: SampleSlopes | None,
         loss: BatchLoss,
+        lost: Truth = False,
     ) -> EndPoint:
-        """One end of a step in four numbers; variances as they were the last time if not measured now."""
+        """One end of a step in four numbers; variances as they were the last time if not measured now.
+
+        Where the gradient of either end is ``lost``, samples need not add up to it.
+        """
         passes = self.log.reached
         alone = loss.samples == 1 or any(entry.mixed for entry in passes)
         carried = None if alone or role in self._due else self.refresh.variance(role)
@@ -182,7 +186,7 @@ class LineProbe:
             verified = None
             if slopes is not None and variance is not None:
                 numbers = as_tensor(of_parameters, slopes.values.device)
-                known = as_tensor(negated(gradients.lost), slopes.values.device, torch.bool)
+                known = as_tensor(negated(gradients.lost | lost), slopes.values.device, torch.bool)
                 verified = self._backend.verified(numbers, known)
             if variance is not None and verified is not None:
                 variance = either(readable(verified), variance, math.nan)
@@ -210,22 +214,24 @@ class LineProbe:
         reason = self._obstacle()
         if reason is not None or gradients is None:
             return reason
-        if len(pending.direction.bases) != len(self._params):
+        if not len(pending.direction.bases) == len(self._params) == len(gradients.tensors):
             return "parameters_changed"
         if not pending.direction.intact():
             self._keep_direction = True
             return "direction_overwritten"
         assert self._backend is not None
         slopes = self._backend.end_slopes(pending.direction) if "end" in self._due else None
-        point = self._observe("end", iteration, pending.direction, gradients, slopes, loss)
+        lost = pending.point.lost
+        point = self._observe("end", iteration, pending.direction, gradients, slopes, loss, lost)
         edited = differ(self._spots.of(self._params), pending.spots) if self._edited is None else self._edited
         self.newest = PendingPair.of(pending, point, edited, self._backend.read_check)
         return self.newest
 
-    def start_obstacle(self) -> str | None:
-        """Say why this iteration cannot start a pair, or None; called before the optimizer steps."""
+    def start_obstacle(self, params: Sequence[Tensor]) -> str | None:
+        """Say why this iteration cannot start a pair of ``params``; None if it can."""
         reason = self._obstacle()
-        if reason is None and self.watch.params_edited(self._params):
+        same = len(params) == len(self._params) and all(map(is_same, params, self._params))
+        if reason is None and (not same or self.watch.params_edited(self._params)):
             return "parameters_changed"
         return reason
 

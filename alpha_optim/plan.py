@@ -114,12 +114,12 @@ class Plan:
         return {
             "choice": list(self.choice),
             "asked": None if self._asked is None else list(self._asked),
-            "learned": {name: backend.state_dict() for name, backend in self._built.items()},
+            "learned": self._learned | {name: backend.state_dict() for name, backend in self._built.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Take over earlier decisions; None forgets them."""
-        self._asked = None
+        self._asked, self._learned = None, {}
         if state is None:
             return
         self._learned = dict(state["learned"])

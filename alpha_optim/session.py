@@ -195,7 +195,7 @@ class Session:
             self._judge(self.guard, params, closure_loss)
         self._before = None
         if self._start:
-            reason = probe.start_obstacle()
+            reason = probe.start_obstacle(params)
             if reason is not None:
                 self.history.drop(reason)
             else:

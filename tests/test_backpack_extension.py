@@ -17,6 +17,25 @@ NETS = {
         ),
         (5, 2, 6, 6),
     ),
+    "circular": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), nn.Tanh(), nn.Flatten(), nn.Linear(100, 3)
+        ),
+        (4, 2, 5, 5),
+    ),
+    "same": (
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 3, padding="same"), nn.Tanh(), nn.Flatten(), nn.Linear(24, 3)),
+        (4, 2, 6),
+    ),
+    "transposed in groups": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(4, 4, 3, stride=2, output_padding=1, groups=2),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(256, 3),
+        ),
+        (4, 4, 3, 3),
+    ),
     "transposed": (
         lambda: nn.Sequential(nn.ConvTranspose1d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(28, 3)),
         (5, 2, 5),

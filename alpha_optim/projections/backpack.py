@@ -100,7 +100,9 @@ class BackpackBackend:
 
     def end_slopes(self, direction: Direction) -> SampleSlopes | None:
         """Per-sample slopes along the previous step."""
-        return self._combine(self._at_end, lambda values, key: values)
+        slopes = self._combine(self._at_end, lambda values, key: values)
+        self._gram.ended()
+        return slopes
 
     def start_slopes(self, direction: Direction, gradients: LossGradients) -> SampleSlopes | None:
         """Per-sample slopes along the step just made, from projections on the gradient.
@@ -109,7 +111,7 @@ class BackpackBackend:
         gradients changed by more than a factor the step is no multiple of it; those measurements keep the
         slopes of the gradients.
         """
-        reason = self._gram.stepped(direction, gradients, len(self._log.reached))
+        reason = self._gram.stepped(direction, gradients, len(self._log.reached), self._recorder.incomplete())
         if not direction.of_gradient:
             return None  # the optimizer is no longer plain SGD
         if reason is not None:
@@ -146,7 +148,9 @@ class BackpackBackend:
 
     def read_check(self) -> None:
         """Fetch the outcome of the check from the device."""
-        self.unaccounted.add(self._check.read(), NOT_ADDED_UP)
+        failed = self._check.read()
+        if failed and not self._gram.give_up():
+            self.unaccounted.add(failed, NOT_ADDED_UP)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned about the model, and the factors of the pending step."""
@@ -187,7 +191,8 @@ class BackpackBackend:
         for name, param in call.layer.params.items():
             if param.requires_grad:
                 factors = Factors.of(call) if whole and name == "weight" else None
-                self._gram.note(param, factors)
+                if name == "weight":
+                    self._gram.note(param, factors)
                 waiting.setdefault(id(param), []).append(_Waiting(name, per_sample, contraction, factors))
 
 

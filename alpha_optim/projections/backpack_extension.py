@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from backpack.core.derivatives.basederivatives import BaseParameterDerivatives
 from backpack.core.derivatives.linear import LinearDerivatives
 from backpack.extensions.firstorder.base import FirstOrderBackpropExtension, FirstOrderModuleExtension
@@ -27,14 +28,14 @@ from torch import Tensor, nn
 from alpha_optim.projections.contractions import CONVOLUTIONS, bias_rows, layer_on, rowwise
 from alpha_optim.projections.gram import Factors
 from alpha_optim.projections.individual import backpack_rules
-from alpha_optim.projections.layers import version_of
 
 
 class SlopesAlong(FirstOrderBackpropExtension):  # type: ignore[misc] # - BackPACK has no types
     """Saves ``slopes_along``, float64 ``[N]``, on the parameters of linear and convolution layers.
 
     They are shares of what was sent backward: for a mean loss N times smaller than the samples' own slopes.
-    BackPACK warns of other layers with parameters.
+    BackPACK warns of other layers with parameters; of a parameter that several layers share it keeps the
+    numbers of one of them, as it does with its own extensions.
     """
 
     def __init__(self, changes: Mapping[Tensor, Tensor] | None = None) -> None:
@@ -68,10 +69,12 @@ class LayerSlopes(FirstOrderModuleExtension):  # type: ignore[misc] # - BackPACK
         super().__init__(["weight", "bias"])
         self._derivatives: Any = derivatives
 
+    @torch.no_grad()
     def weight(self, extension: SlopesAlong, module: nn.Module, _in: Any, g_out: Any, _none: Any) -> Tensor:
         """Slopes in the weight; BackPACK calls this."""
         return extension.of(self, module, "weight", g_out[0].detach())
 
+    @torch.no_grad()
     def bias(self, extension: SlopesAlong, module: nn.Module, _in: Any, g_out: Any, _none: Any) -> Tensor:
         """Slopes in the bias; BackPACK calls this."""
         return extension.of(self, module, "bias", g_out[0].detach())
@@ -100,8 +103,22 @@ class LayerSlopes(FirstOrderModuleExtension):  # type: ignore[misc] # - BackPACK
         """Contract with the parameter's own gradient, by inner products of samples where that is cheaper."""
         layer_input: Any = module.input0
         if name == "weight" and layer_input.dim() == gradient.dim() == 2:
-            factors = Factors(layer_input, gradient, version_of(layer_input))
-            if factors.cheaper_than_product(factors):
+            factors = Factors.now(layer_input, gradient)
+            if factors.cheap():
                 return factors.along(factors)
-        own = self._derivatives.param_mjp(name, module, (), (gradient,), gradient, sum_batch=True)
+        if name == "weight" and not isinstance(self._derivatives, LinearDerivatives):
+            own = _gradient_of_weight(module, gradient)
+        else:
+            own = self._derivatives.param_mjp(name, module, (), (gradient,), gradient, sum_batch=True)
         return self.along(module, name, gradient, own)
+
+
+def _gradient_of_weight(module: nn.Module, gradient: Tensor) -> Tensor:
+    """Gradient of a convolution's weight by autograd: BackPACK's knows neither all paddings nor all groups."""
+    weight: Any = module.weight
+    layer_input: Any = module.input0
+    with torch.enable_grad():
+        weight = weight.detach().requires_grad_()
+        output = layer_on(module, {"weight": weight}, (layer_input.detach(),))
+        own: Tensor = torch.autograd.grad(output, weight, gradient)[0]
+    return own

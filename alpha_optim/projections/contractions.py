@@ -32,6 +32,7 @@ from alpha_optim.projections.layers import (
     uses_its_children,
 )
 from alpha_optim.projections.shares import has_shares, shares_of
+from alpha_optim.projections.stand_in import reparametrised
 
 Values = dict[str, Tensor]
 
@@ -63,7 +64,7 @@ def contraction_of(call: LayerCall, rows: int) -> Contraction:
     """
     module = call.layer.module
     call.check_unaltered()
-    if not call.args:
+    if not call.args or reparametrised(module):
         return ForwardMode(call, rows)
     shares = shares_of(call, rows)
     if shares is not None:
@@ -82,7 +83,7 @@ def layers_to_contract(model: nn.Module, wanted: set[int]) -> list[Layer]:
     """
 
     def repeated(module: nn.Module, owns_parameters: bool) -> bool:
-        known = has_shares(module) or type(module) in _PRODUCTS
+        known = (has_shares(module) or type(module) in _PRODUCTS) and not reparametrised(module)
         return uses_its_children(module, owns_parameters) or (owns_parameters and not known)
 
     return [

@@ -8,7 +8,7 @@ previous step, along which the end is measured, is known by the factors kept fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,17 @@ class Factors:
     Attributes:
         inputs: The inputs.
         gradients: The gradients of the outputs.
-        version: Version of the inputs at the call.
+        versions: Versions of the two at the call.
     """
 
     inputs: Tensor
     gradients: Tensor
-    version: int
+    versions: tuple[int, int]
+
+    @classmethod
+    def now(cls, inputs: Tensor, gradients: Tensor) -> Factors:
+        """Take two tensors as they are now."""
+        return cls(inputs, gradients, (version_of(inputs), version_of(gradients)))
 
     @classmethod
     def of(cls, call: LayerCall) -> Factors | None:
@@ -42,16 +47,16 @@ class Factors:
             return None
         if call.args[0].dtype != gradient.dtype or gradient.element_size() < 4:
             return None
-        return cls(call.args[0], gradient, version_of(call.args[0]))
+        return cls.now(call.args[0], gradient)
 
-    def cheaper_than_product(self, other: Factors) -> bool:
-        """Whether inner products with the samples of ``other`` take fewer multiplications."""
+    def cheap(self) -> bool:
+        """Whether inner products with these samples take fewer multiplications than the product."""
         wide_in, wide_out = self.inputs.shape[1], self.gradients.shape[1]
-        return len(other.inputs) * (wide_in + wide_out) < wide_in * wide_out
+        return len(self.inputs) * (wide_in + wide_out) < wide_in * wide_out
 
     def intact(self) -> bool:
-        """Whether nobody has written to the inputs since: the next batch may go into the same memory."""
-        return version_of(self.inputs) == self.version
+        """Whether nobody has written to them since: the next batch may go into the same memory."""
+        return (version_of(self.inputs), version_of(self.gradients)) == self.versions
 
     def along(self, other: Factors) -> Tensor:
         """Contract every sample with the gradient that ``other`` is, float64 ``[N]``."""
@@ -61,7 +66,8 @@ class Factors:
 class GradientsAsFactors:
     """Gradients of linear weights as products: those of this step as they come, and those of the step before.
 
-    A weight that is used twice has none, nor has a step that is no multiple of the gradient of one pass.
+    A weight has none where it is used twice or a hook of the user's changes its gradient, nor has a step that
+    is no multiple of the gradient of one pass.
     """
 
     def __init__(self) -> None:
@@ -69,6 +75,8 @@ class GradientsAsFactors:
         self._now: dict[int, Factors | None] = {}
         self._last: dict[int, Factors] = {}
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}  # of a resumed run, by index of the parameter
+        self._overwritten = False  # inputs or output gradients are written to between steps
+        self._used = self._off = False
         self.factor: Scalar = 1.0
         """What the gradients were multiplied by before that step."""
 
@@ -76,7 +84,7 @@ class GradientsAsFactors:
         """Take the parameters of the optimizer, by which a resumed run knows its last step."""
         for index, saved in self._saved.items():
             inputs, gradients = (tensor.to(params[index].device) for tensor in saved)
-            self._last[id(params[index])] = Factors(inputs, gradients, version_of(inputs))
+            self._last[id(params[index])] = Factors.now(inputs, gradients)
         self._saved = {}
 
     def discard(self) -> None:
@@ -85,7 +93,8 @@ class GradientsAsFactors:
 
     def note(self, weight: Tensor, factors: Factors | None) -> None:
         """Take note of a call that a weight was used in."""
-        self._now[id(weight)] = None if id(weight) in self._now else factors
+        again = id(weight) in self._now
+        self._now[id(weight)] = None if again or self._off or _has_hooks(weight) else factors
 
     def along_last_step(self, weight: Tensor, factors: Factors | None) -> Tensor | None:
         """Contract a call with the change of the weight in the last step, up to its rate ``[N]``.
@@ -93,40 +102,78 @@ class GradientsAsFactors:
         None where that is not known or not cheaper than the product.
         """
         last = self._last.get(id(weight))
-        if factors is None or last is None or not (last.intact() and factors.cheaper_than_product(last)):
+        if factors is None or last is None:
             return None
+        if not last.intact():
+            self._overwritten = True
+            return None
+        self._used = True
         return factors.along(last) * self.factor
 
     def along_gradient(self, weight: Tensor) -> Tensor | None:
         """Contract the one call of a weight with its gradient ``[N]``; None as above."""
         factors = self._now.get(id(weight))
-        return factors.along(factors) if factors is not None and factors.cheaper_than_product(factors) else None
+        if factors is None or not factors.cheap():
+            return None
+        self._used = True
+        return factors.along(factors)
 
-    def stepped(self, direction: Direction, gradients: LossGradients, passes: int) -> str | None:
+    def stepped(
+        self, direction: Direction, gradients: LossGradients, passes: int, failed: Collection[int]
+    ) -> str | None:
         """A step was made with these gradients.
+
+        Args:
+            direction: The step.
+            gradients: Gradients of the loss.
+            passes: Number of backward passes.
+            failed: ``id`` of parameters of which not all calls were seen.
 
         Returns:
             Why it is no multiple of the gradient of one pass; None if it is.
         """
         now, self._now, self._last = self._now, {}, {}
-        reason = None
         if not direction.of_gradient:
-            reason = "the optimizer is not plain SGD"
-        elif passes != 1:
-            reason = "several backward passes per step"
-        elif not all(base is own for base, own in zip(direction.bases, gradients.tensors, strict=True)):
-            reason = "the step is no multiple of the gradient"
-        else:
-            self._last = {key: factors for key, factors in now.items() if factors is not None}
-            self.factor = 1.0 if gradients.factor is None else gradients.factor
-        return reason
+            return "the optimizer is not plain SGD"
+        if passes != 1:
+            return "several backward passes per step"
+        if not all(base is own for base, own in zip(direction.bases, gradients.tensors, strict=True)):
+            return "the step is no multiple of the gradient"
+        self.factor = 1.0 if gradients.factor is None else gradients.factor
+        if not self._overwritten:
+            self._last = {
+                key: factors
+                for key, factors in now.items()
+                if factors is not None and key not in failed and factors.cheap()
+            }
+        return None
+
+    def ended(self) -> None:
+        """The end of the last step has been seen: nothing of it is needed any more."""
+        self._last = {}
+
+    def give_up(self) -> bool:
+        """Do without from now on, as samples did not add up; whether that can have been the reason."""
+        used, self._used, self._off = self._used, False, True
+        self._now, self._last = {}, {}
+        return used
 
     def state_dict(self, index: dict[int, int]) -> dict[str, Any]:
         """Return what is known of the last step; ``index`` gives parameters their place."""
-        kept = {index[key]: factors for key, factors in self._last.items() if factors.intact()}
-        last = {place: (factors.inputs, factors.gradients) for place, factors in kept.items()}
-        return {"factor": self.factor, "last": last}
+        kept = {index[key]: f for key, f in self._last.items() if key in index and f.intact()}
+        # Copies: the tensors may be views of the user's whole data, or written to by the next batch.
+        last = {place: (f.inputs.clone(), f.gradients.clone()) for place, f in kept.items()}
+        return {"factor": self.factor, "last": last, "overwritten": self._overwritten, "off": self._off}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what is known of the last step."""
         self.factor, self._saved = state["factor"], dict(state["last"])
+        self._overwritten, self._off = bool(state["overwritten"]), bool(state["off"])
+
+
+def _has_hooks(weight: Tensor) -> bool:
+    """Whether somebody besides us may change the gradient of a weight on its way."""
+    ours = 1
+    return (
+        bool(weight._backward_hooks) or len(getattr(weight, "_post_accumulate_grad_hooks", None) or ()) > ours
+    )

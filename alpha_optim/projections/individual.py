@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from alpha_optim.hooks import tensors_in
 from alpha_optim.projections.layers import LayerCall, UnsupportedLayerError, has_rows
 from alpha_optim.projections.shares import batch_norm_shares
-from alpha_optim.projections.stand_in import stand_in
+from alpha_optim.projections.stand_in import reparametrised, stand_in
 
 if TYPE_CHECKING:
     from backpack.core.derivatives.basederivatives import BaseParameterDerivatives
@@ -62,7 +62,7 @@ def backpack_rules() -> dict[type[nn.Module], BaseParameterDerivatives]:
 
 def backpack_covers(module: nn.Module) -> bool:
     """Whether BackPACK's derivatives (with our rule for BatchNorm in training) cover a layer."""
-    if type(module) not in backpack_rules():
+    if type(module) not in backpack_rules() or reparametrised(module):
         return False
     if isinstance(module, (nn.RNN, nn.LSTM)):
         return (

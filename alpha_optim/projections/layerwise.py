@@ -60,7 +60,7 @@ class LayerwiseBackend:
         self._check = SelfCheck(names)
         self._gram = GradientsAsFactors()
         self._log, self._exact = log, not sampled
-        self._whole_model = compiled(model) is not None
+        self._whole_model = self._gave_up_layers = compiled(model) is not None
         self._end_of: Direction | None = None
         self._start = False
         self._index: dict[int, int] = {}
@@ -77,6 +77,9 @@ class LayerwiseBackend:
     def begin(self, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
         """Hook the model."""
         self.discard()
+        if self._gave_up_layers and not self._whole_model:
+            self._whole_model, self._check.done = True, True
+            self._layers = KnownLayers(self._find)
         layers = self._layers.of(params)
         self._check.watch(layers, params)
         self._start, self._end_of = start, end_of
@@ -101,11 +104,16 @@ class LayerwiseBackend:
 
     def end_slopes(self, direction: Direction) -> SampleSlopes | None:
         """Per-sample slopes along the previous step, contracted while the passes ran."""
-        return self._combine(self._at_end)
+        slopes = self._combine(self._at_end)
+        self._gram.ended()
+        return slopes
 
     def start_slopes(self, direction: Direction, gradients: LossGradients) -> SampleSlopes | None:
-        """Contract what was kept with the step just made."""
-        self._gram.stepped(direction, gradients, len(self._log.reached))
+        """Contract what was kept with the step just made; None if the layers have been given up meanwhile."""
+        if self._gave_up_layers and not self._whole_model:
+            self._kept = {}
+            return None
+        self._gram.stepped(direction, gradients, len(self._log.reached), self._recorder.incomplete())
         at_start: BySample = {}
         for entry, calls in self._kept.items():
             store = at_start.setdefault(entry, {})
@@ -132,7 +140,7 @@ class LayerwiseBackend:
     def read_check(self) -> None:
         """Fetch the outcome of the check from the device, and draw conclusions where it failed."""
         failed = self._check.read()
-        if failed:
+        if failed and not self._gram.give_up():
             self._give_up_layers(failed, NOT_ADDED_UP)
 
     def mute(self) -> None:
@@ -147,12 +155,13 @@ class LayerwiseBackend:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned about the model."""
-        learned = {"whole_model": self._whole_model, "verified": self._check.done}
+        learned = {"whole_model": self._gave_up_layers, "verified": self._check.done}
         return {**learned, **self._gram.state_dict(self._index)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what was learned about the model."""
-        self._whole_model, self._check.done = bool(state["whole_model"]), bool(state["verified"])
+        self._whole_model = self._gave_up_layers = bool(state["whole_model"])
+        self._check.done = bool(state["verified"])
         self._layers = KnownLayers(self._find)
         self._gram.load_state_dict(state)
 
@@ -176,8 +185,8 @@ class LayerwiseBackend:
                     layer, per_sample, make(call, samples * per_sample), self._factors(call, per_sample)
                 )
             self._kept.setdefault(entry, []).append(prepared)
-            for param in call.layer.params.values():
-                self._gram.note(param, prepared.factors)
+            if "weight" in layer.params:
+                self._gram.note(layer.params["weight"], prepared.factors)
         self._covered.setdefault(entry, set()).update(map(id, call.layer.params.values()))
 
     def _factors(self, call: LayerCall, per_sample: int) -> Factors | None:
@@ -241,8 +250,7 @@ class LayerwiseBackend:
 
     def _give_up_layers(self, names: list[str], reason: str) -> None:
         """From the next iteration on the whole model takes the place of its layers."""
-        if not self._whole_model:
+        if not self._gave_up_layers:
             reason += "; from here on the whole model is differentiated along the step"
-            self._whole_model, self._check.done = True, True
-            self._layers = KnownLayers(self._find)
+            self._gave_up_layers = True
         self.unaccounted.add(names, reason)

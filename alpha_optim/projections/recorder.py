@@ -97,6 +97,10 @@ class SampleRecorder:
         """Reached parameters of which no call was seen."""
         return self._reached.get(entry, set()) - have - self._failed.get(entry, set())
 
+    def incomplete(self) -> set[int]:
+        """``id`` of the parameters of which a call could not be told apart in any pass."""
+        return set().union(*self._failed.values())
+
     def missing(self, entry: BackwardPass, have: set[int]) -> bool:
         """Whether a reached parameter has no numbers of single samples; notes it by name."""
         reached = self._reached.get(entry, set())

@@ -31,6 +31,14 @@ def stand_in(module: nn.Module) -> nn.Module:
     return copied
 
 
+def reparametrised(module: nn.Module) -> bool:
+    """Whether old-style weight normalisation or pruning makes its weight from other parameters.
+
+    The type of the module stays what it was, but its rules would look for parameters that are not there.
+    """
+    return "weight_g" in module._parameters or "weight_orig" in module._parameters
+
+
 def compiled(module: nn.Module) -> nn.Module | None:
     """What a `torch.compile`d module was made of; None for any other module.
 
