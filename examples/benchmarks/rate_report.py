@@ -162,7 +162,8 @@ accuracy in % or test loss. **alpha** is `AlphaScheduler(total_steps=...)` from 
 1e-2, 1 and 100 with up to three seeds each; **tuned** the best of nine rates with linear decay (constant for
 Schedule-Free), chosen on a validation split and run again on three fresh seeds; **guessed** the middle of
 that grid on the same seeds. *found* is the highest rate after the calibration. *time* is that of a run as a
-multiple of a tuned one, the search not counted; other work shared the machine. *reached*: worst within 0.5
+multiple of a tuned one, the search not counted; other work shared the machine, and where a step takes less than
+a millisecond (batch 8, digits, regression, quadratic) it is Python that costs. *reached*: worst within 0.5
 points (3 % of the loss) of tuned's worst seed; median within 0.2 points (3 %) of tuned's mean.
 
 """
