@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from alpha_optim import AlphaGuided
 from tests import zoo
 from tests.reference.per_sample_loop import observe_run
-from tests.test_per_sample_oracle import check
+from tests.test_per_sample_oracle import check, train
 
 BACKENDS = pytest.mark.parametrize("backend", ["backpack", "layerwise"])
 
@@ -50,11 +50,7 @@ def test_gradients_that_a_hook_of_the_user_masks(backend, kept):
     for some in (model, twin):
         some[0].weight.register_hook(lambda gradient: gradient * mask)
     loss_fn, guided = wrap(model, backend)
-    for x, y in batches:
-        guided.zero_grad()
-        loss_fn(model(x), y).backward()
-        guided.step()
-    check(list(guided.alpha_history), oracle(twin, batches))
+    check(train(guided, model, loss_fn, batches), oracle(twin, batches))
 
 
 def test_clipping_by_value_does_not_cost_the_layers():
@@ -114,25 +110,21 @@ def test_a_parameter_used_outside_its_module_in_one_iteration():
 
 
 @BACKENDS
-@pytest.mark.parametrize("written", ["output gradient", "input, unnoticed by torch"])
-def test_memory_that_is_written_to_between_steps(backend, written):
+def test_output_gradients_that_the_user_overwrites(backend):
+    model = nn.Sequential(*list(net())[:-1], nn.Linear(30, 30).double())
+    sgd, memory = torch.optim.SGD(model.parameters(), lr=0.1), torch.empty(6, 30).double()
+    guided = AlphaGuided(sgd, model, backend=backend, variance="exact")
+    for x, _ in make_batches(6):
+        guided.zero_grad()
+        model(x).backward(memory.copy_(torch.randn(6, 30)))
+        guided.step()
+    assert all(m.information == "slopes+variances" for m in guided.alpha_history)
+
+
+@BACKENDS
+def test_inputs_overwritten_without_torchs_knowledge(backend):
     model, twin, batches = net(), net(), make_batches(6)
     loss_fn, guided = wrap(model, backend)
-    expected = oracle(twin, batches)
-    if written == "output gradient":
-        model, gradient = (
-            nn.Sequential(*list(net())[:-1], nn.Linear(30, 30).double()),
-            torch.empty(6, 30).double(),
-        )
-        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-        guided = AlphaGuided(sgd, model, backend=backend, variance="exact")
-        torch.manual_seed(2)
-        for x, _ in batches:
-            guided.zero_grad()
-            model(x).backward(gradient.copy_(torch.randn(6, 30)))
-            guided.step()
-        assert all(m.information == "slopes+variances" for m in guided.alpha_history)
-        return
     memory = torch.empty(6, 40, dtype=torch.float64)
     for x, y in batches:
         memory.numpy()[:] = x.numpy()
@@ -141,7 +133,7 @@ def test_memory_that_is_written_to_between_steps(backend, written):
         guided.step()
     history = list(guided.alpha_history)
     assert history[0].information == "slopes"  # its samples did not add up; from here on without products
-    check(history[1:], expected[1:])
+    check(history[1:], oracle(twin, batches)[1:])
 
 
 @BACKENDS
@@ -207,8 +199,4 @@ def test_weights_made_by_hooks_of_old(kind, backend):
 
     model, twin, batches = build(), build(), make_batches(5)
     loss_fn, guided = wrap(model, backend)
-    for x, y in batches:
-        guided.zero_grad()
-        loss_fn(model(x), y).backward()
-        guided.step()
-    check(list(guided.alpha_history), oracle(twin, batches))
+    check(train(guided, model, loss_fn, batches), oracle(twin, batches))
