@@ -35,7 +35,8 @@ _ADVICE = {
     "balanced": "Steps end near or a little beyond the minimum along their direction, as in good runs.",
     "overshooting": "Steps end far beyond the minimum along their direction: lower the learning rate.",
     "diverging": "The loss rises or is not finite: lower the learning rate, by 10 to begin with.",
-    "unknown": "The measurements do not tell: too few, too noisy, or batches too small for the sign of alpha.",
+    "unknown": "The measurements do not tell: too few, too noisy, batches too small for the sign of alpha, or "
+    "a loss no lower than at the beginning (then the learning rate may be far too high).",
 }
 
 
@@ -79,6 +80,8 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
     recent = history[-WINDOW:]
     alpha, std, count = history.windowed(WINDOW)
     verdict = "diverging" if _diverges(recent, events) else _verdict(recent, alpha, std, count)
+    if verdict == "balanced" and _is_where_it_began(history, recent):
+        verdict = "unknown"
     return Diagnosis(verdict, alpha, std, count, rate_from_climbs(history))
 
 
@@ -95,6 +98,15 @@ def _verdict(recent: Sequence[AlphaMeasurement], alpha: float, std: float, count
     if alpha - CERTAIN * std > (SHORT if large else 0.0):
         return "balanced"
     return "unknown"
+
+
+def _is_where_it_began(history: AlphaHistory, recent: Sequence[AlphaMeasurement]) -> bool:
+    """Whether the loss is no lower than at the first step: alpha of a spoilt network may look like any."""
+    if len(history) < WINDOW or history[0].iteration >= WINDOW:  # too short, or its beginning is not known
+        return False
+    first, losses = history[0].loss_start, np.array([item.loss_start for item in recent])
+    scatter = float(np.diff(losses).std(ddof=1)) / math.sqrt(2.0)  # of a single loss, as the first one is
+    return bool(first - losses.mean() < CERTAIN * scatter)  # False where a loss is nan
 
 
 def rate_from_climbs(history: Sequence[AlphaMeasurement]) -> float | None:

@@ -55,6 +55,27 @@ def test_a_rising_loss_is_diverging_whatever_alpha_says():
     assert diagnose(history(0.2, losses=lambda n: 3.0 - 0.02 * n)).verdict == "balanced"
 
 
+def test_a_loss_that_has_not_fallen_is_not_called_balanced():
+    assert diagnose(history(0.3, count=200, losses=lambda n: 2.3)).verdict == "unknown"
+    assert diagnose(history(0.3, count=200, losses=lambda n: 2.3 if n < 5 else 2.0)).verdict == "balanced"
+
+
+@pytest.mark.parametrize(
+    "build", [lambda p: torch.optim.SGD(p, lr=50.0), lambda p: torch.optim.AdamW(p, lr=10.0)]
+)
+def test_a_spoilt_network_is_not_called_balanced(build):
+    torch.manual_seed(0)
+    data, loss_fn = digits(), nn.CrossEntropyLoss()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    guided = AlphaGuided(build(model.parameters()), model, loss_fn)
+    for _ in range(200):
+        batch = torch.randint(len(data.y_train), (64,))
+        guided.zero_grad()
+        loss_fn(model(data.x_train[batch]), data.y_train[batch]).backward()
+        guided.step()
+    assert guided.diagnose().verdict in ("unknown", "diverging")
+
+
 def test_a_loss_that_is_not_finite_is_diverging():
     filled = history(0.2)
     filled.append(measure_alpha(100, 1.0, Observation(8, -1.0), Observation(8, math.nan), (0.1,)))
