@@ -75,6 +75,11 @@ def rates_of(optimizer: Optimizer) -> tuple[Rate, ...]:
     return tuple(rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates)
 
 
+def same_tensors(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
+    """Whether two sequences hold the same tensors, not only equal ones, in the same order."""
+    return len(first) == len(second) and all(map(is_same, first, second))
+
+
 def versions_of(tensors: Sequence[Tensor | None]) -> list[int]:
     """Versions of tensors; they rise with every write that autograd knows of."""
     return [-1 if tensor is None else tensor._version for tensor in tensors]
@@ -228,7 +233,7 @@ def scaled(values: Scalars, rates: Sequence[Rate]) -> Scalars:
 
 def slopes_of_parameters(direction: Direction, gradients: Sequence[Tensor | None]) -> Scalars:
     """Inner product of change and gradient for every parameter; None counts as zero."""
-    if direction.of_gradient and all(map(is_same, direction.bases, gradients)):
+    if direction.of_gradient and same_tensors(direction.bases, gradients):
         return scaled(direction.squares, direction.rates)
     products: list[Tensor | None] = [
         None if base is None or gradient is None else _dot(base, gradient)

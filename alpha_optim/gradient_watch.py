@@ -11,7 +11,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import is_ as is_same
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
-from alpha_optim.direction import copied, versions_of
+from alpha_optim.direction import copied, same_tensors, versions_of
 from alpha_optim.scalars import Scalar, Truth, readable, scalar
 from alpha_optim.spots import factor_between, stays_view, together, view_of
 
@@ -101,7 +100,7 @@ class GradientWatch:
         """Hook every parameter that can get a gradient; leave hooks that are there where they are."""
         self.forget()
         wanted = [param for param in params if param.requires_grad and param.is_leaf]
-        if self._handles and len(wanted) == len(self._hooked) and all(map(is_same, wanted, self._hooked)):
+        if self._handles and same_tensors(wanted, self._hooked):
             return
         self.mute()
         self._hooked = wanted

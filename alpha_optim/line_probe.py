@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from operator import is_ as is_same
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from alpha_optim.direction import (
     is_plain_sgd,
     leaves_its_direction,
     parameters_of,
+    same_tensors,
     well_resolved,
 )
 from alpha_optim.end_point import reduced
@@ -83,7 +83,7 @@ class LineProbe:
         """
         self._forget()
         params = parameters_of(optimizer)
-        if len(params) != len(self._params) or not all(map(is_same, params, self._params)):
+        if not same_tensors(params, self._params):
             self.refresh.forget()
         self._params, self._backend = params, backend
         if backend is not None:
@@ -230,8 +230,9 @@ class LineProbe:
     def start_obstacle(self, params: Sequence[Tensor]) -> str | None:
         """Say why this iteration cannot start a pair of ``params``; None if it can."""
         reason = self._obstacle()
-        same = len(params) == len(self._params) and all(map(is_same, params, self._params))
-        if reason is None and (not same or self.watch.params_edited(self._params)):
+        if reason is None and (
+            not same_tensors(params, self._params) or self.watch.params_edited(self._params)
+        ):
             return "parameters_changed"
         return reason
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from alpha_optim.direction import Direction
+from alpha_optim.direction import Direction, same_tensors
 from alpha_optim.gradient_watch import LossGradients
 from alpha_optim.projections.layers import LayerCall, version_of
 from alpha_optim.scalars import Scalar
@@ -137,7 +137,7 @@ class GradientsAsFactors:
             return "the optimizer is not plain SGD"
         if passes != 1:
             return "several backward passes per step"
-        if not all(base is own for base, own in zip(direction.bases, gradients.tensors, strict=True)):
+        if not same_tensors(direction.bases, gradients.tensors):
             return "the step is no multiple of the gradient"
         self.factor = 1.0 if gradients.factor is None else gradients.factor
         if not self._overwritten:

@@ -172,21 +172,21 @@ class LayerwiseBackend:
         per_sample = call.rows_per_sample(entry.samples)
         layer = Layer(call.layer.module, {n: p for n, p in call.layer.params.items() if p.requires_grad})
         make: Any = ForwardMode if self._whole_model else contraction_of
+        factors = self._factors(call, per_sample)
+
+        def first(count: int) -> _Prepared:
+            return _Prepared(layer, per_sample, make(call, count * per_sample), factors)
+
         prepared = None
         if self._end_of is not None:
-            taking_part = samples if self._check.done else entry.samples
-            prepared = _Prepared(
-                layer, per_sample, make(call, taking_part * per_sample), self._factors(call, per_sample)
-            )
+            prepared = first(samples if self._check.done else entry.samples)
             self._add(self._at_end.setdefault(entry, {}), prepared, self._end_of)
         if self._start:
             if prepared is None or (samples < entry.samples and not self._check.done):
-                prepared = _Prepared(
-                    layer, per_sample, make(call, samples * per_sample), self._factors(call, per_sample)
-                )
+                prepared = first(samples)
             self._kept.setdefault(entry, []).append(prepared)
             if "weight" in layer.params:
-                self._gram.note(layer.params["weight"], prepared.factors)
+                self._gram.note(layer.params["weight"], factors)
         self._covered.setdefault(entry, set()).update(map(id, call.layer.params.values()))
 
     def _factors(self, call: LayerCall, per_sample: int) -> Factors | None:
