@@ -230,11 +230,10 @@ class LineProbe:
     def start_obstacle(self, params: Sequence[Tensor]) -> str | None:
         """Say why this iteration cannot start a pair of ``params``; None if it can."""
         reason = self._obstacle()
-        if reason is None and (
-            not same_tensors(params, self._params) or self.watch.params_edited(self._params)
-        ):
-            return "parameters_changed"
-        return reason
+        if reason is not None:
+            return reason
+        as_hooked = same_tensors(params, self._params) and not self.watch.params_edited(self._params)
+        return None if as_hooked else "parameters_changed"
 
     def _obstacle(self) -> str | None:
         """Say why nothing was observed in this iteration, or None."""

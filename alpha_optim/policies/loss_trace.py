@@ -77,10 +77,13 @@ class LossTrace:
 
     def passed(self, position: float) -> bool:
         """Whether the lowest loss lies behind this log rate, risen for good or not."""
-        if self.best is None or self._means[-1][0] - self.best.mean <= BEYOND * self._error(self.best):
+        if self.best is None or not self.has_fallen():
+            return False
+        rise = self._means[-1][0] - self.best.mean
+        if not rise > BEYOND * self._error(self.best):
             return False
         lowest = self.lowest()  # last: it goes through all windows, and this is asked after every step
-        return self.has_fallen() and lowest is not None and position - lowest > AHEAD
+        return lowest is not None and position - lowest > AHEAD
 
     def has_fallen(self) -> bool:
         """Whether the best window lies below the first one, beyond its noise."""
