@@ -140,3 +140,36 @@ def check_scheduling(
     missing = [index for index, group in enumerate(optimizer.param_groups) if "lr" not in group]
     if missing:
         raise ValueError(f"param group {missing[0]} has no 'lr'; AlphaScheduler sets learning rates")
+    if schedule is None and not any(float(group["lr"]) for group in optimizer.param_groups):
+        raise ValueError(
+            "every learning rate is 0, and so is every multiple of it; give the optimizer any rate > 0, "
+            "for example lr=1e-3"
+        )
+
+
+def check_scheduler_state(state: dict[str, Any], version: int, groups: int, policy: str) -> None:
+    """Refuse the state of an `AlphaScheduler` that this one cannot continue.
+
+    Args:
+        state: What its ``state_dict`` returned.
+        version: Newest version that can be read.
+        groups: Number of param groups here.
+        policy: Name of the policy here.
+
+    Raises:
+        ValueError: Saying what does not fit.
+    """
+    if state["version"] > version:
+        raise ValueError(
+            f"this scheduler state has version {state['version']}, this package reads up to {version}: "
+            "update alpha_optim"
+        )
+    if len(state["scheduled"]) != groups:
+        raise ValueError(
+            f"this scheduler state is for {len(state['scheduled'])} param groups, the optimizer has {groups}"
+        )
+    if state["policy_name"] != policy:
+        raise ValueError(
+            f"this scheduler state is of the policy {state['policy_name']}, this scheduler has {policy}; build "
+            "it with the policy that the run had"
+        )

@@ -63,6 +63,7 @@ class Guard:
         self._differences = 0
         self.stepped = False
         self.return_wanted = False  # to the good point, by a policy
+        self.point_trusted = True  # by a policy: whether the point reached may become the good point
 
     @torch.no_grad()
     def judge(self, iteration: int, loss: BatchLoss, params: Sequence[Tensor]) -> GuardEvent | None:
@@ -98,7 +99,7 @@ class Guard:
         if reason is not None:
             return self._put_right(iteration, reason, loss, state)
         if drifted is not None:
-            self._good.close_window(better, state)
+            self._good.close_window(better and self.point_trusted, state)
         self._keep(loss, state)
         return None
 
@@ -180,6 +181,7 @@ class Guard:
             "differences": self._differences,
             "stepped": self.stepped,
             "return_wanted": self.return_wanted,
+            "point_trusted": self.point_trusted,
         }
 
     def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
@@ -190,6 +192,7 @@ class Guard:
         self._last = [k.to(n.device) for k, n in zip(state["last"], now, strict=True)] if fits else []
         self._good.load_state_dict(state["good"], now)
         self.return_wanted = bool(state.get("return_wanted", False))
+        self.point_trusted = bool(state.get("point_trusted", True))
         self._loss, self._scatter = state["loss"], state["scatter"]
         self._samples, self._differences = int(state["samples"]), int(state["differences"])
 

@@ -155,8 +155,18 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
     @overload
     def __getitem__(self, index: slice) -> list[AlphaMeasurement]: ...
     def __getitem__(self, index: int | slice) -> AlphaMeasurement | list[AlphaMeasurement]:
-        """Return one measurement, or a list of them for a slice."""
-        return self._read()[index]
+        """Return one measurement, or a list of them for a slice.
+
+        Raises:
+            IndexError: If there is none at that index.
+        """
+        items = self._read()
+        if not items and not isinstance(index, slice):
+            raise IndexError(
+                "no alpha was measured yet: that of iteration n is there once step() of n + 1 was called; "
+                f"pairs that could not be measured: {self._dropped}"
+            )
+        return items[index]
 
     def __iter__(self) -> Iterator[AlphaMeasurement]:
         """Iterate over the measurements, oldest first."""

@@ -7,7 +7,6 @@ numbers or buffers, at the moment of the user's own call.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from alpha_optim.hooks import Hook
 from alpha_optim.passes import LossCall
 from alpha_optim.projections.stand_in import stand_in
 from alpha_optim.scalars import Scalar, quotient, scalar
+from alpha_optim.user_warning import warn_user
 
 _WEIGHTED = (nn.CrossEntropyLoss, nn.NLLLoss)
 
@@ -105,11 +105,10 @@ class LossTap:
         individual = individual_losses(loss_fn, args, kwargs, output.detach())
         if individual is None and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn_user(
                 f"{type(loss_fn).__name__} gives no losses of single samples (it needs an attribute "
                 "'reduction' that accepts 'none'), so alpha uses the slopes only. Use "
-                "optimizer.backward(losses) with losses of shape [N] for the full fit.",
-                stacklevel=2,
+                "optimizer.backward(losses) with losses of shape [N] for the full fit."
             )
         samples = None if individual is None else individual.shape[0]
         mean = output.detach() if individual is None or reduction != "sum" else individual.mean()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from alpha_optim.direction import is_plain_sgd
 from alpha_optim.passes import PassLog
 from alpha_optim.projections import BACKENDS, Choice, choose_backend
 from alpha_optim.projections.base import Backend
+from alpha_optim.user_warning import warn_user
 
 Every = int | Callable[[int], bool] | None
 
@@ -103,10 +103,9 @@ class Plan:
         if fresh:
             self._warned |= set(fresh)
             listed = "; ".join(f"{name}: {why}" for name, why in sorted(fresh.items()))
-            warnings.warn(
+            warn_user(
                 f"no slopes of single samples with backend={self.choice.name!r} for {listed}. "
-                "Alpha keeps the slopes of the gradients (information='slopes').",
-                stacklevel=5,
+                "Alpha keeps the slopes of the gradients (information='slopes')."
             )
 
     def state_dict(self) -> dict[str, Any]:

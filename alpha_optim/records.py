@@ -105,3 +105,9 @@ class GuardEvent:
     loss_after: float
     restored: bool
     scale_factor: float = 1.0
+
+    def __str__(self) -> str:
+        """Return one line: when, why, what was done."""
+        losses = f"loss {self.loss_before:.4g} -> {self.loss_after:.4g}"
+        done = "put back" if self.restored else "step skipped"
+        return f"iteration {self.iteration}: {self.reason}, {losses}, {done}, scale times {self.scale_factor:g}"

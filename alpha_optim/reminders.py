@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
+
+from alpha_optim.user_warning import warn_user
 
 UNSCHEDULED = 10
 """After so many steps without the scheduler's the user is reminded."""
@@ -54,4 +54,4 @@ class Reminders:
     def _say(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            warnings.warn(text, stacklevel=5)
+            warn_user(text)

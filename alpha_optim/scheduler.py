@@ -7,8 +7,8 @@ annealing or warm-up. The schedule is stepped on the scheduled rates, so its cur
 
 from __future__ import annotations
 
+import logging
 import math
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from alpha_optim.alpha import AlphaMeasurement
-from alpha_optim.checks import check_scheduling
+from alpha_optim.checks import check_scheduler_state, check_scheduling
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
 from alpha_optim.records import GuardEvent
+from alpha_optim.user_warning import warn_user
 
+LOG = logging.getLogger(__name__)
 VERSION = 1
 LOWER_ONCE = 0.5
 LOWER_AGAIN = 0.1
@@ -106,6 +108,10 @@ class AlphaScheduler(LRScheduler):
         self.__dict__.update(state)
         self._steer()
 
+    def __repr__(self) -> str:
+        """Say what the rates are and what the policy is doing."""
+        return f"AlphaScheduler(learning rate {self._written}, scale {self.scale:.3g}, {self.policy!r})"
+
     def _initial_step(self) -> None:
         """Write the first effective rates; torch's constructor calls this."""
         self._step_count = 1
@@ -131,8 +137,9 @@ class AlphaScheduler(LRScheduler):
             self._seen_measurement = measurement.iteration
         self.scale = min(1e30, max(1e-30, scale))
         guard = optimizer._session.guard
-        if base.return_wanted_by(self.policy) and guard is not None:
-            guard.return_wanted = True
+        return_wanted, trusted = base.return_wanted_by(self.policy), base.point_trusted_by(self.policy)
+        if guard is not None:
+            guard.return_wanted, guard.point_trusted = guard.return_wanted or return_wanted, trusted
         if optimizer.iteration != self._seen_iteration:  # a skipped step is not progress
             self._seen_iteration = optimizer.iteration
             if self.schedule is not None:
@@ -179,10 +186,9 @@ class AlphaScheduler(LRScheduler):
         ]
         if not self._warned_foreign:
             self._warned_foreign = True
-            warnings.warn(
+            warn_user(
                 "a learning rate was changed outside AlphaScheduler; the change is taken over as a ratio. "
-                "A scheduler that should work together with it belongs into AlphaScheduler(schedule=...).",
-                stacklevel=3,
+                "A scheduler that should work together with it belongs into AlphaScheduler(schedule=...)."
             )
 
     def _guard_acted(self, event: GuardEvent) -> GuardEvent:
@@ -194,6 +200,7 @@ class AlphaScheduler(LRScheduler):
             event = replace(event, scale_factor=LOWER_AGAIN if again else LOWER_ONCE)
             self.scale *= event.scale_factor
             self._write()
+        LOG.info("%s", event)
         base.tell_event(self.policy, event)
         return event
 
@@ -253,6 +260,7 @@ class AlphaScheduler(LRScheduler):
             "step_count": self._step_count,
             "warned_foreign": self._warned_foreign,
             "policy": base.state_of(self.policy),
+            "policy_name": base.name_of(self.policy),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
         }
 
@@ -263,18 +271,10 @@ class AlphaScheduler(LRScheduler):
             state_dict: What `state_dict` returned.
 
         Raises:
-            ValueError: If it was written by a newer version, or with another number of groups.
+            ValueError: If it was written by a newer version, with another number of groups or another policy.
         """
-        if state_dict["version"] > VERSION:
-            raise ValueError(
-                f"this scheduler state has version {state_dict['version']}, this package reads up to "
-                f"{VERSION}: update alpha_optim"
-            )
-        if len(state_dict["scheduled"]) != len(self.optimizer.param_groups):
-            raise ValueError(
-                f"this scheduler state is for {len(state_dict['scheduled'])} param groups, the optimizer "
-                f"has {len(self.optimizer.param_groups)}"
-            )
+        groups, name = len(self.optimizer.param_groups), base.name_of(self.policy)
+        check_scheduler_state(state_dict, VERSION, groups, name)
         self.scale = float(state_dict["scale"])
         self._scheduled, self._written = list(state_dict["scheduled"]), list(state_dict["written"])
         self._seen_iteration = int(state_dict["seen_iteration"])

@@ -292,3 +292,23 @@ def test_a_state_dict_of_a_newer_version(model, sgd):
         scheduler.load_state_dict({**state, "version": 99})
     with pytest.raises(ValueError, match=r"is for 2 param groups, the optimizer has 1"):
         scheduler.load_state_dict({**state, "scheduled": [1.0, 2.0]})
+
+
+def test_the_scheduler_state_of_another_policy(model, sgd):
+    state = AlphaScheduler(AlphaGuided(sgd, model), TargetAlpha()).state_dict()
+    scheduler = AlphaScheduler(AlphaGuided(sgd, model), OvershootBackoff())
+    with pytest.raises(
+        ValueError, match=r"is of the policy TargetAlpha, this scheduler has OvershootBackoff; build it with"
+    ):
+        scheduler.load_state_dict(state)
+
+
+def test_no_rate_to_start_from(model):
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.0), model)
+    with pytest.raises(ValueError, match=r"every learning rate is 0, .* give the optimizer any rate > 0"):
+        AlphaScheduler(guided)
+
+
+def test_the_last_alpha_before_there_is_one(model, sgd):
+    with pytest.raises(IndexError, match=r"no alpha was measured yet: that of iteration n is there once"):
+        AlphaGuided(sgd, model).alpha_history[-1]

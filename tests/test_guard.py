@@ -251,3 +251,36 @@ def test_a_policy_may_return_to_the_best_point():
     assert (event.reason, event.restored, event.scale_factor) == ("policy_returned", True, 1.0)
     assert kept
     assert scheduler.scale == 1.0
+
+
+def test_a_point_that_the_policy_does_not_trust_is_not_the_one_to_return_to():
+    class Wary(Hold):
+        """Trusts the first window only, and returns after the third."""
+
+        asked = 0
+
+        def trusts_point(self):
+            return self.asked < 12
+
+        def wants_return(self):
+            self.asked += 1
+            return self.asked == 35
+
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn)
+    scheduler = AlphaScheduler(guided, Wary())
+    points, losses = [], []
+    for x, y in batches(40):
+        guided.zero_grad()
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        points.append(snapshot(model))
+        losses.append(loss.item())
+        guided.step()
+        if guided.guard_events:
+            break
+        scheduler.step()
+    assert sum(losses[20:30]) < sum(losses[:10]) - 1.0  # later windows were better
+    now = snapshot(model)
+    same = [all(torch.equal(value, now[name]) for name, value in point.items()) for point in points]
+    assert same.index(True) == 10  # where the first window ended

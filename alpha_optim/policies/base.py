@@ -7,6 +7,8 @@ inherited:
 - ``wants(iteration) -> bool``: whether to measure, asked when the optimizer has ``every=None``.
 - ``on_event(event)``: told when the guard took a step back.
 - ``wants_return() -> bool``: asked once per scheduler step; True: back to the best point (needs a guard).
+- ``trusts_point() -> bool``: asked once per scheduler step; False: what is reached does not become the best
+  point, however low the loss.
 - ``keeps_scale``: true if the policy keeps count of the scale it has asked for. Such a scale is not cut at a
   bound, only the rates that follow from it; any other could wind up against the bound.
 - ``state_dict() / load_state_dict(state)``: what it remembers, as plain values.
@@ -44,12 +46,16 @@ def factor_of(policy: Policy, measurement: AlphaMeasurement) -> float:
     except (TypeError, ValueError):
         factor = math.nan
     if not (math.isfinite(factor) and factor > 0.0):
-        name = getattr(policy, "__name__", type(policy).__name__)
         raise ValueError(
-            f"policy {name} returned {answer!r} for iteration {measurement.iteration}; expected a finite "
-            "factor > 0 for the learning rate's scale (1 leaves it as it is)"
+            f"policy {name_of(policy)} returned {answer!r} for iteration {measurement.iteration}; expected a "
+            "finite factor > 0 for the learning rate's scale (1 leaves it as it is)"
         )
     return factor
+
+
+def name_of(policy: Any) -> str:
+    """Name of a policy: of its class, or of the function it is."""
+    return str(getattr(policy, "__name__", type(policy).__name__))
 
 
 def envelope_of(policy: Any, iteration: int) -> float:
@@ -74,6 +80,12 @@ def return_wanted_by(policy: Any) -> bool:
     """Ask a policy whether to go back to the best point; False if it never does."""
     method = getattr(policy, "wants_return", None)
     return False if method is None else bool(method())
+
+
+def point_trusted_by(policy: Any) -> bool:
+    """Ask a policy whether the points reached may become the best one; True unless it objects."""
+    method = getattr(policy, "trusts_point", None)
+    return True if method is None else bool(method())
 
 
 def keeps_scale(policy: Any) -> bool:

@@ -7,8 +7,8 @@ reached (`loss_watch`), and for a while after a step was taken back.
 
 from __future__ import annotations
 
+import logging
 import math
-import warnings
 from typing import Any
 
 from alpha_optim.alpha import AlphaMeasurement
@@ -17,8 +17,10 @@ from alpha_optim.policies.knee_search import FASTEST, KneeSearch
 from alpha_optim.policies.loss_search import LossSearch
 from alpha_optim.policies.loss_watch import LossWatch
 from alpha_optim.records import GuardEvent
+from alpha_optim.user_warning import warn_user
 from alpha_optim.window import rises_of
 
+LOG = logging.getLogger(__name__)
 FEWEST = 100
 """Calibration takes at least this many steps, or a fifth of shorter runs."""
 LOWER_HELD = 2.0
@@ -80,12 +82,27 @@ class CalibrateThenAnneal:
         self._done = False
         self._done_at = 0  # first iteration after the calibration
         self._held = 0.0  # log scale to hold after the calibration
+        self._found = 0.0  # the same, before anything lowered it
         self._taken_back = -CALM - 1  # iteration at which a step was taken back last
 
     @property
     def calibrated(self) -> bool:
         """Whether the calibration is over and the rate found."""
         return self._done
+
+    def __repr__(self) -> str:
+        """Say where it is, and what led to the rate; rates as multiples of the one the optimizer was given."""
+        if self._search is None:
+            state = "nothing measured yet"
+        elif not self._done:
+            state = f"calibrating, at {math.exp(self._scale):.3g} times the initial rate"
+        else:
+            seen = self._search.seen if isinstance(self._search, LossSearch) else {}
+            why = ", ".join(f"{name} at {math.exp(where):.3g}" for name, where in seen.items())
+            state = f"found {math.exp(self._found):.3g} times the initial rate at step {self._done_at}"
+            state += f" ({why})" if why else ""
+            state += f", lowered to {math.exp(self._held):.3g}" if self._held < self._found else ""
+        return f"CalibrateThenAnneal({self.total_steps} steps: {state})"
 
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the factor for this measurement."""
@@ -110,6 +127,11 @@ class CalibrateThenAnneal:
         self._start = math.exp(knee.start)
         if rises_of(measurement) is None:
             return False
+        LOG.warning(
+            "%s: alpha alone steers, and the result depends on the initial learning rate",
+            "no losses are measured (give AlphaGuided a loss_fn)" if self._by_loss else
+            f"total_steps={self.total_steps} is too short for a search by the loss (100 are needed)",
+        )  # fmt: skip
         self._search = knee
         return True
 
@@ -117,11 +139,13 @@ class CalibrateThenAnneal:
         """Take over what the search has found, once it has."""
         if self._search is None or not self._search.done:
             return
-        self._done, self._done_at, self._held = True, iteration, self._search.position
+        self._done, self._done_at = True, iteration
+        self._held = self._found = self._search.position
         if isinstance(self._search, LossSearch):
             self._ramp = self._search.wants_return
             trace = self._search.trace
             self._watch.level = None if trace is None else trace.best
+        LOG.info("%r", self)
 
     def _move_to(self, position: float) -> float:
         """Factor that brings the scale there."""
@@ -152,14 +176,15 @@ class CalibrateThenAnneal:
         wanted, self._search.wants_return = self._search.wants_return, False
         return wanted
 
+    def trusts_point(self) -> bool:
+        """Whether the points reached may become the best one: not those of the fast climb past the knee."""
+        return not isinstance(self._search, LossSearch) or self._search.trusts_point
+
     def envelope(self, iteration: int) -> float:
         """Return a low start until the first measurement, 1 in the calibration, then fall linearly to 0."""
         if iteration > self.total_steps and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"more steps than total_steps={self.total_steps}: the last learning rate is held",
-                stacklevel=2,
-            )
+            warn_user(f"more steps than total_steps={self.total_steps}: the last learning rate is held")
         if isinstance(self._search, LossSearch):
             return self._annealed(iteration, self._done_at) if self._done else 1.0
         if iteration < self.calibration_steps:
@@ -210,6 +235,7 @@ class CalibrateThenAnneal:
             "done": self._done,
             "done_at": self._done_at,
             "held": self._held,
+            "found": self._found,
             "taken_back": self._taken_back,
             "warned": self._warned,
         }
@@ -225,5 +251,6 @@ class CalibrateThenAnneal:
         self._start, self._scale = float(state["start"]), float(state["scale"])
         self._ramp = bool(state["ramp"])
         self._done, self._done_at = bool(state["done"]), int(state["done_at"])
-        self._held, self._taken_back = float(state["held"]), int(state["taken_back"])
+        self._held, self._found = float(state["held"]), float(state["found"])
+        self._taken_back = int(state["taken_back"])
         self._warned = bool(state["warned"])

@@ -11,6 +11,10 @@ class Hold:
     A constant rate is the simplest policy, so nothing else needs an ``if`` for it.
     """
 
+    def __repr__(self) -> str:
+        """Return the call that builds it."""
+        return "Hold()"
+
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return 1."""
         return 1.0

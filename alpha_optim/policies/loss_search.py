@@ -77,10 +77,10 @@ class LossSearch:
         self.done = False
         self.wants_return = False
         self.trace: LossTrace | None = None
+        self.seen: dict[str, float] = {}  # the log rates of the module docstring, by where they come from
         self._trail = Trail(self.position)
         self._window = AlphaWindow(ALPHAS)
         self._stage = 0  # 0: jump to the start, 1: fast climb, 2: slow climb
-        self._first_lowest: float | None = None  # log rate at which the loss of the fast climb was lowest
         self._knee = Crossing()  # of the fast climb
         self._pace = FASTEST
         self._last: int | None = None
@@ -88,6 +88,11 @@ class LossSearch:
         self._from = 0  # measurements of earlier iterations belong to the climb before
         self._samples = 0
         self._taken_back = 0
+
+    @property
+    def trusts_point(self) -> bool:
+        """Whether what is reached is good if its loss is low: rates past the knee do harm that shows late."""
+        return self._stage != 1 or self._knee.found is None
 
     def see(self, measurement: AlphaMeasurement) -> None:
         """Move `position` for this measurement."""
@@ -161,14 +166,18 @@ class LossSearch:
             self._pace = min(FASTEST, max(SLOWEST, WIDTH / left))
             knee = self._knee.found
             self.position = edge - SPAN if knee is None else min(edge - SPAN, knee - BELOW)
+            if knee is not None:
+                self.seen["knee"] = knee
             # A few losses in a noisy stretch say nothing about the rate.
-            self._first_lowest = lowest if self.trace.has_fallen() else None
+            if lowest is not None and self.trace.has_fallen():
+                self.seen["lowest loss, fast climb"] = lowest
             self._begin_climb(2)
             return
-        seen = [where for where in (self._knee.found, self._first_lowest, lowest) if where is not None]
+        if lowest is not None:
+            self.seen["lowest loss, slow climb"] = lowest
         # Not a word from anything: below what is known to be too high, else at least the user's own rate.
         nothing = edge - 1.0 if risen else max(0.0, edge)
-        self.position = statistics.median(seen) if seen else nothing
+        self.position = statistics.median(self.seen.values()) if self.seen else nothing
         self.position += room_above(self._samples) if self.boost is None else math.log(self.boost)
         self.done = True
 
@@ -196,7 +205,7 @@ class LossSearch:
             "stage": self._stage,
             "begin": self._begin,
             "from": self._from,
-            "first_lowest": self._first_lowest,
+            "seen": dict(self.seen),
             "knee": self._knee.state_dict(),
             "pace": self._pace,
             "last": self._last,
@@ -212,7 +221,7 @@ class LossSearch:
         self._trail.restore(state["trail"])
         self._window.load_state_dict(state["window"])
         self._begin, self._from = state["begin"], int(state["from"])
-        self._first_lowest = state["first_lowest"]
+        self.seen = {str(name): float(where) for name, where in state["seen"].items()}
         self._knee.load_state_dict(state["knee"])
         self._stage, self._pace, self._last = int(state["stage"]), float(state["pace"]), state["last"]
         self._samples, self._taken_back = int(state["samples"]), int(state["taken_back"])

@@ -40,6 +40,10 @@ class OvershootBackoff:
         self.limit, self.factor, self.size, self.certainty = limit, factor, window, certainty
         self._window = AlphaWindow(window)
 
+    def __repr__(self) -> str:
+        """Return the call that builds it."""
+        return f"OvershootBackoff({self.limit}, {self.factor}, certainty={self.certainty})"
+
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return ``factor`` or 1."""
         self._window.add(measurement)

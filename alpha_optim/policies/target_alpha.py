@@ -37,6 +37,10 @@ class TargetAlpha:
         self.target, self.gain = target, gain
         self._window = AlphaWindow(window)
 
+    def __repr__(self) -> str:
+        """Return the call that builds it."""
+        return f"TargetAlpha({self.target}, gain={self.gain})"
+
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the factor for this measurement."""
         if not self._window.add(measurement):

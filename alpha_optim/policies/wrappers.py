@@ -34,6 +34,10 @@ class Bounded:
         self._product = 1.0
         self._wanted = 1.0  # without the bounds
 
+    def __repr__(self) -> str:
+        """Return the call that builds it."""
+        return f"Bounded({self.policy!r}, {self.lowest}, {self.highest})"
+
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the inner factor, cut so that the product stays within the bounds."""
         before = self._wanted if base.keeps_scale(self.policy) else self._product
@@ -61,6 +65,10 @@ class Bounded:
     def wants_return(self) -> bool:
         """Ask the inner policy."""
         return base.return_wanted_by(self.policy)
+
+    def trusts_point(self) -> bool:
+        """Ask the inner policy."""
+        return base.point_trusted_by(self.policy)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the product and the inner state."""
@@ -91,6 +99,10 @@ class WithWarmup:
             raise ValueError(f"steps must be at least 1, got {steps}")
         self.policy, self.steps = policy, steps
 
+    def __repr__(self) -> str:
+        """Return the call that builds it."""
+        return f"WithWarmup({self.policy!r}, {self.steps})"
+
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the inner factor once the warm-up is over, 1 before."""
         return self.policy(measurement) if measurement.iteration >= self.steps else 1.0
@@ -116,6 +128,10 @@ class WithWarmup:
     def wants_return(self) -> bool:
         """Ask the inner policy."""
         return base.return_wanted_by(self.policy)
+
+    def trusts_point(self) -> bool:
+        """Ask the inner policy."""
+        return base.point_trusted_by(self.policy)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner state."""

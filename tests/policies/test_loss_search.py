@@ -47,6 +47,17 @@ class Caricature:
         return lr
 
 
+def test_points_past_the_knee_of_the_fast_climb_are_not_trusted():
+    run = Caricature(1e-2)
+    seen = [(run.step(), base.point_trusted_by(WithWarmup(run.policy, 1))) for _ in range(260)]
+    first = [trusted for _, trusted in seen].index(False)
+    back = run.returns[0] + 1
+    assert 0.5 < seen[first][0] < 6.0  # the knee of the caricature is at 1, and seen in a window of eight
+    assert not any(trusted for _, trusted in seen[first : back - 1])
+    assert all(trusted for _, trusted in seen[:first] + seen[back:])
+    assert back - 1 > first
+
+
 @pytest.mark.parametrize("edge", [1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("initial", [1e-6, 1e-2, 1.0, 100.0])
 def test_the_rate_is_found_from_anywhere(initial, edge):

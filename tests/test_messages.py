@@ -1,0 +1,163 @@
+"""What users are told while they train: warnings at their own line, a log, and what a scheduler prints as."""
+
+import logging
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from alpha_optim import (
+    AlphaGuided,
+    AlphaScheduler,
+    Bounded,
+    CalibrateThenAnneal,
+    Hold,
+    OvershootBackoff,
+    TargetAlpha,
+    WithWarmup,
+)
+
+
+class OwnLoss(nn.Module):
+    """A loss without ``reduction``."""
+
+    def forward(self, output, target):
+        return (output - target).square().mean()
+
+
+class Scaled(nn.Module):
+    """Uses the weight of its layer outside the layer's call as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.layer(x) + x @ self.layer.weight.t()
+
+
+def steps(count, optimizer, model, loss_fn, scheduler=None, between=lambda n: None):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 2, generator=generator)
+    for n in range(count):
+        x = torch.randn(16, 4, generator=generator)
+        optimizer.zero_grad()
+        loss_fn(model(x), x @ weight).backward()
+        optimizer.step()
+        between(n)
+        if scheduler is not None:
+            scheduler.step()
+
+
+def foreign_rate(optimizer, model, loss_fn):
+    def halve(n):
+        optimizer.param_groups[0]["lr"] *= 0.5
+
+    steps(2, optimizer, model, loss_fn, AlphaScheduler(optimizer, Hold()), halve)
+
+
+def past_the_horizon(optimizer, model, loss_fn):
+    steps(5, optimizer, model, loss_fn, AlphaScheduler(optimizer, total_steps=3))
+
+
+def forgotten_scheduler(optimizer, model, loss_fn):
+    AlphaScheduler(optimizer, Hold())
+    steps(12, optimizer, model, loss_fn)
+
+
+def unused_loss(optimizer, model, loss_fn):
+    steps(2, optimizer, model, nn.MSELoss())
+
+
+def plainly(optimizer, model, loss_fn):
+    steps(3, optimizer, model, loss_fn)
+
+
+LINEAR = (lambda: nn.Linear(4, 2), nn.MSELoss)
+
+
+@pytest.mark.parametrize(
+    ("train", "model", "loss_fn", "message"),
+    [
+        (foreign_rate, *LINEAR, "a learning rate was changed outside"),
+        (past_the_horizon, *LINEAR, "more steps than total_steps=3"),
+        (forgotten_scheduler, *LINEAR, r"without scheduler\.step\(\)"),
+        (unused_loss, *LINEAR, "none of its calls was seen"),
+        (plainly, LINEAR[0], OwnLoss, "gives no losses of single samples"),
+        (plainly, Scaled, nn.MSELoss, "no slopes of single samples"),
+    ],
+)
+def test_every_warning_names_the_users_own_line(train, model, loss_fn, message):
+    model, loss_fn = model(), loss_fn()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = AlphaGuided(sgd, model, loss_fn, variance="exact")
+    with pytest.warns(UserWarning, match=message) as caught:
+        train(optimizer, model, loss_fn)
+    assert [warning.filename for warning in caught] == [__file__] * len(caught)
+
+
+def test_the_log_says_what_the_guard_did_and_which_rate_was_found(caplog):
+    torch.manual_seed(0)
+    model, loss_fn = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2)), nn.MSELoss()
+    optimizer = AlphaGuided(torch.optim.Adam(model.parameters(), lr=10.0), model, loss_fn)
+    scheduler = AlphaScheduler(optimizer, total_steps=300)
+    assert "nothing measured yet" in repr(scheduler)
+    with caplog.at_level(logging.INFO, logger="alpha_optim"):
+        steps(30, optimizer, model, loss_fn, scheduler)
+        assert "calibrating, at " in repr(scheduler)
+        steps(220, optimizer, model, loss_fn, scheduler)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line for line in lines if line.startswith("iteration")] == [
+        str(event) for event in optimizer.guard_events
+    ]
+    (found,) = [line for line in lines if "found" in line]
+    assert found in repr(scheduler)
+    # What it names led to what it found: the median of what was seen, times the factor for 16 samples.
+    seen = [float(value) for value in re.findall(r" at ([\d.e+-]+\d)", found)]
+    factor = float(re.search(r"found ([\d.e+-]+) times", found)[1])
+    assert factor == pytest.approx(sorted(seen)[len(seen) // 2] * (16 / 32) ** 0.3, rel=0.01) or len(seen) == 2
+    held = max(item.lr[0] for item in optimizer.alpha_history if item.iteration > scheduler.policy._done_at)
+    assert held == pytest.approx(10.0 * factor, rel=0.15)  # on its way down when the ramp is over
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "total_steps", "why"),
+    [(None, 300, "no losses are measured"), (nn.MSELoss(), 60, "total_steps=60 is too short")],
+)
+def test_a_search_that_depends_on_the_initial_rate_says_so(caplog, loss_fn, total_steps, why):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    optimizer = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.01), model, loss_fn)
+    scheduler = AlphaScheduler(optimizer, total_steps=total_steps)
+    steps(10, optimizer, model, nn.MSELoss() if loss_fn is None else loss_fn, scheduler)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert why in record.getMessage()
+    assert "depends on the initial learning rate" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Hold(),
+        TargetAlpha(0.2, 0.05),
+        OvershootBackoff(),
+        Bounded(WithWarmup(TargetAlpha(), 10), 0.5, 2.0),
+        WithWarmup(Bounded(OvershootBackoff(0.7, 0.4, certainty=1.0)), 5),
+    ],
+)
+def test_a_policy_prints_as_the_call_that_builds_it(policy):
+    again = eval(repr(policy))
+    assert repr(again) == repr(policy)
+    assert type(again) is type(policy)
+
+
+def test_what_was_found_survives_a_resume():
+    policy = CalibrateThenAnneal(1000)
+    policy._done, policy._done_at, policy._found, policy._held = True, 90, math.log(0.5), math.log(0.25)
+    other = CalibrateThenAnneal(1000)
+    other.load_state_dict(policy.state_dict())
+    policy._search = other._search = None
+    assert (other._found, other._held) == (math.log(0.5), math.log(0.25))
