@@ -11,8 +11,9 @@ of a window's mean.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,68 +27,69 @@ PATIENCE = 10
 """After so many returns without progress in between the higher loss is accepted as the new level."""
 
 
+class Level(NamedTuple):
+    """Mean loss and batch-to-batch deviation of a window."""
+
+    mean: float
+    deviation: float
+
+
 class GoodPoint:
     """Parameters and buffers of the best window so far, and the window in progress."""
 
     def __init__(self) -> None:
         """Start with nothing kept."""
         self.tensors: list[Tensor] = []
-        self._level: Tensor | None = None  # mean loss and batch-to-batch deviation of the good window [2]
-        self._first: Tensor | None = None  # loss before the first step []
-        self._lost_before = torch.zeros((), dtype=torch.bool)  # whether the last window had lost it all
-        self._losses: list[Tensor] = []  # of the window in progress, on the device
+        self._level: Level | None = None  # of the good window
+        self._first: float | None = None  # loss before the first step
+        self._lost_before = False  # whether the last window had lost all progress
+        self._losses: list[float] = []  # of the window in progress
         self._returns = 0
 
-    def drifted(self, device: torch.device) -> Tensor | None:
-        """Whether the window that is now complete has diverged ``[]``; None if none is complete."""
-        if len(self._losses) < WINDOW or self._level is None or self._first is None:
-            return None
-        mean, _ = self._window()
-        level, deviation = self._level
-        far = torch.gt(mean, level + DRIFT * deviation)
-        return (far | (self._lost(mean) & self._lost_before.to(mean.device))).to(device)
-
-    def _lost(self, mean: Tensor) -> Tensor:
-        """Whether a window of this mean lost almost all progress ``[]``."""
-        if self._level is None or self._first is None:
-            return torch.zeros((), dtype=torch.bool, device=mean.device)
-        level, deviation = self._level
-        rise, progress = mean - level, self._first.to(mean.device) - level
-        certain = DRIFT / math.sqrt(WINDOW) * deviation
-        # Where there was no progress yet there is none to lose.
-        return torch.gt(rise, LOST * progress) & torch.gt(rise, certain) & torch.gt(progress, certain)
-
-    def improved(self, device: torch.device) -> Tensor | None:
-        """Whether the window that is now complete is the best so far ``[]``."""
+    def drifted(self) -> bool:
+        """Whether the window in progress is complete and has diverged."""
         if len(self._losses) < WINDOW or self._level is None:
-            return None
-        return torch.lt(self._window()[0], self._level[0]).to(device)
+            return False
+        mean = statistics.fmean(self._losses)
+        far = mean > self._level.mean + DRIFT * self._level.deviation
+        return far or (self._lost_before and self._lost(mean))
 
-    @torch.no_grad()
-    def note(self, mean: Tensor, standard_error: Tensor | None, state: Sequence[Tensor]) -> None:
+    def _lost(self, mean: float) -> bool:
+        """Whether a window of this mean lost almost all progress."""
+        assert self._level is not None
+        assert self._first is not None
+        rise, progress = mean - self._level.mean, self._first - self._level.mean
+        certain = DRIFT / math.sqrt(WINDOW) * self._level.deviation
+        # Where there was no progress yet there is none to lose.
+        return rise > LOST * progress and rise > certain and progress > certain
+
+    def note(self, loss: float, error: float, state: Sequence[Tensor]) -> None:
         """Take note of an accepted point; the first is the good point until a window is complete.
 
         Args:
-            mean: Its mini-batch loss ``[]``.
-            standard_error: Standard error of that, if known ``[]``.
+            loss: Its mini-batch loss.
+            error: Standard error of that, nan if not known.
             state: Parameters and buffers.
         """
-        mean = mean.detach().double()
         if self._level is None:
-            self._first = mean
-            spread = 0.1 * mean.abs() if standard_error is None else standard_error.to(mean.device)
-            self._level = torch.stack([mean, torch.maximum(spread, 0.02 * mean.abs())])
-            self.keep(state)
-        self._losses.append(mean)
+            self._first = loss
+            self._set_level(loss, 0.1 * abs(loss) if math.isnan(error) else error, state)
+        self._losses.append(loss)
 
-    @torch.no_grad()
-    def close_window(self, improved: bool, state: Sequence[Tensor]) -> None:
-        """The window is complete and has not diverged: the best one becomes the good point."""
-        mean, deviation = self._window()
+    def close_window(self, state: Sequence[Tensor], trusted: bool = True) -> None:
+        """If the window is complete and the best so far, what was reached becomes the good point.
+
+        Args:
+            state: Parameters and buffers.
+            trusted: Whether they may become the good point.
+        """
+        if len(self._losses) < WINDOW:
+            return
+        assert self._level is not None
+        mean = statistics.fmean(self._losses)
         self._lost_before = self._lost(mean)
-        if improved:
-            self._level = torch.stack([mean, torch.maximum(deviation, 0.02 * mean.abs())])
-            self.keep(state)
+        if trusted and mean < self._level.mean:
+            self._set_level(mean, statistics.stdev(self._losses), state)
             self._returns = 0
         self._losses = []
 
@@ -95,42 +97,35 @@ class GoodPoint:
     def go_back(self, state: Sequence[Tensor], counts: bool = True) -> None:
         """Put the good point back, bit for bit; whether that counts against the patience."""
         self._returns += counts
-        self._lost_before = torch.zeros((), dtype=torch.bool)
+        self._lost_before, self._losses = False, []
         for now, kept in zip(state, self.tensors, strict=True):
             now.copy_(kept)
-        self._losses = []
 
-    @torch.no_grad()
     def accept(self, state: Sequence[Tensor]) -> bool:
         """Whether patience is over; then the point reached becomes the good point."""
         if self._returns < PATIENCE:
             return False
-        self.close_window(True, state)
+        self._set_level(statistics.fmean(self._losses), statistics.stdev(self._losses), state)
+        self._returns, self._lost_before, self._losses = 0, False, []
         return True
 
     def levels(self) -> tuple[float, float]:
         """Loss of the good point and of the window in progress."""
         if self._level is None or not self._losses:
             return math.nan, math.nan
-        return float(self._level[0]), float(self._recent().mean())
+        return self._level.mean, statistics.fmean(self._losses)
 
-    def keep(self, state: Sequence[Tensor]) -> None:
-        """Copy parameters and buffers."""
+    @torch.no_grad()
+    def _set_level(self, mean: float, deviation: float, state: Sequence[Tensor]) -> None:
+        """Keep parameters and buffers, and what their loss was."""
+        self._level = Level(mean, max(deviation, 0.02 * abs(mean)))
         self.tensors = copied(self.tensors, state)
-
-    def _window(self) -> tuple[Tensor, Tensor]:
-        losses = self._recent()
-        return losses.mean(), losses.std()
-
-    def _recent(self) -> Tensor:
-        """Losses of the window in progress ``[n]``."""
-        return torch.stack([loss.to(self._losses[0].device) for loss in self._losses])
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything; tensors are copies."""
         return {
             "tensors": [tensor.clone() for tensor in self.tensors],
-            "level": self._level,
+            "level": None if self._level is None else list(self._level),
             "first": self._first,
             "lost_before": self._lost_before,
             "losses": list(self._losses),
@@ -142,6 +137,6 @@ class GoodPoint:
         if len(state["tensors"]) != len(like):
             return
         self.tensors = [kept.to(now.device) for kept, now in zip(state["tensors"], like, strict=True)]
-        self._level, self._first = state["level"], state["first"]
-        self._losses, self._lost_before = list(state["losses"]), state["lost_before"]
-        self._returns = int(state["returns"])
+        self._level = None if state["level"] is None else Level(*state["level"])
+        self._first, self._losses = state["first"], list(state["losses"])
+        self._lost_before, self._returns = bool(state["lost_before"]), int(state["returns"])

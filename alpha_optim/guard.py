@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,34 @@ def rise_limit(samples_start: int, samples_end: int) -> float:
     return float(stdtrit(samples_start + samples_end - 2, 1.0 - FALSE_ALARM))
 
 
+class Reading(NamedTuple):
+    """What is judged, read from the device.
+
+    Attributes:
+        loss: Mean loss, None if not observed.
+        variance: Variance of one sample's loss, None if not observed.
+        samples: N, 0 if not known.
+        state: Sum of the squares of parameters and buffers.
+        gradients: Sum of the squares of the gradients.
+    """
+
+    loss: float | None
+    variance: float | None
+    samples: int
+    state: float = 0.0
+    gradients: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean loss, nan if not known."""
+        if self.variance is None or self.samples == 0:
+            return math.nan
+        return math.sqrt(self.variance / self.samples)
+
+
+UNSEEN = Reading(None, None, 0)
+
+
 class Guard:
     """Keeps the point before the last step and the last good point, and goes back to them."""
 
@@ -57,9 +85,8 @@ class Guard:
         self._model = model
         self._last: list[Tensor] = []
         self._good = GoodPoint()
-        self._loss: Tensor | None = None  # loss before the step and variance of one sample's [2]
-        self._samples = 0
-        self._scatter: Tensor | None = None  # mean squared difference of consecutive losses []
+        self._before = UNSEEN  # the last step
+        self._scatter = 0.0  # mean squared difference of consecutive losses
         self._differences = 0
         self.stepped = False
         self.return_wanted = False  # to the good point, by a policy
@@ -77,93 +104,77 @@ class Guard:
         Returns:
             None if the step may be made; else what was wrong and whether a point was restored.
         """
-        device, state = params[0].device, self._state(params)
-        gradients = [param.grad for param in params if param.grad is not None]
-        drifted, improved = self._good.drifted(device), self._good.improved(device)
-        never = torch.zeros((), dtype=torch.bool, device=device)
-        checks = {
-            "loss_not_finite": _not_finite([] if loss.mean is None else [loss.mean], device),
-            "state_not_finite": _not_finite(state, device),
-            "loss_rose": self._rose(loss, device),
-            "loss_drifted": never if drifted is None else drifted,
-            "gradient_not_finite": _not_finite(gradients, device),
-            "improved": never if improved is None else improved,
-        }
-        *failed, better = torch.stack(list(checks.values())).tolist()
-        reason = next((name for name, bad in zip(checks, failed, strict=False) if bad), None)
+        state = self._state(params)
+        now = read(loss, state, [param.grad for param in params if param.grad is not None])
+        reason = self._objection(now)
         if reason == "loss_drifted" and self._good.accept(state):
-            reason = drifted = None  # the window is closed
+            reason = None  # the window is closed
         if self.return_wanted and self._good.tensors:
             reason = "policy_returned"
         self.return_wanted = False
         if reason is not None:
-            return self._put_right(iteration, reason, loss, state)
-        if drifted is not None:
-            self._good.close_window(better and self.point_trusted, state)
-        self._keep(loss, state)
+            return self._put_right(iteration, reason, now, state)
+        self._good.close_window(state, self.point_trusted)
+        self._keep(now, state)
         return None
 
-    def _put_right(self, iteration: int, reason: str, loss: BatchLoss, state: Sequence[Tensor]) -> GuardEvent:
+    def _objection(self, now: Reading) -> str | None:
+        """What is wrong, if anything is."""
+        if now.loss is not None and not math.isfinite(now.loss):
+            return "loss_not_finite"
+        if not math.isfinite(now.state):
+            return "state_not_finite"
+        if self._rose(now):
+            return "loss_rose"
+        if self._good.drifted():
+            return "loss_drifted"
+        return None if math.isfinite(now.gradients) else "gradient_not_finite"
+
+    def _put_right(self, iteration: int, reason: str, now: Reading, state: Sequence[Tensor]) -> GuardEvent:
         """Restore what the reason asks for."""
-        before, after = math.nan, math.nan if loss.mean is None else float(loss.mean)
+        before, after = (math.nan if loss is None else loss for loss in (self._before.loss, now.loss))
         restored = True
         if reason in ("loss_drifted", "policy_returned"):
             before, after = self._good.levels()
             self._good.go_back(state, counts=reason == "loss_drifted")
         elif self.stepped and reason != "gradient_not_finite":
-            if reason == "loss_rose" and loss.mean is not None:
-                self._note_difference(loss.mean)
-            before = before if self._loss is None else float(self._loss[0])
-            for now, kept in zip(state, self._last, strict=True):
-                now.copy_(kept)
+            if reason == "loss_rose":
+                self._note_difference(now)
+            for tensor, kept in zip(state, self._last, strict=True):
+                tensor.copy_(kept)
         else:
-            restored = False
+            restored, before = False, math.nan
         self.stepped = False
         return GuardEvent(iteration, reason, before, after, restored)
 
-    def _keep(self, loss: BatchLoss, state: Sequence[Tensor]) -> None:
+    def _keep(self, now: Reading, state: Sequence[Tensor]) -> None:
         """Keep the point from which a step is about to be made."""
         self._last = copied(self._last, state)
-        if loss.mean is None:
-            self._loss, self._samples = None, 0
-            return
-        mean = loss.mean.double()
-        self._note_difference(mean)
-        error = None
-        noise = torch.full_like(mean, math.nan)
-        if loss.variance is not None and loss.samples:
-            noise = loss.variance.to(mean.device, torch.float64)
-            error = (noise / loss.samples).sqrt()
-        self._loss, self._samples = torch.stack([mean, noise]), loss.samples
-        self._good.note(mean, error, state)
+        self._note_difference(now)
+        self._before = now
+        if now.loss is not None:
+            self._good.note(now.loss, now.error, state)
 
-    def _note_difference(self, mean: Tensor) -> None:
+    def _note_difference(self, now: Reading) -> None:
         """Update the usual squared difference of consecutive losses."""
-        if self._loss is None:
+        if self._before.loss is None or now.loss is None:
             return
-        squared = (mean.double() - self._loss[0].to(mean.device)).square()
+        difference = now.loss - self._before.loss
         weight = MEMORY if self._differences >= WARM else self._differences / (self._differences + 1.0)
-        past = squared if self._scatter is None else self._scatter.to(mean.device)
-        self._scatter = weight * past + (1.0 - weight) * squared
+        self._scatter = weight * self._scatter + (1.0 - weight) * difference * difference
         self._differences += 1
 
-    def _rose(self, loss: BatchLoss, device: torch.device) -> Tensor:
-        """Whether the loss rose beyond its noise ``[]``."""
-        never = torch.zeros((), dtype=torch.bool, device=device)
-        if loss.mean is None or self._loss is None or not self.stepped:
-            return never
-        before, variance_before = self._loss.to(device)
-        rise = loss.mean.to(device, torch.float64) - before
-        rose = never
-        limit = rise_limit(self._samples, loss.samples)
-        if loss.variance is not None and math.isfinite(limit):
-            noise = variance_before / self._samples + loss.variance.to(device) / loss.samples
-            rose = torch.gt(rise, limit * noise.sqrt())  # False where a variance is nan
-        if self._scatter is not None and self._differences >= WARM:
-            rose = rose | torch.gt(rise, SCATTER * self._scatter.to(device).sqrt())
-        elif loss.variance is None:
-            rose = torch.gt(rise, 2.0 * before.abs())
-        return rose
+    def _rose(self, now: Reading) -> bool:
+        """Whether the loss rose beyond its noise."""
+        before = self._before
+        if now.loss is None or before.loss is None or not self.stepped:
+            return False
+        rise, limit = now.loss - before.loss, rise_limit(before.samples, now.samples)
+        if math.isfinite(limit) and rise > limit * math.hypot(before.error, now.error):
+            return True  # never where a variance is nan
+        if self._differences >= WARM:
+            return rise > SCATTER * math.sqrt(self._scatter)
+        return now.variance is None and rise > 2.0 * abs(before.loss)
 
     def _state(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Parameters and the model's floating point buffers."""
@@ -175,8 +186,7 @@ class Guard:
         return {
             "last": [kept.clone() for kept in self._last] if self.stepped else [],
             "good": self._good.state_dict(),
-            "loss": self._loss,
-            "samples": self._samples,
+            "before": list(self._before[:3]),
             "scatter": self._scatter,
             "differences": self._differences,
             "stepped": self.stepped,
@@ -191,20 +201,30 @@ class Guard:
         self.stepped = bool(state["stepped"]) and fits
         self._last = [k.to(n.device) for k, n in zip(state["last"], now, strict=True)] if fits else []
         self._good.load_state_dict(state["good"], now)
-        self.return_wanted = bool(state.get("return_wanted", False))
-        self.point_trusted = bool(state.get("point_trusted", True))
-        self._loss, self._scatter = state["loss"], state["scatter"]
-        self._samples, self._differences = int(state["samples"]), int(state["differences"])
+        self.return_wanted, self.point_trusted = bool(state["return_wanted"]), bool(state["point_trusted"])
+        self._before = Reading(*state["before"])
+        self._scatter, self._differences = float(state["scatter"]), int(state["differences"])
 
 
-def _not_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Whether a norm is not finite ``[]``.
+def read(loss: BatchLoss, state: Sequence[Tensor], gradients: Sequence[Tensor]) -> Reading:
+    """Read what is judged in one transfer."""
+    device = state[0].device
+    values = [_squares(state, device), _squares(gradients, device)]
+    values += [value.detach() for value in (loss.mean, loss.variance) if value is not None]
+    numbers = torch.stack([value.to(device, torch.float64) for value in values]).tolist()
+    mean = numbers[2] if loss.mean is not None else None
+    variance = numbers[-1] if loss.variance is not None else None
+    return Reading(mean, variance, loss.samples, numbers[0], numbers[1])
 
-    Also where numbers are finite but their squares are not: second moments and running variances would
-    hold an inf for ever.
+
+def _squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Sum of all squares, float32 ``[]``.
+
+    Not finite also where numbers are finite but their squares are not: second moments and running variances
+    would hold an inf for ever.
     """
     if not tensors:
-        return torch.zeros((), dtype=torch.bool, device=device)
+        return torch.zeros((), device=device)
     dense = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
-    norms = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(dense)])
-    return ~torch.isfinite(norms.square().sum())
+    norms = [norm.to(device, torch.float32) for norm in torch._foreach_norm(dense)]
+    return torch.stack(norms).square().sum()

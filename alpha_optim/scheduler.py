@@ -2,7 +2,9 @@
 
 Effective rate = scheduled rate x scale x envelope. The scheduled rate is the user's own, or what a torch
 scheduler makes of it; the scale is the product of a policy's factors; the envelope is a policy's
-annealing or warm-up. The schedule is stepped on the scheduled rates, so its curve is kept.
+annealing or warm-up. The schedule is stepped on the scheduled rates, so its curve is kept. While a policy
+searches for the rate, the schedule's peak stands in for what it says at that moment: a search during a
+warm-up would otherwise find a multiple of whatever the warm-up had reached.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from alpha_optim.alpha import AlphaMeasurement
 from alpha_optim.checks import check_scheduler_state, check_scheduling
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
+from alpha_optim.rates import clamped, peak_of, ratios, taken_over
 from alpha_optim.records import GuardEvent
 from alpha_optim.user_warning import warn_user
 
@@ -64,7 +67,8 @@ class AlphaScheduler(LRScheduler):
             policy: Callable, measurement -> factor of the scale. Default: `CalibrateThenAnneal` if
                 ``total_steps`` is given (without annealing if ``schedule`` is), else `TargetAlpha`.
             total_steps: Number of optimizer steps of the whole run.
-            schedule: A torch scheduler; AlphaScheduler steps it, do not step it yourself.
+            schedule: A torch scheduler; AlphaScheduler steps it, do not step it yourself. Until the rate is
+                found the highest rate of its param groups stands in for it.
             min_lr: No rate falls below it; groups keep their ratios.
             max_lr: No rate rises above it; wins over ``min_lr``.
             guard: Take a step back when the loss after it is not finite or has risen beyond its noise,
@@ -92,6 +96,7 @@ class AlphaScheduler(LRScheduler):
         self._last_event = -SOON - 1
         self._scheduled = [float(group["lr"]) for group in optimizer.param_groups]
         self._written = list(self._scheduled)
+        self._peaks = [peak_of(group) for group in optimizer.param_groups]
         self._seen_iteration = optimizer.iteration
         self._seen_measurement = optimizer.iteration - 1
         self._guarded = guard
@@ -169,21 +174,17 @@ class AlphaScheduler(LRScheduler):
 
     def _take_over_foreign_rates(self) -> None:
         """A rate changed by someone else since is taken over as a ratio."""
-        ratios = [
-            now / ours if ours != 0.0 else (1.0 if now == ours else math.inf)
-            for now, ours in zip(self._rates(), self._written, strict=True)
-        ] if len(self._written) == len(self.optimizer.param_groups) else None  # fmt: skip
-        if ratios is None:  # a group was added: its rate is a scheduled one
-            added = self._rates()[len(self._written) :]
-            self._scheduled += added
-            self._written += added
+        now = self._rates()
+        if len(self._written) != len(now):  # a group was added: its rate is a scheduled one
+            added = now[len(self._written) :]
+            for rates in (self._scheduled, self._peaks, self._written):
+                rates += added
             return
-        if all(ratio == 1.0 for ratio in ratios):
+        factors = ratios(now, self._written)
+        if all(factor == 1.0 for factor in factors):
             return
-        self._scheduled = [
-            rate * ratio if math.isfinite(ratio) else now
-            for rate, ratio, now in zip(self._scheduled, ratios, self._rates(), strict=True)
-        ]
+        self._scheduled = taken_over(self._scheduled, factors, now)
+        self._peaks = taken_over(self._peaks, factors, now)
         if not self._warned_foreign:
             self._warned_foreign = True
             warn_user(
@@ -214,21 +215,15 @@ class AlphaScheduler(LRScheduler):
                 f"policy {type(self.policy).__name__} returned envelope({iteration}) = {envelope!r}; "
                 "expected a finite number >= 0"
             )
-        largest, scale = max(self._scheduled) * self.scale, self.scale
+        searching = self.schedule is not None and base.searches(self.policy, iteration)
+        scheduled = self._peaks if searching else self._scheduled
+        largest, scale = max(scheduled) * self.scale, self.scale
         if largest > self.max_lr and base.keeps_scale(self.policy):
             scale *= self.max_lr / largest  # cut before the envelope, which still anneals it
         elif self.schedule is None and largest > self.max_lr:
             self.scale = scale = scale * self.max_lr / largest  # it must not wind up against the bound
-        wanted = [rate * scale * envelope for rate in self._scheduled]
-        positive = [rate for rate in wanted if rate > 0.0]
-        if self.min_lr > 0.0 and not positive:
-            wanted = [self.min_lr] * len(wanted)
-        elif positive and min(positive) < self.min_lr:
-            lift = self.min_lr / min(positive)
-            wanted = [rate * lift for rate in wanted]
-        if max(wanted) > self.max_lr:
-            wanted = [rate * self.max_lr / max(wanted) for rate in wanted]
-        self._set_rates(wanted)
+        wanted = [rate * scale * envelope for rate in scheduled]
+        self._set_rates(clamped(wanted, self.min_lr, self.max_lr))
         self._written = self._rates()
         self._last_lr = [
             group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
@@ -253,6 +248,7 @@ class AlphaScheduler(LRScheduler):
             "version": VERSION,
             "scale": self.scale,
             "scheduled": list(self._scheduled),
+            "peaks": list(self._peaks),
             "written": list(self._written),
             "seen_iteration": self._seen_iteration,
             "seen_measurement": self._seen_measurement,
@@ -277,6 +273,7 @@ class AlphaScheduler(LRScheduler):
         check_scheduler_state(state_dict, VERSION, groups, name)
         self.scale = float(state_dict["scale"])
         self._scheduled, self._written = list(state_dict["scheduled"]), list(state_dict["written"])
+        self._peaks = list(state_dict["peaks"])
         self._seen_iteration = int(state_dict["seen_iteration"])
         self._seen_measurement = int(state_dict["seen_measurement"])
         self._last_event, self._step_count = int(state_dict["last_event"]), int(state_dict["step_count"])

@@ -11,7 +11,7 @@ import alpha_optim
 
 ROOT = pathlib.Path(alpha_optim.__file__).parent
 LAYERS = [  # each part may import from parts above it
-    {"records", "hooks", "scalars", "user_warning"},
+    {"records", "hooks", "scalars", "rates", "user_warning"},
     {"spots", "refresh"},
     {"quadratic_fit", "passes", "direction", "reminders"},
     {"alpha", "tensor_fit", "checks", "gradient_watch", "good_point", "model_tap"},

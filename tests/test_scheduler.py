@@ -185,6 +185,48 @@ def test_the_bound_cuts_the_curve_of_a_schedule_and_leaves_the_rest():
     assert [r for (r,) in rates] == pytest.approx([0.5, 0.5, 0.5, 0.1])
 
 
+WARM_UPS = {
+    "lambda": lambda opt: torch_schedules.LambdaLR(opt, lambda n: min(1.0, n / 250)),
+    "one cycle": lambda opt: torch_schedules.OneCycleLR(
+        opt, max_lr=0.1, total_steps=1000, cycle_momentum=False
+    ),
+    "linear, then cosine": lambda opt: torch_schedules.SequentialLR(
+        opt,
+        [
+            torch_schedules.LinearLR(opt, 0.01, total_iters=250),
+            torch_schedules.CosineAnnealingLR(opt, 750),
+        ],
+        milestones=[250],
+    ),
+}
+
+
+@pytest.mark.compatibility(
+    "Schedules", "warm-up longer than the calibration: the rate found is that of the peak"
+)
+@pytest.mark.parametrize("name", WARM_UPS)
+def test_a_search_during_a_warm_up_finds_the_peak(name):
+    def run(schedule):
+        model, base = make()
+        loss_fn = nn.CrossEntropyLoss()
+        guided = AlphaGuided(base, model, loss_fn)
+        schedule = None if schedule is None else schedule(guided)
+        policy = CalibrateThenAnneal(1000, anneal=False)
+        scheduler = AlphaScheduler(guided, policy, schedule=schedule)
+        data = [(x, (x[:, 0] > 0).long()) for x, _ in batches(240)]
+        rates = [rate for (rate,) in train(model, loss_fn, guided, scheduler, data)]
+        assert policy.calibrated
+        return policy, scheduler, rates
+
+    alone, _, rates_alone = run(None)
+    policy, scheduler, rates = run(WARM_UPS[name])
+    assert repr(policy) == repr(alone)  # the same rate, found at the same step for the same reasons
+    assert rates[:60] == pytest.approx(rates_alone[:60], rel=1e-9)
+    share = scheduler.schedule.optimizer.param_groups[0]["lr"] / rates_alone[-1]
+    assert 0.05 < share < 1.0  # and the rest of the warm-up is still to come
+    assert share == pytest.approx(scheduler._scheduled[0] / 0.1, rel=1e-6)
+
+
 def test_a_copied_pair_of_optimizer_and_scheduler_keeps_guard_and_policy():
     model, base = make()
     loss_fn = nn.CrossEntropyLoss()

@@ -9,6 +9,8 @@ inherited:
 - ``wants_return() -> bool``: asked once per scheduler step; True: back to the best point (needs a guard).
 - ``trusts_point() -> bool``: asked once per scheduler step; False: what is reached does not become the best
   point, however low the loss.
+- ``searches(iteration) -> bool``: whether the policy looks for the peak of the rates now, so that a schedule's
+  warm-up must not come in between.
 - ``keeps_scale``: true if the policy keeps count of the scale it has asked for. Such a scale is not cut at a
   bound, only the rates that follow from it; any other could wind up against the bound.
 - ``state_dict() / load_state_dict(state)``: what it remembers, as plain values.
@@ -86,6 +88,12 @@ def point_trusted_by(policy: Any) -> bool:
     """Ask a policy whether the points reached may become the best one; True unless it objects."""
     method = getattr(policy, "trusts_point", None)
     return True if method is None else bool(method())
+
+
+def searches(policy: Any, iteration: int) -> bool:
+    """Ask a policy whether it is looking for the peak of the rates; False unless it says so."""
+    method = getattr(policy, "searches", None)
+    return False if method is None else bool(method(iteration))
 
 
 def keeps_scale(policy: Any) -> bool:

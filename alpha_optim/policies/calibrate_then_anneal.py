@@ -180,6 +180,10 @@ class CalibrateThenAnneal:
         """Whether the points reached may become the best one: not those of the fast climb past the knee."""
         return not isinstance(self._search, LossSearch) or self._search.trusts_point
 
+    def searches(self, iteration: int) -> bool:
+        """Whether the calibration is under way, or about to begin."""
+        return not self._done and (self._search is not None or iteration < self.calibration_steps)
+
     def envelope(self, iteration: int) -> float:
         """Return a low start until the first measurement, 1 in the calibration, then fall linearly to 0."""
         if iteration > self.total_steps and not self._warned:

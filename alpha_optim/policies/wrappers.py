@@ -70,6 +70,10 @@ class Bounded:
         """Ask the inner policy."""
         return base.point_trusted_by(self.policy)
 
+    def searches(self, iteration: int) -> bool:
+        """Ask the inner policy."""
+        return base.searches(self.policy, iteration)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the product and the inner state."""
         return {"product": self._product, "wanted": self._wanted, "policy": base.state_of(self.policy)}
@@ -132,6 +136,10 @@ class WithWarmup:
     def trusts_point(self) -> bool:
         """Ask the inner policy."""
         return base.point_trusted_by(self.policy)
+
+    def searches(self, iteration: int) -> bool:
+        """Ask the inner policy."""
+        return base.searches(self.policy, iteration)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner state."""
