@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from alpha_optim.direction import parameters_of
+from alpha_optim.rates import peak_of
 
 
 def check_arguments(optimizer: Any, model: Any, loss_fn: Any, every: Any, variance: Any) -> None:
@@ -140,7 +141,7 @@ def check_scheduling(
     missing = [index for index, group in enumerate(optimizer.param_groups) if "lr" not in group]
     if missing:
         raise ValueError(f"param group {missing[0]} has no 'lr'; AlphaScheduler sets learning rates")
-    if schedule is None and not any(float(group["lr"]) for group in optimizer.param_groups):
+    if not any(map(peak_of, optimizer.param_groups)):
         raise ValueError(
             "every learning rate is 0, and so is every multiple of it; give the optimizer any rate > 0, "
             "for example lr=1e-3"

@@ -309,6 +309,13 @@ def test_no_rate_to_start_from(model):
         AlphaScheduler(guided)
 
 
+def test_a_warm_up_from_zero_is_not_mistaken_for_no_rate(model, sgd):
+    guided = AlphaGuided(sgd, model)
+    torch.optim.lr_scheduler.LambdaLR(guided, lambda n: n / 10)
+    assert guided.param_groups[0]["lr"] == 0.0
+    assert AlphaScheduler(guided).get_last_lr() == [0.0]
+
+
 def test_the_last_alpha_before_there_is_one(model, sgd):
     with pytest.raises(IndexError, match=r"no alpha was measured yet: that of iteration n is there once"):
         AlphaGuided(sgd, model).alpha_history[-1]

@@ -13,9 +13,8 @@ RISE = 0.5
 SURE = 4.0
 """... and that is so many standard errors of the difference of two windows."""
 AHEAD = 1.0
-"""The lowest loss lies behind when the log rate there is so much smaller, and the loss ..."""
-BEYOND = 1.5
-"""... so many standard errors above."""
+"""The lowest loss lies behind when the log rate there is so much smaller, and the loss `SURE` standard errors
+above. The lowest of many windows is low by chance; that is why there must be so many."""
 FALLEN = 2.0
 """A climb has got somewhere when its best window lies so many standard errors below its first."""
 
@@ -80,7 +79,7 @@ class LossTrace:
         if self.best is None or not self.has_fallen():
             return False
         rise = self._means[-1][0] - self.best.mean
-        if not rise > BEYOND * self._error(self.best):
+        if not rise > SURE * self._error(self.best):
             return False
         lowest = self.lowest()  # last: it goes through all windows, and this is asked after every step
         return lowest is not None and position - lowest > AHEAD

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, WithWarmup, measure_alpha
@@ -120,13 +121,28 @@ def test_the_trace_knows_where_the_loss_was_lowest_and_when_it_rose():
 
 def test_the_trace_knows_when_the_lowest_loss_lies_behind():
     falling = [2.0 - 0.02 * n for n in range(50)]
-    for above, expected in ((0.0, False), (0.1, True)):
+    for above, expected in ((0.0, False), (0.15, True)):
         trace = LossTrace(4, first=2.0)
         for n, loss in enumerate(falling + [1.02 + above] * 30):
             trace.add(loss + 0.001 * (-1) ** n, 0.05 * n, 0.01)
         assert not trace.risen()
         assert trace.passed(0.05 * 80) is expected
         assert not trace.passed(trace.lowest() + 0.9)  # not far enough
+
+
+@pytest.mark.parametrize(("size", "count", "pace"), [(5, 60, 0.125), (20, 100, 0.04), (20, 400, 0.01)])
+def test_noise_around_a_level_is_no_lowest_loss_that_lies_behind(size, count, pace):
+    """The three are a fast climb, a slow one, and one of a long run; by chance alone few may end."""
+    noise = np.random.default_rng(0)
+    ended = 0
+    for _ in range(100):
+        trace = LossTrace(size, first=3.0)
+        for n in range(count):
+            trace.add((2.0 if n < size else 1.0) + 0.1 * noise.normal(), n * pace, 0.1)
+            if n >= 2 * size and trace.passed(n * pace):
+                ended += 1
+                break
+    assert ended <= 10
 
 
 @pytest.mark.parametrize("initial", [1e-6, 1.0, 100.0])
