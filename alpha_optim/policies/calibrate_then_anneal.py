@@ -1,8 +1,8 @@
 """Find the rate in the first steps of a run, then hold and anneal it.
 
 Where losses are measured they find the rate (`loss_search`), else alpha does (`knee_search`). Afterwards
-the rate only comes down: linearly to 0, by half where the loss stays above what the calibration had
-reached (`loss_watch`), and for a while after a step was taken back.
+the rate only comes down: linearly to 0 in the second half of the run, by half where the loss stays above
+what the calibration had reached (`loss_watch`), and for a while after a step was taken back.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ CALM = 10
 """After so many steps of which none was taken back the rate returns towards the one held."""
 SPARSE = 10
 """After the calibration every so many steps are measured, if the policy decides (``every=None``)."""
+HELD = 0.5
+"""Annealing begins after this share of the run (at once where alpha alone has found the rate) ..."""
+BELOW_FOUND = math.log(0.8)
+"""... at so much less than the log rate found, which is good for a rate that falls from the start."""
 RAMP = 20
 SHORTEST_RAMP = 10
 """After the calibration the rate grows linearly from a tenth in a 20th of the run, at least 10 steps:
@@ -37,7 +41,7 @@ optimizers start anew."""
 
 
 class CalibrateThenAnneal:
-    """Climbs until the loss rises, returns, sets the rate and anneals it linearly to 0."""
+    """Climbs until the loss rises, returns, sets the rate, holds it and anneals it linearly to 0."""
 
     keeps_scale = True
 
@@ -57,7 +61,7 @@ class CalibrateThenAnneal:
                 is long enough for that. With losses it may take up to twice as long.
             boost: What the rate found is multiplied by, a factor >= 1; None: by the batch size, 1 for 32
                 samples, 1.5 for 128, with losses also down to 0.66 for 8.
-            anneal: Whether to anneal linearly to 0 (not if a schedule does).
+            anneal: Whether to anneal linearly to 0 in the second half of the run (not if a schedule does).
 
         Raises:
             ValueError: If an argument is out of range.
@@ -115,7 +119,7 @@ class CalibrateThenAnneal:
         assert self._search is not None
         self._search.see(measurement)
         self._conclude(n + 2)
-        return self._move_to(self._search.position)
+        return self._move_to(self._held if self._done else self._search.position)
 
     def _begin(self, measurement: AlphaMeasurement) -> bool:
         """Choose how to search; False while nothing is known to search with."""
@@ -139,12 +143,13 @@ class CalibrateThenAnneal:
         """Take over what the search has found, once it has."""
         if self._search is None or not self._search.done:
             return
-        self._done, self._done_at = True, iteration
-        self._held = self._found = self._search.position
+        self._done, self._done_at, self._found = True, iteration, self._search.position
         if isinstance(self._search, LossSearch):
+            self._found += BELOW_FOUND if self.anneal else 0.0
             self._ramp = self._search.wants_return
             trace = self._search.trace
             self._watch.level = None if trace is None else trace.best
+        self._held = self._found
         LOG.info("%r", self)
 
     def _move_to(self, position: float) -> float:
@@ -185,12 +190,13 @@ class CalibrateThenAnneal:
         return not self._done and (self._search is not None or iteration < self.calibration_steps)
 
     def envelope(self, iteration: int) -> float:
-        """Return a low start until the first measurement, 1 in the calibration, then fall linearly to 0."""
+        """Return a low start until the first measurement, then 1, and in the end fall linearly to 0."""
         if iteration > self.total_steps and not self._warned:
             self._warned = True
             warn_user(f"more steps than total_steps={self.total_steps}: the last learning rate is held")
         if isinstance(self._search, LossSearch):
-            return self._annealed(iteration, self._done_at) if self._done else 1.0
+            falls_at = max(self._done_at, int(HELD * self.total_steps))
+            return self._ramped(iteration) * self._annealed(iteration, falls_at) if self._done else 1.0
         if iteration < self.calibration_steps:
             return self._start if self._search is None and not self._done else 1.0
         return self._late() * self._annealed(iteration, self.calibration_steps)
@@ -203,15 +209,19 @@ class CalibrateThenAnneal:
         too_low = not self._search.crossings and self._search.sign <= 0
         return math.exp(max(0.0, -self._search.position)) if too_low else 1.0
 
+    def _ramped(self, iteration: int) -> float:
+        """Grow from a tenth to 1 after the calibration, where the optimizer's state starts anew."""
+        if not self._ramp:
+            return 1.0
+        length = max(SHORTEST_RAMP, self.total_steps // RAMP)
+        return min(1.0, max(0.1, 0.1 + 0.9 * (iteration - self._done_at) / length))
+
     def _annealed(self, iteration: int, begin: int) -> float:
-        """Fall from 1 at ``begin`` to 0, perhaps after a ramp."""
-        since = iteration - begin
-        ramp = max(SHORTEST_RAMP, self.total_steps // RAMP)
-        ramped = min(1.0, max(0.1, 0.1 + 0.9 * since / ramp)) if self._ramp else 1.0
+        """Fall linearly from 1 at ``begin`` to 0."""
         if not self.anneal:
-            return ramped
+            return 1.0
         left = self.total_steps - min(iteration, self.total_steps - 1)
-        return ramped * min(1.0, left / max(1, self.total_steps - begin))
+        return min(1.0, left / max(1, self.total_steps - begin))
 
     def on_event(self, event: GuardEvent) -> None:
         """A step was taken back and the rate lowered."""
