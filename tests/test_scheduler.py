@@ -227,6 +227,18 @@ def test_a_search_during_a_warm_up_finds_the_peak(name):
     assert share == pytest.approx(scheduler._scheduled[0] / 0.1, rel=1e-6)
 
 
+def test_a_search_without_measurements_does_not_hold_the_schedule_back_for_ever():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn, every=lambda n: n < 10)
+    schedule = torch_schedules.LambdaLR(guided, lambda n: 0.5 if n > 50 else 1.0)
+    scheduler = AlphaScheduler(guided, CalibrateThenAnneal(500, anneal=False), schedule=schedule, guard=False)
+    rates = [rate for (rate,) in train(model, loss_fn, guided, scheduler, batches(340))]
+    assert not scheduler.policy.calibrated
+    assert rates[200] == rates[40]
+    assert rates[330] == pytest.approx(0.5 * rates[40])
+
+
 def test_a_copied_pair_of_optimizer_and_scheduler_keeps_guard_and_policy():
     model, base = make()
     loss_fn = nn.CrossEntropyLoss()

@@ -84,6 +84,7 @@ class CalibrateThenAnneal:
         self._ramp = False  # whether the rate grows after the calibration
         self._scale = 0.0  # log of the product of all factors, the guard's included
         self._done = False
+        self._begun_at = 0  # iteration of the first measurement that the search saw
         self._done_at = 0  # first iteration after the calibration
         self._held = 0.0  # log scale to hold after the calibration
         self._found = 0.0  # the same, before anything lowered it
@@ -126,6 +127,7 @@ class CalibrateThenAnneal:
         loss = measurement.loss_start
         if self._by_loss and math.isfinite(loss):
             self._search = LossSearch(self.calibration_steps, self.boost)
+            self._begun_at = measurement.iteration
             return True
         knee = KneeSearch(self.calibration_steps, self.boost)
         self._start = math.exp(knee.start)
@@ -186,8 +188,10 @@ class CalibrateThenAnneal:
         return not isinstance(self._search, LossSearch) or self._search.trusts_point
 
     def searches(self, iteration: int) -> bool:
-        """Whether the calibration is under way, or about to begin."""
-        return not self._done and (self._search is not None or iteration < self.calibration_steps)
+        """Whether the calibration is under way, or about to begin; not for ever if measurements cease."""
+        by_loss = isinstance(self._search, LossSearch)
+        longest = (loss_search.LONGEST + 1) * self.calibration_steps if by_loss else self.calibration_steps
+        return not self._done and iteration < self._begun_at + longest
 
     def envelope(self, iteration: int) -> float:
         """Return a low start until the first measurement, then 1, and in the end fall linearly to 0."""
@@ -247,6 +251,7 @@ class CalibrateThenAnneal:
             "ramp": self._ramp,
             "scale": self._scale,
             "done": self._done,
+            "begun_at": self._begun_at,
             "done_at": self._done_at,
             "held": self._held,
             "found": self._found,
@@ -265,6 +270,7 @@ class CalibrateThenAnneal:
         self._start, self._scale = float(state["start"]), float(state["scale"])
         self._ramp = bool(state["ramp"])
         self._done, self._done_at = bool(state["done"]), int(state["done_at"])
+        self._begun_at = int(state["begun_at"])
         self._held, self._found = float(state["held"]), float(state["found"])
         self._taken_back = int(state["taken_back"])
         self._warned = bool(state["warned"])

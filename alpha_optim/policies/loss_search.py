@@ -35,6 +35,8 @@ BLIND = math.log(30.0)
 """Jump where a step was too short to move the parameters."""
 FASTEST = 0.25
 """Change of the log rate per step in the fast climb: a decade in nine; half of it where alpha is above 0."""
+HIGHEST = 60.0
+"""No log rate above this, relative to the initial one: a climb that a ``max_lr`` holds would never end."""
 LARGEST = 1.2
 """Largest change per measurement, where steps are measured now and then."""
 SPAN = math.log(50.0)
@@ -119,6 +121,7 @@ class LossSearch:
             elif n - self._begin >= LONGEST * self.calibration_steps:
                 self._stage = 2
                 self._end_climb(n, here, risen=False)
+        self.position = min(HIGHEST, self.position)
         # Measurement n is known after step n+1, so a change acts from step n+2 on.
         self._trail.note(n + 2, self.position)
 
