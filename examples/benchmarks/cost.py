@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from alpha_optim import AlphaGuided, AlphaScheduler, CalibrateThenAnneal
+from alpha_optim import AlphaGuided, AlphaScheduler, Hold
+from alpha_optim.policies.calibrate_then_anneal import SPARSE
 from alpha_optim.refresh import interval
 from examples.benchmarks import report
 from examples.benchmarks.models import MODELS, OPTIMIZERS
@@ -58,14 +59,21 @@ PASSES = {"SGD": 3, "momentum": 5, "AdamW": 10}
 gradient and a norm; with the buffer at both ends and a norm; a copy, a difference, a norm, two products."""
 
 
+class Calibrated(Hold):
+    """`CalibrateThenAnneal` once it has found the rate: a measurement now and then."""
+
+    def wants(self, iteration: int) -> bool:
+        return iteration % SPARSE == 0
+
+
 def plain(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Step:
     """A training step; with options that of `AlphaGuided`."""
     loss_fn, scheduler = nn.CrossEntropyLoss(), None
     steered = options.pop("steered", False)
     if options.pop("guided", False):
         optimizer = AlphaGuided(optimizer, model, loss_fn, **options)
-        if steered:  # past its calibration
-            scheduler = AlphaScheduler(optimizer, CalibrateThenAnneal(10**6, calibrate=1e-4))
+        if steered:
+            scheduler = AlphaScheduler(optimizer, Calibrated())
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
