@@ -13,7 +13,7 @@ from collections import deque
 from typing import Any
 
 from alpha_optim.alpha import AlphaMeasurement
-from alpha_optim.policies.trail import Trail
+from alpha_optim.policies.trail import HIGHEST, Trail
 from alpha_optim.policies.window import AlphaWindow
 from alpha_optim.records import GuardEvent
 
@@ -58,7 +58,7 @@ class KneeSearch:
         steps = 1 if self._last is None else max(1, n - self._last)
         self._last = n
         if len(self._window) >= 2:
-            self.position += self._search(steps)
+            self.position = min(HIGHEST, self.position + self._search(steps))
         if n + 2 >= self.calibration_steps or len(self.crossings) >= CROSSINGS:
             self.done = True
             self.position = self._rate(measurement.samples_start)

@@ -18,7 +18,7 @@ from typing import Any
 from alpha_optim.alpha import AlphaMeasurement
 from alpha_optim.policies.crossing import Crossing
 from alpha_optim.policies.loss_trace import LossTrace
-from alpha_optim.policies.trail import Trail
+from alpha_optim.policies.trail import HIGHEST, Trail
 from alpha_optim.policies.window import AlphaWindow
 from alpha_optim.records import GuardEvent
 from alpha_optim.window import rises_of
@@ -35,8 +35,6 @@ BLIND = math.log(30.0)
 """Jump where a step was too short to move the parameters."""
 FASTEST = 0.25
 """Change of the log rate per step in the fast climb: a decade in nine; half of it where alpha is above 0."""
-HIGHEST = 60.0
-"""No log rate above this, relative to the initial one: a climb that a ``max_lr`` holds would never end."""
 LARGEST = 1.2
 """Largest change per measurement, where steps are measured now and then."""
 SPAN = math.log(50.0)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 KEPT = 50
+HIGHEST = 60.0
+"""No log scale is asked for above this: a climb that a ``max_lr`` holds would never end, and beyond 1e30 the
+scheduler cuts the scale, unknown to the search."""
 
 
 class Trail:

@@ -48,11 +48,13 @@ class Caricature:
         return lr
 
 
-def test_a_climb_that_a_bound_holds_does_not_run_away():
+@pytest.mark.parametrize("loss", [1.0, None])
+def test_a_climb_that_a_bound_holds_does_not_run_away(loss):
     """The scheduler cuts rates at max_lr; beyond 1e30 it cuts the scale too, and the policy would not know."""
     policy, log_scale = CalibrateThenAnneal(10_000), 0.0
-    ends = [Observation(32, -1e-3, 1.0, 1.0 + 0.01 * math.sin(n), 0.1) for n in range(2500)]
-    for n, end in enumerate(ends):
+    for n in range(2500):
+        known = (None, None) if loss is None else (loss + 0.01 * math.sin(n), 0.1)
+        end = Observation(32, -1e-3, 1e-6, *known)
         log_scale += math.log(base.factor_of(policy, measure_alpha(n, 1e-3, end, end, (1e-3,))))
         assert abs(log_scale) < math.log(1e30)
     assert policy.calibrated
