@@ -83,12 +83,15 @@ class GoodPoint:
             state: Parameters and buffers.
             trusted: Whether they may become the good point.
         """
-        if len(self._losses) < WINDOW:
-            return
-        assert self._level is not None
+        if len(self._losses) >= WINDOW:
+            assert self._level is not None
+            self._close(state, trusted and statistics.fmean(self._losses) < self._level.mean)
+
+    def _close(self, state: Sequence[Tensor], keep: bool) -> None:
+        """Begin the next window, perhaps with what was reached as the good point."""
         mean = statistics.fmean(self._losses)
         self._lost_before = self._lost(mean)
-        if trusted and mean < self._level.mean:
+        if keep:
             self._set_level(mean, statistics.stdev(self._losses), state)
             self._returns = 0
         self._losses = []
@@ -105,8 +108,7 @@ class GoodPoint:
         """Whether patience is over; then the point reached becomes the good point."""
         if self._returns < PATIENCE:
             return False
-        self._set_level(statistics.fmean(self._losses), statistics.stdev(self._losses), state)
-        self._returns, self._lost_before, self._losses = 0, False, []
+        self._close(state, keep=True)
         return True
 
     def levels(self) -> tuple[float, float]:

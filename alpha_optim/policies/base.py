@@ -60,10 +60,15 @@ def name_of(policy: Any) -> str:
     return str(getattr(policy, "__name__", type(policy).__name__))
 
 
+def _asked(policy: Any, name: str, otherwise: Any, *args: Any) -> Any:
+    """What an optional method of a policy answers; ``otherwise`` if it has none."""
+    method = getattr(policy, name, None)
+    return otherwise if method is None else method(*args)
+
+
 def envelope_of(policy: Any, iteration: int) -> float:
     """Ask a policy for its envelope at an iteration; 1 if it has none."""
-    method = getattr(policy, "envelope", None)
-    return 1.0 if method is None else float(method(iteration))
+    return float(_asked(policy, "envelope", 1.0, iteration))
 
 
 def wants_of(policy: Any) -> Callable[[int], bool] | None:
@@ -73,27 +78,22 @@ def wants_of(policy: Any) -> Callable[[int], bool] | None:
 
 def tell_event(policy: Any, event: GuardEvent) -> None:
     """Tell a policy what the guard did, if it listens."""
-    method = getattr(policy, "on_event", None)
-    if method is not None:
-        method(event)
+    _asked(policy, "on_event", None, event)
 
 
 def return_wanted_by(policy: Any) -> bool:
     """Ask a policy whether to go back to the best point; False if it never does."""
-    method = getattr(policy, "wants_return", None)
-    return False if method is None else bool(method())
+    return bool(_asked(policy, "wants_return", False))
 
 
 def point_trusted_by(policy: Any) -> bool:
     """Ask a policy whether the points reached may become the best one; True unless it objects."""
-    method = getattr(policy, "trusts_point", None)
-    return True if method is None else bool(method())
+    return bool(_asked(policy, "trusts_point", True))
 
 
 def searches(policy: Any, iteration: int) -> bool:
     """Ask a policy whether it is looking for the peak of the rates; False unless it says so."""
-    method = getattr(policy, "searches", None)
-    return False if method is None else bool(method(iteration))
+    return bool(_asked(policy, "searches", False, iteration))
 
 
 def keeps_scale(policy: Any) -> bool:
@@ -103,12 +103,10 @@ def keeps_scale(policy: Any) -> bool:
 
 def state_of(policy: Any) -> dict[str, Any]:
     """Return what a policy remembers; empty for one that remembers nothing."""
-    method = getattr(policy, "state_dict", None)
-    return {} if method is None else method()
+    state: dict[str, Any] = _asked(policy, "state_dict", {})
+    return state
 
 
 def restore(policy: Any, state: dict[str, Any]) -> None:
     """Give a policy back what it remembered."""
-    method = getattr(policy, "load_state_dict", None)
-    if method is not None:
-        method(state)
+    _asked(policy, "load_state_dict", None, state)

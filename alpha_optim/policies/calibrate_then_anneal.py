@@ -84,7 +84,6 @@ class CalibrateThenAnneal:
         self._ramp = False  # whether the rate grows after the calibration
         self._scale = 0.0  # log of the product of all factors, the guard's included
         self._done = False
-        self._begun_at = 0  # iteration of the first measurement that the search saw
         self._done_at = 0  # first iteration after the calibration
         self._held = 0.0  # log scale to hold after the calibration
         self._found = 0.0  # the same, before anything lowered it
@@ -127,7 +126,6 @@ class CalibrateThenAnneal:
         loss = measurement.loss_start
         if self._by_loss and math.isfinite(loss):
             self._search = LossSearch(self.calibration_steps, self.boost)
-            self._begun_at = measurement.iteration
             return True
         knee = KneeSearch(self.calibration_steps, self.boost)
         self._start = math.exp(knee.start)
@@ -189,9 +187,8 @@ class CalibrateThenAnneal:
 
     def searches(self, iteration: int) -> bool:
         """Whether the calibration is under way, or about to begin; not for ever if measurements cease."""
-        by_loss = isinstance(self._search, LossSearch)
-        longest = (loss_search.LONGEST + 1) * self.calibration_steps if by_loss else self.calibration_steps
-        return not self._done and iteration < self._begun_at + longest
+        over = self._search.over_by if isinstance(self._search, LossSearch) else self.calibration_steps
+        return not self._done and iteration < over
 
     def envelope(self, iteration: int) -> float:
         """Return a low start until the first measurement, then 1, and in the end fall linearly to 0."""
@@ -251,7 +248,6 @@ class CalibrateThenAnneal:
             "ramp": self._ramp,
             "scale": self._scale,
             "done": self._done,
-            "begun_at": self._begun_at,
             "done_at": self._done_at,
             "held": self._held,
             "found": self._found,
@@ -270,7 +266,6 @@ class CalibrateThenAnneal:
         self._start, self._scale = float(state["start"]), float(state["scale"])
         self._ramp = bool(state["ramp"])
         self._done, self._done_at = bool(state["done"]), int(state["done_at"])
-        self._begun_at = int(state["begun_at"])
         self._held, self._found = float(state["held"]), float(state["found"])
         self._taken_back = int(state["taken_back"])
         self._warned = bool(state["warned"])

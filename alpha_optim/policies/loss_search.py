@@ -94,6 +94,11 @@ class LossSearch:
         """Whether what is reached is good if its loss is low: rates past the knee do harm that shows late."""
         return self._stage != 1 or self._knee.found is None
 
+    @property
+    def over_by(self) -> int:
+        """Iteration by which the search is over if measurements come at all."""
+        return (self._begin or 0) + (LONGEST + 1) * self.calibration_steps
+
     def see(self, measurement: AlphaMeasurement) -> None:
         """Move `position` for this measurement."""
         n, loss = measurement.iteration, measurement.loss_start

@@ -9,116 +9,23 @@ from alpha_optim.policies import base
 from alpha_optim.records import GuardEvent
 
 
-class Bounded:
-    """Keeps the accumulated factor of another policy between two bounds."""
+class _Around:
+    """Passes on what the policy inside is asked and told."""
 
-    def __init__(self, policy: base.Policy, lowest: float = 0.1, highest: float = 10.0) -> None:
+    def __init__(self, policy: Any) -> None:
         """Wrap a policy.
 
-        Args:
-            policy: The policy.
-            lowest: Smallest product of all factors, > 0 and at most 1.
-            highest: Largest product, at least 1.
-
         Raises:
-            TypeError: If ``policy`` is not callable.
-            ValueError: If the bounds do not contain 1.
+            TypeError: If it is not callable.
         """
-        _check_policy(policy)
-        if not 0.0 < lowest <= 1.0 <= highest:
-            raise ValueError(
-                f"the bounds must contain 1, where every run starts: 0 < lowest <= 1 <= highest, "
-                f"got lowest={lowest}, highest={highest}"
-            )
-        self.policy, self.lowest, self.highest = policy, lowest, highest
-        self._product = 1.0
-        self._wanted = 1.0  # without the bounds
-
-    def __repr__(self) -> str:
-        """Return the call that builds it."""
-        return f"Bounded({self.policy!r}, {self.lowest}, {self.highest})"
-
-    def __call__(self, measurement: AlphaMeasurement) -> float:
-        """Return the inner factor, cut so that the product stays within the bounds."""
-        before = self._wanted if base.keeps_scale(self.policy) else self._product
-        self._wanted = before * base.factor_of(self.policy, measurement)
-        product = min(self.highest, max(self.lowest, self._wanted))
-        factor, self._product = product / self._product, product
-        return factor
+        if not callable(policy):
+            name = type(policy).__name__
+            raise TypeError(f"a policy must be callable (measurement -> factor), got {name}")
+        self.policy: base.Policy = policy
 
     def envelope(self, iteration: int) -> float:
         """Return the inner envelope."""
         return base.envelope_of(self.policy, iteration)
-
-    def wants(self, iteration: int) -> bool:
-        """Ask the inner policy."""
-        question = base.wants_of(self.policy)
-        return True if question is None else question(iteration)
-
-    def on_event(self, event: GuardEvent) -> None:
-        """Tell the inner policy; one that keeps count of the scale will take back what the guard did."""
-        if base.keeps_scale(self.policy):
-            self._wanted *= event.scale_factor
-            self._product *= event.scale_factor
-        base.tell_event(self.policy, event)
-
-    def wants_return(self) -> bool:
-        """Ask the inner policy."""
-        return base.return_wanted_by(self.policy)
-
-    def trusts_point(self) -> bool:
-        """Ask the inner policy."""
-        return base.point_trusted_by(self.policy)
-
-    def searches(self, iteration: int) -> bool:
-        """Ask the inner policy."""
-        return base.searches(self.policy, iteration)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the product and the inner state."""
-        return {"product": self._product, "wanted": self._wanted, "policy": base.state_of(self.policy)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state."""
-        self._product, self._wanted = float(state["product"]), float(state["wanted"])
-        base.restore(self.policy, state["policy"])
-
-
-class WithWarmup:
-    """Lets the rate of another policy grow linearly from 0 over the first steps."""
-
-    def __init__(self, policy: base.Policy, steps: int) -> None:
-        """Wrap a policy.
-
-        Args:
-            policy: The policy.
-            steps: Length of the warm-up in optimizer steps, at least 1.
-
-        Raises:
-            TypeError: If ``policy`` is not callable.
-            ValueError: If ``steps`` is less than 1.
-        """
-        _check_policy(policy)
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        self.policy, self.steps = policy, steps
-
-    def __repr__(self) -> str:
-        """Return the call that builds it."""
-        return f"WithWarmup({self.policy!r}, {self.steps})"
-
-    def __call__(self, measurement: AlphaMeasurement) -> float:
-        """Return the inner factor once the warm-up is over, 1 before."""
-        return self.policy(measurement) if measurement.iteration >= self.steps else 1.0
-
-    @property
-    def keeps_scale(self) -> bool:
-        """Whether the inner policy keeps count of the scale."""
-        return base.keeps_scale(self.policy)
-
-    def envelope(self, iteration: int) -> float:
-        """Return the warm-up times the inner envelope."""
-        return min(1.0, (iteration + 1) / self.steps) * base.envelope_of(self.policy, iteration)
 
     def wants(self, iteration: int) -> bool:
         """Ask the inner policy."""
@@ -141,6 +48,97 @@ class WithWarmup:
         """Ask the inner policy."""
         return base.searches(self.policy, iteration)
 
+
+class Bounded(_Around):
+    """Keeps the accumulated factor of another policy between two bounds."""
+
+    def __init__(self, policy: base.Policy, lowest: float = 0.1, highest: float = 10.0) -> None:
+        """Wrap a policy.
+
+        Args:
+            policy: The policy.
+            lowest: Smallest product of all factors, > 0 and at most 1.
+            highest: Largest product, at least 1.
+
+        Raises:
+            TypeError: If ``policy`` is not callable.
+            ValueError: If the bounds do not contain 1.
+        """
+        super().__init__(policy)
+        if not 0.0 < lowest <= 1.0 <= highest:
+            raise ValueError(
+                f"the bounds must contain 1, where every run starts: 0 < lowest <= 1 <= highest, "
+                f"got lowest={lowest}, highest={highest}"
+            )
+        self.lowest, self.highest = lowest, highest
+        self._product = 1.0
+        self._wanted = 1.0  # without the bounds
+
+    def __repr__(self) -> str:
+        """Return the call that builds it."""
+        return f"Bounded({self.policy!r}, {self.lowest}, {self.highest})"
+
+    def __call__(self, measurement: AlphaMeasurement) -> float:
+        """Return the inner factor, cut so that the product stays within the bounds."""
+        before = self._wanted if base.keeps_scale(self.policy) else self._product
+        self._wanted = before * base.factor_of(self.policy, measurement)
+        product = min(self.highest, max(self.lowest, self._wanted))
+        factor, self._product = product / self._product, product
+        return factor
+
+    def on_event(self, event: GuardEvent) -> None:
+        """Tell the inner policy; one that keeps count of the scale will take back what the guard did."""
+        if base.keeps_scale(self.policy):
+            self._wanted *= event.scale_factor
+            self._product *= event.scale_factor
+        base.tell_event(self.policy, event)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the product and the inner state."""
+        return {"product": self._product, "wanted": self._wanted, "policy": base.state_of(self.policy)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
+        self._product, self._wanted = float(state["product"]), float(state["wanted"])
+        base.restore(self.policy, state["policy"])
+
+
+class WithWarmup(_Around):
+    """Lets the rate of another policy grow linearly from 0 over the first steps."""
+
+    def __init__(self, policy: base.Policy, steps: int) -> None:
+        """Wrap a policy.
+
+        Args:
+            policy: The policy.
+            steps: Length of the warm-up in optimizer steps, at least 1.
+
+        Raises:
+            TypeError: If ``policy`` is not callable.
+            ValueError: If ``steps`` is less than 1.
+        """
+        super().__init__(policy)
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.steps = steps
+
+    def __repr__(self) -> str:
+        """Return the call that builds it."""
+        return f"WithWarmup({self.policy!r}, {self.steps})"
+
+    def __call__(self, measurement: AlphaMeasurement) -> float:
+        """Return the inner factor once the warm-up is over, 1 before."""
+        return self.policy(measurement) if measurement.iteration >= self.steps else 1.0
+
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether the inner policy keeps count of the scale."""
+        return base.keeps_scale(self.policy)
+
+    def envelope(self, iteration: int) -> float:
+        """Return the warm-up times the inner envelope."""
+        return min(1.0, (iteration + 1) / self.steps) * base.envelope_of(self.policy, iteration)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the inner state."""
         return {"policy": base.state_of(self.policy)}
@@ -148,8 +146,3 @@ class WithWarmup:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
         base.restore(self.policy, state["policy"])
-
-
-def _check_policy(policy: Any) -> None:
-    if not callable(policy):
-        raise TypeError(f"a policy must be callable (measurement -> factor), got {type(policy).__name__}")
