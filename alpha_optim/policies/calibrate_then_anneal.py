@@ -1,8 +1,9 @@
 """Find the rate in the first steps of a run, then hold and anneal it.
 
 Where losses are measured they find the rate (`loss_search`), else alpha does (`knee_search`). Afterwards
-the rate only comes down: linearly to 0 in the second half of the run, by half where the loss stays above
-what the calibration had reached (`loss_watch`), and for a while after a step was taken back.
+windows of the loss (`loss_watch`) correct it: up while the loss falls fast, which it can only do at a rate that
+is not too high; down by half where it stays above what the calibration had reached, and for a while after a
+step was taken back. Annealing begins where the loss no longer falls, in the middle of the run at the latest.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from alpha_optim.alpha import AlphaMeasurement
 from alpha_optim.policies import loss_search
 from alpha_optim.policies.knee_search import FASTEST, KneeSearch
 from alpha_optim.policies.loss_search import LossSearch
-from alpha_optim.policies.loss_watch import LossWatch
+from alpha_optim.policies.loss_watch import LossWatch, Seen
 from alpha_optim.records import GuardEvent
 from alpha_optim.user_warning import warn_user
 from alpha_optim.window import rises_of
@@ -31,9 +32,13 @@ CALM = 10
 SPARSE = 10
 """After the calibration every so many steps are measured, if the policy decides (``every=None``)."""
 HELD = 0.5
-"""Annealing begins after this share of the run (at once where alpha alone has found the rate) ..."""
+"""Annealing begins after this share of the run at the latest (at once where alpha alone found the rate) ..."""
 BELOW_FOUND = math.log(0.8)
 """... at so much less than the log rate found, which is good for a rate that falls from the start."""
+GROWTH = math.log(1.5)
+"""Change of the log rate after a window in which the loss fell fast, ..."""
+GROWS = 0.4
+"""... as long as less than this share of the run is over and nothing has lowered the rate."""
 RAMP = 20
 SHORTEST_RAMP = 10
 """After the calibration the rate grows linearly from a tenth in a 20th of the run, at least 10 steps:
@@ -61,7 +66,8 @@ class CalibrateThenAnneal:
                 is long enough for that. With losses it may take up to twice as long.
             boost: What the rate found is multiplied by, a factor >= 1; None: by the batch size, 1 for 32
                 samples, 1.5 for 128, with losses also down to 0.66 for 8.
-            anneal: Whether to anneal linearly to 0 in the second half of the run (not if a schedule does).
+            anneal: Whether to anneal linearly to 0 once the loss no longer falls, from the middle of the
+                run on at the latest (not if a schedule does).
 
         Raises:
             ValueError: If an argument is out of range.
@@ -87,6 +93,7 @@ class CalibrateThenAnneal:
         self._done_at = 0  # first iteration after the calibration
         self._held = 0.0  # log scale to hold after the calibration
         self._found = 0.0  # the same, before anything lowered it
+        self._stands_at: int | None = None  # first step after the loss was seen to fall no more
         self._taken_back = -CALM - 1  # iteration at which a step was taken back last
 
     @property
@@ -163,12 +170,27 @@ class CalibrateThenAnneal:
         The guard lowers the rate by much, for safety; once all is calm, take most of that back.
         """
         loss, n = measurement.loss_start, measurement.iteration
-        if math.isfinite(loss) and self._watch.too_high(loss, n):
-            self._held -= math.log(LOWER_HELD)
+        seen = self._watch.see(loss, n) if math.isfinite(loss) else None
+        if seen is not None:
+            self._correct(seen, n + 2)
         if self._scale > self._held:
             return self._held
         calm = n - self._taken_back > CALM
         return min(self._held, self._scale + FASTEST) if calm else self._scale
+
+    def _correct(self, seen: Seen, iteration: int) -> None:
+        """Change the rate held by what a window of losses said; it acts from this iteration on."""
+        if seen.high:
+            self._held -= math.log(LOWER_HELD)
+            LOG.info("the loss is higher than it was: rate held divided by %g", LOWER_HELD)
+        if self._stands_at is not None:
+            return
+        if seen.stands:
+            self._stands_at = iteration
+        elif seen.falls and self._held >= self._found and iteration < GROWS * self.total_steps:
+            assert isinstance(self._search, LossSearch)  # else there is no level, and nothing is seen
+            self._found = self._held = max(self._found, min(self._found + GROWTH, self._search.highest))
+            LOG.info("the loss falls fast: %r", self)
 
     def wants(self, iteration: int) -> bool:
         """Whether to measure: every step of the calibration, one in `SPARSE` afterwards."""
@@ -197,6 +219,7 @@ class CalibrateThenAnneal:
             warn_user(f"more steps than total_steps={self.total_steps}: the last learning rate is held")
         if isinstance(self._search, LossSearch):
             falls_at = max(self._done_at, int(HELD * self.total_steps))
+            falls_at = falls_at if self._stands_at is None else min(falls_at, self._stands_at)
             return self._ramped(iteration) * self._annealed(iteration, falls_at) if self._done else 1.0
         if iteration < self.calibration_steps:
             return self._start if self._search is None and not self._done else 1.0
@@ -251,6 +274,7 @@ class CalibrateThenAnneal:
             "done_at": self._done_at,
             "held": self._held,
             "found": self._found,
+            "stands_at": self._stands_at,
             "taken_back": self._taken_back,
             "warned": self._warned,
         }
@@ -267,5 +291,5 @@ class CalibrateThenAnneal:
         self._ramp = bool(state["ramp"])
         self._done, self._done_at = bool(state["done"]), int(state["done_at"])
         self._held, self._found = float(state["held"]), float(state["found"])
-        self._taken_back = int(state["taken_back"])
+        self._stands_at, self._taken_back = state["stands_at"], int(state["taken_back"])
         self._warned = bool(state["warned"])

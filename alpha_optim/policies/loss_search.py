@@ -55,6 +55,9 @@ ALPHAS = 12
 """Length of the window of alphas."""
 EVENTS = 2
 """The second step that is taken back ends the slow climb; one alone can be an outlier."""
+KNEE = "knee"
+FAR = math.log(5.0)
+"""A knee so far below the log rate of the lowest loss is none."""
 LONGEST = 2
 """The calibration ends after so many times its length, whatever the loss did."""
 
@@ -67,6 +70,14 @@ def room_above(samples: int) -> float:
     return 0.3 * math.log(min(256, max(8, samples)) / 32)
 
 
+def agreed(seen: dict[str, float]) -> float:
+    """Return the median of the log rates seen; a knee far below the only other is none."""
+    others = [where for name, where in seen.items() if name != KNEE]
+    if len(others) == 1 and others[0] - seen.get(KNEE, math.inf) > FAR:
+        return others[0]
+    return statistics.median(seen.values())
+
+
 class LossSearch:
     """Climbs until the loss rises, twice."""
 
@@ -74,6 +85,7 @@ class LossSearch:
         """Start low."""
         self.calibration_steps, self.boost = calibration_steps, boost
         self.position = math.log(START)  # log scale asked for
+        self.highest = self.position  # the highest log rate that anything spoke for
         self.done = False
         self.wants_return = False
         self.trace: LossTrace | None = None
@@ -173,7 +185,7 @@ class LossSearch:
             knee = self._knee.found
             self.position = edge - SPAN if knee is None else min(edge - SPAN, knee - BELOW)
             if knee is not None:
-                self.seen["knee"] = knee
+                self.seen[KNEE] = knee
             # A few losses in a noisy stretch say nothing about the rate.
             if lowest is not None and self.trace.has_fallen():
                 self.seen["lowest loss, fast climb"] = lowest
@@ -183,8 +195,10 @@ class LossSearch:
             self.seen["lowest loss, slow climb"] = lowest
         # Not a word from anything: below what is known to be too high, else at least the user's own rate.
         nothing = edge - 1.0 if risen else max(0.0, edge)
-        self.position = statistics.median(self.seen.values()) if self.seen else nothing
-        self.position += room_above(self._samples) if self.boost is None else math.log(self.boost)
+        self.position = agreed(self.seen) if self.seen else nothing
+        room = room_above(self._samples) if self.boost is None else math.log(self.boost)
+        self.highest = max(self.seen.values(), default=self.position) + room
+        self.position += room
         self.done = True
 
     def taken_back(self, event: GuardEvent) -> None:
@@ -203,6 +217,7 @@ class LossSearch:
         """Return everything as plain values."""
         return {
             "position": self.position,
+            "highest": self.highest,
             "done": self.done,
             "wants_return": self.wants_return,
             "trace": None if self.trace is None else self.trace.state_dict(),
@@ -221,7 +236,8 @@ class LossSearch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
-        self.position, self.done = float(state["position"]), bool(state["done"])
+        self.position, self.highest = float(state["position"]), float(state["highest"])
+        self.done = bool(state["done"])
         self.wants_return = bool(state["wants_return"])
         self.trace = None if state["trace"] is None else LossTrace.of(state["trace"])
         self._trail.restore(state["trail"])

@@ -8,8 +8,8 @@ import pytest
 
 from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, WithWarmup, measure_alpha
 from alpha_optim.policies import base
-from alpha_optim.policies.loss_trace import Level, LossTrace
-from alpha_optim.policies.loss_watch import LossWatch
+from alpha_optim.policies.loss_search import agreed
+from alpha_optim.policies.loss_trace import LossTrace
 
 STEPS = 1000
 
@@ -183,23 +183,6 @@ def test_noise_alone_is_no_rise():
     assert not trace.risen()
 
 
-def test_the_watch_speaks_where_the_loss_stays_above_the_best_level():
-    watch = LossWatch(400)
-    assert not any(watch.too_high(9.0, n) for n in range(100))  # no level yet
-    watch.level = Level(1.0, 0.1, 10)
-    answers = [watch.too_high(2.0, n) for n in range(60)]
-    assert [n for n, answer in enumerate(answers) if answer] == [39]  # the first window settles
-    assert not any(watch.too_high(0.9, n) for n in range(60, 120))
-    assert sum(watch.too_high(2.0, n) for n in range(120, 520)) == 3  # then the higher loss is accepted
-
-
-def test_the_watch_counts_steps_also_where_few_are_measured():
-    watch = LossWatch(1000)
-    watch.level = Level(1.0, 0.1, 10)
-    answers = {n: watch.too_high(2.0, n) for n in range(0, 200, 10)}
-    assert [n for n, answer in answers.items() if answer] == [110]
-
-
 def test_steps_are_measured_rarely_once_the_rate_is_known():
     run = Caricature(1.0)
     assert all(run.policy.wants(n) for n in range(30))
@@ -224,6 +207,15 @@ def test_a_search_that_begins_late_takes_its_time():
     run.policy = WithWarmup(CalibrateThenAnneal(STEPS), 2 * run.policy.calibration_steps + 50)
     rates = [run.step() for _ in range(550)]
     assert 1 / 4 < max(rates[520:]) < 2
+
+
+def test_a_knee_far_below_the_only_other_rate_is_a_chance_crossing():
+    slow = "lowest loss, slow climb"
+    assert agreed({"knee": math.log(0.5), slow: 0.0}) == pytest.approx(0.5 * math.log(0.5))
+    assert agreed({"knee": math.log(0.01), slow: 0.0}) == 0.0
+    assert agreed({"lowest loss, fast climb": -4.0, slow: 0.0}) == -2.0
+    assert agreed({"knee": -4.0, "lowest loss, fast climb": -1.0, slow: 0.0}) == -1.0  # the median
+    assert agreed({"knee": -4.0}) == -4.0
 
 
 def test_where_too_little_is_seen_the_users_rate_is_used():

@@ -1,0 +1,177 @@
+"""After the calibration: windows of the loss say whether the rate held is too high, too low, or done."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+
+from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, measure_alpha
+from alpha_optim.policies import base
+from alpha_optim.policies.loss_trace import Level
+from alpha_optim.policies.loss_watch import LossWatch
+from tests.policies.test_loss_search import STEPS, Caricature
+
+WINDOW = STEPS // 20
+
+
+def too_high(watch, loss, n):
+    seen = watch.see(loss, n)
+    return seen is not None and seen.high
+
+
+def test_the_watch_speaks_where_the_loss_stays_above_the_best_level():
+    watch = LossWatch(400)
+    assert not any(too_high(watch, 9.0, n) for n in range(100))  # no level yet
+    watch.level = Level(1.0, 0.1, 10)
+    answers = [too_high(watch, 2.0, n) for n in range(60)]
+    assert [n for n, answer in enumerate(answers) if answer] == [39]  # the first window settles
+    assert not any(too_high(watch, 0.9, n) for n in range(60, 120))
+    assert sum(too_high(watch, 2.0, n) for n in range(120, 520)) == 3  # then the higher loss is accepted
+
+
+def test_the_watch_counts_steps_also_where_few_are_measured():
+    watch = LossWatch(1000)
+    watch.level = Level(1.0, 0.1, 10)
+    answers = {n: too_high(watch, 2.0, n) for n in range(0, 200, 10)}
+    assert [n for n, answer in answers.items() if answer] == [110]
+
+
+def judged(losses, total_steps, every=1):
+    """What the watch says of a run with these losses."""
+    watch = LossWatch(total_steps)
+    watch.level = Level(100.0, 0.1, 10)
+    seen = [watch.see(float(loss), n * every) for n, loss in enumerate(losses)]
+    return [one for one in seen if one is not None]
+
+
+def windows(*means, length=WINDOW):
+    """Windows of a loss with a deviation of 0.1 within."""
+    noise = 0.1 * np.random.default_rng(0).normal(size=length * len(means))
+    return np.repeat(means, length) + noise
+
+
+def test_the_watch_knows_a_loss_that_falls_fast_and_one_that_stands():
+    seen = judged(windows(3.0, 2.0, 2.1, 1.0, 0.97, 0.5, 0.6), STEPS)
+    # The first window settles, and two more are given before the loss may stand.
+    assert [one.falls for one in seen] == [False, False, False, True, False, True, False]
+    assert [one.stands for one in seen] == [False, False, False, False, False, False, True]
+
+
+def test_what_every_loss_does_in_a_long_run_is_not_fast():
+    """A third of the batch-to-batch deviation in a 20th of the run: sure in 5000 losses, but slow."""
+    means = [1.0 - 0.03 * n for n in range(10)]
+    assert not any(one.falls or one.stands for one in judged(windows(*means, length=5000), 100_000))
+    steep = [1.0 - 0.09 * n for n in range(10)]
+    assert all(one.falls for one in judged(windows(*steep, length=5000), 100_000)[2:])
+
+
+@pytest.mark.parametrize("length", [20, 50, 500])
+def test_noise_around_a_level_does_not_fall(length):
+    noise = np.random.default_rng(0)
+    runs = [judged(noise.normal(1.0, 0.3, size=8 * length), 20 * length) for _ in range(200)]
+    assert sum(any(one.falls for one in run) for run in runs) <= 10
+    assert sum(any(one.stands for one in run) for run in runs) >= 190
+
+
+def test_a_window_of_few_losses_says_nothing_of_the_trend():
+    falling = [3.0, 2.9, 2.8] * 2 + [1.0, 1.1, 1.2] * 2 + [0.1, 0.2, 0.3] * 2
+    assert not any(one.falls or one.stands for one in judged(falling, STEPS, every=10))
+
+
+class Held:
+    """A policy past its calibration, told losses of our choice."""
+
+    def __init__(self, **options):
+        run = Caricature(1e-2)
+        run.policy = CalibrateThenAnneal(STEPS, **options)
+        while not run.policy.calibrated:
+            run.step()
+        self.policy, self.rate, self.n, self.good = run.policy, run.rate, run.n, run.good
+
+    def feed(self, *means):
+        """Windows of the loss, in units of the best one of the calibration; the rates without the envelope."""
+        rates = []
+        for loss in self.good * windows(*means):
+            end = Observation(32, -1e-3, 1e-6, float(loss), 0.01)
+            self.rate *= base.factor_of(self.policy, measure_alpha(self.n, self.rate, end, end, (self.rate,)))
+            rates.append(self.rate)
+            self.n += 1
+        return rates
+
+
+def test_the_rate_grows_while_the_loss_falls_fast(caplog):
+    run = Held()
+    state = run.policy.state_dict()
+    state["search"]["highest"] = math.log(1e9)
+    run.policy.load_state_dict(state)
+    found = run.rate
+    with caplog.at_level(logging.INFO, logger="alpha_optim"):
+        rates = run.feed(1.0, 0.9, 0.5, 0.1, 0.1)
+    assert rates[2 * WINDOW - 2] == pytest.approx(found)
+    assert rates[-1] == pytest.approx(found * 1.5**2)
+    assert caplog.text.count("falls fast") == 2
+    assert f"found {rates[-1] / 1e-2:.3g} times" in repr(run.policy)
+
+
+def test_the_rate_grows_to_the_highest_that_a_climb_spoke_for():
+    run = Held()
+    assert run.policy.state_dict()["search"]["seen"].keys() == {
+        "knee", "lowest loss, fast climb", "lowest loss, slow climb"
+    }  # fmt: skip
+    highest = max(run.policy.state_dict()["search"]["seen"].values())  # batches of 32: no room above
+    before = run.rate
+    rates = run.feed(1.0, 0.9, 0.5, 0.1, 0.01, 0.001)
+    assert rates[-1] == pytest.approx(1e-2 * math.exp(highest))
+    assert rates[-1] > 1.1 * before
+
+
+def test_the_rate_grows_in_the_first_part_of_a_run_only():
+    run = Held()
+    loss = 1.0
+    while run.n < 0.4 * STEPS:
+        run.feed(loss)
+        loss -= 0.001
+    before = run.rate
+    assert run.feed(0.1)[-1] == before
+    assert run.policy.envelope(run.n) == 1.0  # it did not stand
+
+
+def test_what_was_lowered_does_not_grow_again():
+    run = Held()
+    run.feed(1.0, 0.9)
+    event = GuardEvent(run.n, "loss_rose", 1.0, 9.0, restored=True, scale_factor=0.5)
+    base.tell_event(run.policy, event)
+    run.rate *= 0.5
+    before = run.rate
+    assert max(run.feed(0.5, 0.1)) == pytest.approx(before)
+
+
+def test_a_loss_that_stands_begins_the_annealing_and_ends_the_growth():
+    standing, falling = Held(), Held()
+    standing.feed(1.0, 0.9, 0.89, 0.95)
+    falling.feed(1.0, 0.9, 0.89, 0.88)
+    n = standing.n
+    assert falling.policy.envelope(n + 50) == 1.0
+    left = STEPS - n - 50
+    assert standing.policy.envelope(n + 50) == pytest.approx(left / (left + 50), abs=0.01)
+    assert standing.policy.envelope(n) == pytest.approx(1.0, abs=0.01)  # without a jump
+    before = standing.rate
+    assert standing.feed(0.1)[-1] == before
+
+
+def test_where_nothing_is_annealed_a_standing_loss_changes_nothing():
+    run = Held(anneal=False)
+    rates = run.feed(1.0, 0.9, 0.89, 0.95, 0.96)
+    assert max(rates) == min(rates)
+    assert run.policy.envelope(run.n + 100) == 1.0
+
+
+def test_the_annealing_resumes_where_it_was():
+    one, two = Held(), Held()
+    one.feed(1.0, 0.9, 0.89, 0.95)
+    two.policy.load_state_dict(one.policy.state_dict())
+    assert [one.policy.envelope(n) for n in range(200, 1000)] == [
+        two.policy.envelope(n) for n in range(200, 1000)
+    ]
+    assert math.isfinite(two.policy.envelope(999))
