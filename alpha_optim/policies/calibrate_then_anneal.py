@@ -93,7 +93,7 @@ class CalibrateThenAnneal:
         self._done_at = 0  # first iteration after the calibration
         self._held = 0.0  # log scale to hold after the calibration
         self._found = 0.0  # the same, before anything lowered it
-        self._stands_at: int | None = None  # first step after the loss was seen to fall no more
+        self._falls_from = int(HELD * total_steps)  # earlier where the loss stands, later than the calibration
         self._taken_back = -CALM - 1  # iteration at which a step was taken back last
 
     @property
@@ -183,13 +183,12 @@ class CalibrateThenAnneal:
         if seen.high:
             self._held -= math.log(LOWER_HELD)
             LOG.info("the loss is higher than it was: rate held divided by %g", LOWER_HELD)
-        if self._stands_at is not None:
-            return
+        grows_until = min(self._falls_from, GROWS * self.total_steps)
         if seen.stands:
-            self._stands_at = iteration
-        elif seen.falls and self._held >= self._found and iteration < GROWS * self.total_steps:
+            self._falls_from = min(self._falls_from, iteration)
+        elif seen.falls and self._held >= self._found and iteration < grows_until:
             assert isinstance(self._search, LossSearch)  # else there is no level, and nothing is seen
-            self._found = self._held = max(self._found, min(self._found + GROWTH, self._search.highest))
+            self._found = self._held = min(self._found + GROWTH, self._search.highest)
             LOG.info("the loss falls fast: %r", self)
 
     def wants(self, iteration: int) -> bool:
@@ -218,9 +217,8 @@ class CalibrateThenAnneal:
             self._warned = True
             warn_user(f"more steps than total_steps={self.total_steps}: the last learning rate is held")
         if isinstance(self._search, LossSearch):
-            falls_at = max(self._done_at, int(HELD * self.total_steps))
-            falls_at = falls_at if self._stands_at is None else min(falls_at, self._stands_at)
-            return self._ramped(iteration) * self._annealed(iteration, falls_at) if self._done else 1.0
+            falls_from = max(self._done_at, self._falls_from)
+            return self._ramped(iteration) * self._annealed(iteration, falls_from) if self._done else 1.0
         if iteration < self.calibration_steps:
             return self._start if self._search is None and not self._done else 1.0
         return self._late() * self._annealed(iteration, self.calibration_steps)
@@ -274,7 +272,7 @@ class CalibrateThenAnneal:
             "done_at": self._done_at,
             "held": self._held,
             "found": self._found,
-            "stands_at": self._stands_at,
+            "falls_from": self._falls_from,
             "taken_back": self._taken_back,
             "warned": self._warned,
         }
@@ -291,5 +289,5 @@ class CalibrateThenAnneal:
         self._ramp = bool(state["ramp"])
         self._done, self._done_at = bool(state["done"]), int(state["done_at"])
         self._held, self._found = float(state["held"]), float(state["found"])
-        self._stands_at, self._taken_back = state["stands_at"], int(state["taken_back"])
+        self._falls_from, self._taken_back = int(state["falls_from"]), int(state["taken_back"])
         self._warned = bool(state["warned"])

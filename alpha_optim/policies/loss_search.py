@@ -85,7 +85,6 @@ class LossSearch:
         """Start low."""
         self.calibration_steps, self.boost = calibration_steps, boost
         self.position = math.log(START)  # log scale asked for
-        self.highest = self.position  # the highest log rate that anything spoke for
         self.done = False
         self.wants_return = False
         self.trace: LossTrace | None = None
@@ -105,6 +104,16 @@ class LossSearch:
     def trusts_point(self) -> bool:
         """Whether what is reached is good if its loss is low: rates past the knee do harm that shows late."""
         return self._stage != 1 or self._knee.found is None
+
+    @property
+    def highest(self) -> float:
+        """The highest log rate that anything spoke for, once the search is done."""
+        return max((where + self._room for where in self.seen.values()), default=self.position)
+
+    @property
+    def _room(self) -> float:
+        """How far above what was seen the log rate is set."""
+        return room_above(self._samples) if self.boost is None else math.log(self.boost)
 
     @property
     def over_by(self) -> int:
@@ -196,9 +205,7 @@ class LossSearch:
         # Not a word from anything: below what is known to be too high, else at least the user's own rate.
         nothing = edge - 1.0 if risen else max(0.0, edge)
         self.position = agreed(self.seen) if self.seen else nothing
-        room = room_above(self._samples) if self.boost is None else math.log(self.boost)
-        self.highest = max(self.seen.values(), default=self.position) + room
-        self.position += room
+        self.position += self._room
         self.done = True
 
     def taken_back(self, event: GuardEvent) -> None:
@@ -217,7 +224,6 @@ class LossSearch:
         """Return everything as plain values."""
         return {
             "position": self.position,
-            "highest": self.highest,
             "done": self.done,
             "wants_return": self.wants_return,
             "trace": None if self.trace is None else self.trace.state_dict(),
@@ -236,8 +242,7 @@ class LossSearch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
-        self.position, self.highest = float(state["position"]), float(state["highest"])
-        self.done = bool(state["done"])
+        self.position, self.done = float(state["position"]), bool(state["done"])
         self.wants_return = bool(state["wants_return"])
         self.trace = None if state["trace"] is None else LossTrace.of(state["trace"])
         self._trail.restore(state["trail"])

@@ -64,7 +64,7 @@ class LossWatch:
         if iteration - self._begin + 1 < self.length or len(self._losses) < FEWEST:
             return None
         losses, self._losses, self._begin = self._losses, [], None
-        mean = math.fsum(losses) / len(losses)
+        mean = statistics.fmean(losses)
         falls, stands = self._trend(mean, losses)
         return Seen(self._too_high(mean, len(losses), self.level), falls, stands)
 

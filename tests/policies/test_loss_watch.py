@@ -103,7 +103,7 @@ class Held:
 def test_the_rate_grows_while_the_loss_falls_fast(caplog):
     run = Held()
     state = run.policy.state_dict()
-    state["search"]["highest"] = math.log(1e9)
+    state["search"]["seen"]["lowest loss, fast climb"] = math.log(1e9)
     run.policy.load_state_dict(state)
     found = run.rate
     with caplog.at_level(logging.INFO, logger="alpha_optim"):
