@@ -92,13 +92,20 @@ class GradientWatch:
         self._awaited: int | None = None  # backward pass at whose end we look
         self._stale: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._buffer: list[Tensor] = []
+        self._looks = True
         self.compare_norms = False
         self.keep_copies = False
         self._asked = False
 
-    def attach(self, params: Sequence[Tensor]) -> None:
-        """Hook every parameter that can get a gradient; leave hooks that are there where they are."""
+    def attach(self, params: Sequence[Tensor], look: bool) -> None:
+        """Hook every parameter that can get a gradient; leave hooks that are there where they are.
+
+        Args:
+            params: The parameters.
+            look: Whether to look at the gradients, or only see that they come.
+        """
         self.forget()
+        self._looks = look
         wanted = [param for param in params if param.requires_grad and param.is_leaf]
         if self._handles and same_tensors(wanted, self._hooked):
             return
@@ -126,6 +133,8 @@ class GradientWatch:
         assert gradient is not None
         self._on_accumulated(param)
         self._seen[id(param)] = _Seen(gradient, gradient._version, param._version)
+        if not self._looks:
+            return
         task = torch._C._current_graph_task_id()
         if task != self._awaited:
             self._awaited = task

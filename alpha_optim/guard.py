@@ -52,8 +52,9 @@ class Reading(NamedTuple):
         loss: Mean loss, None if not observed.
         variance: Variance of one sample's loss, None if not observed.
         samples: N, 0 if not known.
-        state: Sum of the squares of parameters and buffers.
-        gradients: Sum of the squares of the gradients.
+        state: Sum of the squares of parameters and buffers, in float32.
+        gradients: Sum of the squares of the gradients. Neither is finite where numbers are finite but their
+            squares are not: second moments and running variances would hold an inf for ever.
     """
 
     loss: float | None
@@ -91,6 +92,11 @@ class Guard:
         self.stepped = False
         self.return_wanted = False  # to the good point, by a policy
         self.point_trusted = True  # by a policy: whether the point reached may become the good point
+
+    @property
+    def loss(self) -> float:
+        """Mini-batch loss of the point accepted last, nan if not observed."""
+        return math.nan if self._before.loss is None else self._before.loss
 
     @torch.no_grad()
     def judge(self, iteration: int, loss: BatchLoss, params: Sequence[Tensor]) -> GuardEvent | None:
@@ -209,22 +215,11 @@ class Guard:
 def read(loss: BatchLoss, state: Sequence[Tensor], gradients: Sequence[Tensor]) -> Reading:
     """Read what is judged in one transfer."""
     device = state[0].device
-    values = [_squares(state, device), _squares(gradients, device)]
+    both = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in (*state, *gradients)]
+    norms = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(both)]).square()
+    values = [norms[: len(state)].sum(), norms[len(state) :].sum()]
     values += [value.detach() for value in (loss.mean, loss.variance) if value is not None]
     numbers = torch.stack([value.to(device, torch.float64) for value in values]).tolist()
     mean = numbers[2] if loss.mean is not None else None
     variance = numbers[-1] if loss.variance is not None else None
     return Reading(mean, variance, loss.samples, numbers[0], numbers[1])
-
-
-def _squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Sum of all squares, float32 ``[]``.
-
-    Not finite also where numbers are finite but their squares are not: second moments and running variances
-    would hold an inf for ever.
-    """
-    if not tensors:
-        return torch.zeros((), device=device)
-    dense = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
-    norms = [norm.to(device, torch.float32) for norm in torch._foreach_norm(dense)]
-    return torch.stack(norms).square().sum()

@@ -92,7 +92,7 @@ class LineProbe:
         else:
             self._model.detach()
         if backend is not None or loss:
-            self.watch.attach(params)
+            self.watch.attach(params, look=backend is not None)
             self.losses.attach()
         else:
             self.watch.detach()

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from alpha_optim.alpha import AlphaMeasurement
 from alpha_optim.checks import check_scheduler_state, check_scheduling
+from alpha_optim.guard import Guard
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
 from alpha_optim.rates import clamped, peak_of, ratios, taken_over
@@ -136,12 +137,8 @@ class AlphaScheduler(LRScheduler):
         self._step_count += 1
         optimizer._session.reminders.scheduler_stepped(optimizer.iteration)
         self._take_over_foreign_rates()
-        scale = self.scale
-        for measurement in self._new_measurements(optimizer):
-            scale *= base.factor_of(self.policy, measurement)
-            self._seen_measurement = measurement.iteration
-        self.scale = min(1e30, max(1e-30, scale))
         guard = optimizer._session.guard
+        self.scale = min(1e30, max(1e-30, self.scale * self._factor(optimizer, guard)))
         return_wanted, trusted = base.return_wanted_by(self.policy), base.point_trusted_by(self.policy)
         if guard is not None:
             guard.return_wanted, guard.point_trusted = guard.return_wanted or return_wanted, trusted
@@ -151,6 +148,17 @@ class AlphaScheduler(LRScheduler):
                 self._advance_schedule(self.schedule, metrics)
         self.last_epoch = optimizer.iteration
         self._write()
+
+    def _factor(self, optimizer: AlphaGuided, guard: Guard | None) -> float:
+        """Product of the policy's answers to what is new: measurements, and the step made."""
+        factor, loss = 1.0, math.nan
+        for measurement in self._new_measurements(optimizer):
+            factor *= base.factor_of(self.policy, measurement)
+            self._seen_measurement, loss = measurement.iteration, measurement.loss_start
+        if optimizer.iteration != self._seen_iteration:  # the guard reads every loss, measured or not
+            loss = loss if guard is None else guard.loss
+            factor *= base.step_factor_of(self.policy, optimizer.iteration - 1, loss)
+        return factor
 
     def _new_measurements(self, optimizer: AlphaGuided) -> list[AlphaMeasurement]:
         """Measurements that the policy has not seen, as old as they always are when it sees them."""

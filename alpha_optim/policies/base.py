@@ -5,6 +5,8 @@ inherited:
 
 - ``envelope(iteration) -> float >= 0``: multiplied in at every step (warm-up, annealing; may be 0).
 - ``wants(iteration) -> bool``: whether to measure, asked when the optimizer has ``every=None``.
+- ``on_step(iteration, loss) -> float``: told of every step that was made, whether measured or not, with the
+  mini-batch loss it was made from (nan where nothing read it); returns a further factor for the scale.
 - ``on_event(event)``: told when the guard took a step back.
 - ``wants_return() -> bool``: asked once per scheduler step; True: back to the best point (needs a guard).
 - ``trusts_point() -> bool``: asked once per scheduler step; False: what is reached does not become the best
@@ -42,14 +44,31 @@ def factor_of(policy: Policy, measurement: AlphaMeasurement) -> float:
     Raises:
         ValueError: If it is not a finite number > 0.
     """
-    answer: Any = policy(measurement)
+    return _checked(policy, policy(measurement), measurement.iteration)
+
+
+def step_factor_of(policy: Policy, iteration: int, loss: float) -> float:
+    """Tell a policy of a step and the loss it was made from; return its factor, 1 if it does not listen.
+
+    Raises:
+        ValueError: If it is not a finite number > 0.
+    """
+    return _checked(policy, _asked(policy, "on_step", 1.0, iteration, loss), iteration)
+
+
+def _checked(policy: Policy, answer: Any, iteration: int) -> float:
+    """A policy's answer as a factor.
+
+    Raises:
+        ValueError: If it is not a finite number > 0.
+    """
     try:
         factor = math.nan if isinstance(answer, (str, bytes)) else float(answer)
     except (TypeError, ValueError):
         factor = math.nan
     if not (math.isfinite(factor) and factor > 0.0):
         raise ValueError(
-            f"policy {name_of(policy)} returned {answer!r} for iteration {measurement.iteration}; expected a "
+            f"policy {name_of(policy)} returned {answer!r} for iteration {iteration}; expected a "
             "finite factor > 0 for the learning rate's scale (1 leaves it as it is)"
         )
     return factor

@@ -116,9 +116,9 @@ class CalibrateThenAnneal:
         return f"CalibrateThenAnneal({self.total_steps} steps: {state})"
 
     def __call__(self, measurement: AlphaMeasurement) -> float:
-        """Return the factor for this measurement."""
+        """Return the factor for this measurement; 1 after the calibration, where losses have to do."""
         if self._done:
-            return self._move_to(self._after(measurement))
+            return 1.0
         n = measurement.iteration
         if self._search is None and not self._begin(measurement):
             self._done = n + 2 >= self.calibration_steps
@@ -164,19 +164,21 @@ class CalibrateThenAnneal:
         change, self._scale = position - self._scale, position
         return math.exp(change)
 
-    def _after(self, measurement: AlphaMeasurement) -> float:
-        """Log scale after the calibration.
+    def on_step(self, iteration: int, loss: float) -> float:
+        """Return the factor for a step that was made, and its loss; 1 until the calibration is over.
 
         The guard lowers the rate by much, for safety; once all is calm, take most of that back.
         """
-        loss, n = measurement.loss_start, measurement.iteration
-        seen = self._watch.see(loss, n) if math.isfinite(loss) else None
+        returning = isinstance(self._search, LossSearch) and self._search.wants_return
+        if not self._done or returning:  # that loss is none of the rate held
+            return 1.0
+        seen = self._watch.see(loss, iteration) if math.isfinite(loss) else None
         if seen is not None:
-            self._correct(seen, n + 2)
+            self._correct(seen, iteration + 1)
         if self._scale > self._held:
-            return self._held
-        calm = n - self._taken_back > CALM
-        return min(self._held, self._scale + FASTEST) if calm else self._scale
+            return self._move_to(self._held)
+        calm = iteration - self._taken_back > CALM
+        return self._move_to(min(self._held, self._scale + FASTEST)) if calm else 1.0
 
     def _correct(self, seen: Seen, iteration: int) -> None:
         """Change the rate held by what a window of losses said; it acts from this iteration on."""

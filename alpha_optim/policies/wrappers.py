@@ -32,6 +32,10 @@ class _Around:
         question = base.wants_of(self.policy)
         return True if question is None else question(iteration)
 
+    def on_step(self, iteration: int, loss: float) -> float:
+        """Tell the inner policy; return its factor."""
+        return base.step_factor_of(self.policy, iteration, loss)
+
     def on_event(self, event: GuardEvent) -> None:
         """Tell the inner policy."""
         base.tell_event(self.policy, event)
@@ -80,8 +84,16 @@ class Bounded(_Around):
 
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the inner factor, cut so that the product stays within the bounds."""
+        return self._cut(base.factor_of(self.policy, measurement))
+
+    def on_step(self, iteration: int, loss: float) -> float:
+        """Tell the inner policy; return its factor, cut in the same way."""
+        return self._cut(base.step_factor_of(self.policy, iteration, loss))
+
+    def _cut(self, wanted: float) -> float:
+        """The part of a factor that keeps the product within the bounds."""
         before = self._wanted if base.keeps_scale(self.policy) else self._product
-        self._wanted = before * base.factor_of(self.policy, measurement)
+        self._wanted = before * wanted
         product = min(self.highest, max(self.lowest, self._wanted))
         factor, self._product = product / self._product, product
         return factor
@@ -129,6 +141,10 @@ class WithWarmup(_Around):
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the inner factor once the warm-up is over, 1 before."""
         return self.policy(measurement) if measurement.iteration >= self.steps else 1.0
+
+    def on_step(self, iteration: int, loss: float) -> float:
+        """Tell the inner policy once the warm-up is over; return its factor, 1 before."""
+        return base.step_factor_of(self.policy, iteration, loss) if iteration >= self.steps else 1.0
 
     @property
     def keeps_scale(self) -> bool:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, measure_alpha
+from alpha_optim import CalibrateThenAnneal, GuardEvent
 from alpha_optim.policies import base
 from alpha_optim.policies.loss_trace import Level
 from alpha_optim.policies.loss_watch import LossWatch
@@ -79,6 +79,16 @@ def test_a_window_of_few_losses_says_nothing_of_the_trend():
     assert not any(one.falls or one.stands for one in judged(falling, STEPS, every=10))
 
 
+def test_the_loss_from_before_the_return_is_not_one_of_the_rate_held():
+    run = Caricature(1e-2)
+    while not run.policy.calibrated:
+        run.step()
+    assert len(run.returns) == 2
+    assert run.policy.state_dict()["watch"]["losses"] == []
+    run.step()
+    assert run.policy.state_dict()["watch"]["losses"] == pytest.approx([run.good], rel=0.1)
+
+
 class Held:
     """A policy past its calibration, told losses of our choice."""
 
@@ -93,8 +103,7 @@ class Held:
         """Windows of the loss, in units of the best one of the calibration; the rates without the envelope."""
         rates = []
         for loss in self.good * windows(*means):
-            end = Observation(32, -1e-3, 1e-6, float(loss), 0.01)
-            self.rate *= base.factor_of(self.policy, measure_alpha(self.n, self.rate, end, end, (self.rate,)))
+            self.rate *= base.step_factor_of(self.policy, self.n, float(loss))
             rates.append(self.rate)
             self.n += 1
         return rates
