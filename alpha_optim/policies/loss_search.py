@@ -6,7 +6,7 @@ parts, none of which depends on the initial rate: jump to a rate whose steps pro
 is; go back to the best point and climb slowly from a `SPAN`-th of the edge. Past the knee a climb ends as soon
 as the lowest loss lies behind. Three log rates are seen on the way: where alpha rose above 0 in the fast
 climb, and where the losses of the two climbs were lowest. Each alone is misled now and then, by noise or by an
-optimizer for which it lies low or high; the median is taken.
+optimizer for which it lies low or high; the median is taken, but not far above the knee.
 """
 
 from __future__ import annotations
@@ -56,8 +56,10 @@ ALPHAS = 12
 EVENTS = 2
 """The second step that is taken back ends the slow climb; one alone can be an outlier."""
 KNEE = "knee"
-FAR = math.log(5.0)
-"""A knee so far below the log rate of the lowest loss is none."""
+FAR = math.log(10.0)
+"""A knee so far below the log rates of all lowest losses is none: chance, or a direction learned early."""
+ABOVE = 1.5
+"""Else the log rate lies at most so far above it: on a flat stretch the loss can be lowest anywhere."""
 LONGEST = 2
 """The calibration ends after so many times its length, whatever the loss did."""
 
@@ -71,11 +73,22 @@ def room_above(samples: int) -> float:
 
 
 def agreed(seen: dict[str, float]) -> float:
-    """Return the median of the log rates seen; a knee far below the only other is none."""
+    """Return the log rate that follows from those seen: their median, and not far above the knee."""
+    if _knee_is_none(seen):
+        return min(where for name, where in seen.items() if name != KNEE)
+    return min(statistics.median(seen.values()), ceiling(seen))
+
+
+def ceiling(seen: dict[str, float]) -> float:
+    """Return how high the log rate may ever be set, by those seen."""
+    knee = math.inf if _knee_is_none(seen) else seen.get(KNEE, math.inf)
+    return min(max(seen.values()), knee + ABOVE)
+
+
+def _knee_is_none(seen: dict[str, float]) -> bool:
+    """Whether there is a knee, but far below where the losses were lowest."""
     others = [where for name, where in seen.items() if name != KNEE]
-    if len(others) == 1 and others[0] - seen.get(KNEE, math.inf) > FAR:
-        return others[0]
-    return statistics.median(seen.values())
+    return bool(others) and min(others) - seen.get(KNEE, math.inf) > FAR
 
 
 class LossSearch:
@@ -107,8 +120,8 @@ class LossSearch:
 
     @property
     def highest(self) -> float:
-        """The highest log rate that anything spoke for, once the search is done."""
-        return max((where + self._room for where in self.seen.values()), default=self.position)
+        """The highest log rate that what was seen allows, once the search is done."""
+        return ceiling(self.seen) + self._room if self.seen else self.position
 
     @property
     def _room(self) -> float:

@@ -57,6 +57,8 @@ SLOW = 0.3
 PASSES = {"SGD": 3, "momentum": 5, "AdamW": 10}
 """How often the numbers of a parameter are read or written for a measured step: a product with the previous
 gradient and a norm; with the buffer at both ends and a norm; a copy, a difference, a norm, two products."""
+GUARD_PASSES = 4
+"""The same for the guard at every step: norms of gradients and parameters, a copy."""
 
 
 class Calibrated(Hold):
@@ -237,7 +239,8 @@ def floors(model: str, optimizer: str, batch: int, plain_seconds: float) -> dict
     exact(x, y)
     all_samples = multiplications(exact, x, y) - alone
     size = sum(param.numel() for param in MODELS[model].build().parameters())
-    passes = 4.0 * size * PASSES[optimizer] / bandwidth() / plain_seconds
+    one_pass = 4.0 * size / bandwidth() / plain_seconds
+    passes = PASSES[optimizer] * one_pass
     share = min(1.0, 16 / batch) / interval(batch)
     sampled = make("default", model, optimizer)
     sampled(x, y)
@@ -247,6 +250,7 @@ def floors(model: str, optimizer: str, batch: int, plain_seconds: float) -> dict
     return {
         "gradients": 1.0 + passes,
         "default": 1.0 + passes + few / alone,
+        "steered": 1.0 + GUARD_PASSES * one_pass + (passes + few / alone) / SPARSE,
         "exact": 1.0 + passes + all_samples / alone,
     }
 

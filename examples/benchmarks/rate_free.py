@@ -1,9 +1,10 @@
 """Can a run do without a search for its learning rate? Alpha from absurd rates against tuned and other methods.
 
-For every problem and base optimizer: `AlphaScheduler(total_steps=...)` from five initial rates and three seeds;
-"tuned", the best of a grid of rates with linear decay (constant for Schedule-Free), chosen on a validation
-split and run again on three fresh seeds; "guessed", the middle of that grid; and methods that set their own
-rate. Every run is one line in the results, and what is there is not run again: stop it whenever you like.
+For every problem and base optimizer: `AlphaScheduler(total_steps=...)`, with `every=None`, from five initial
+rates and three seeds; "tuned", the best of a grid of rates with linear decay (constant for Schedule-Free),
+chosen on a validation split and run again on three fresh seeds; "guessed", the middle of that grid; and methods
+that set their own rate. Every run is one line in the results, and what is there is not run again: stop it
+whenever you like.
 
     python -m examples.benchmarks.rate_free --quick     # three small problems, under three minutes, not kept
     python -m examples.benchmarks.rate_free --core      # all problems, most bases; two hours on two cores
@@ -148,7 +149,7 @@ def prepare(
     base = BASES[case.base]
     optimizer = base.build(params, case.lr)
     if case.method == "alpha":
-        guided = AlphaGuided(optimizer, model, loss_fn)
+        guided = AlphaGuided(optimizer, model, loss_fn, every=None)
         policy = CalibrateThenAnneal(problem.steps, anneal=not base.constant)
         steered = AlphaScheduler(guided, policy)
         return guided, lambda step: steered.step(), lambda: policy.calibrated

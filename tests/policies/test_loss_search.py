@@ -8,7 +8,7 @@ import pytest
 
 from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, WithWarmup, measure_alpha
 from alpha_optim.policies import base
-from alpha_optim.policies.loss_search import agreed
+from alpha_optim.policies.loss_search import agreed, ceiling
 from alpha_optim.policies.loss_trace import LossTrace
 
 STEPS = 1000
@@ -35,11 +35,13 @@ class Caricature:
             ),
             (lr,),
         )
+        start = measurement.loss_start
         self.good = min(self.good, self.loss)
         self.loss += -0.1 * min(lr, self.edge) * self.loss / self.edge + 0.2 * max(0.0, lr / self.edge - 1.0)
         self.loss = min(self.loss, 5.0)
         if self.pending is not None:
             self.rate *= base.factor_of(self.policy, self.pending)
+            self.rate *= base.step_factor_of(self.policy, self.n, start)
             if base.return_wanted_by(self.policy):
                 self.returns.append(self.n)
                 self.loss = self.good
@@ -212,10 +214,23 @@ def test_a_search_that_begins_late_takes_its_time():
 def test_a_knee_far_below_the_only_other_rate_is_a_chance_crossing():
     slow = "lowest loss, slow climb"
     assert agreed({"knee": math.log(0.5), slow: 0.0}) == pytest.approx(0.5 * math.log(0.5))
+    assert agreed({"knee": math.log(0.15), slow: 0.0}) == pytest.approx(0.5 * math.log(0.15))
     assert agreed({"knee": math.log(0.01), slow: 0.0}) == 0.0
     assert agreed({"lowest loss, fast climb": -4.0, slow: 0.0}) == -2.0
     assert agreed({"knee": -4.0, "lowest loss, fast climb": -1.0, slow: 0.0}) == -1.0  # the median
     assert agreed({"knee": -4.0}) == -4.0
+
+
+def test_the_rate_lies_not_far_above_a_knee_unless_that_lies_far_below_everything():
+    fast, slow = "lowest loss, fast climb", "lowest loss, slow climb"
+    within = {"knee": 0.0, fast: 1.0, slow: 4.0}
+    assert (agreed(within), ceiling(within)) == (1.0, 1.5)
+    above = {"knee": 0.0, fast: 4.0, slow: 2.2}
+    assert (agreed(above), ceiling(above)) == (1.5, 1.5)
+    none = {"knee": 0.0, fast: 2.4, slow: 4.0}
+    assert (agreed(none), ceiling(none)) == (2.4, 4.0)
+    assert ceiling({fast: 4.0, slow: 2.2}) == 4.0
+    assert ceiling({"knee": 0.0}) == 0.0
 
 
 def test_where_too_little_is_seen_the_users_rate_is_used():
