@@ -91,8 +91,9 @@ class CalibrateThenAnneal:
         self._scale = 0.0  # log of the product of all factors, the guard's included
         self._done = False
         self._done_at = 0  # first iteration after the calibration
-        self._held = 0.0  # log scale to hold after the calibration
-        self._found = 0.0  # the same, before anything lowered it
+        self._found = 0.0  # log scale that the calibration found
+        self._held = 0.0  # the same, corrected since
+        self._lowered = False  # whether anything has lowered it
         self._falls_from = int(HELD * total_steps)  # earlier where the loss stands, later than the calibration
         self._taken_back = -CALM - 1  # iteration at which a step was taken back last
 
@@ -112,7 +113,9 @@ class CalibrateThenAnneal:
             why = ", ".join(f"{name} at {math.exp(where):.3g}" for name, where in seen.items())
             state = f"found {math.exp(self._found):.3g} times the initial rate at step {self._done_at}"
             state += f" ({why})" if why else ""
-            state += f", lowered to {math.exp(self._held):.3g}" if self._held < self._found else ""
+            if self._held != self._found:
+                way = "lowered" if self._held < self._found else "raised"
+                state += f", {way} to {math.exp(self._held):.3g}"
         return f"CalibrateThenAnneal({self.total_steps} steps: {state})"
 
     def __call__(self, measurement: AlphaMeasurement) -> float:
@@ -183,15 +186,20 @@ class CalibrateThenAnneal:
     def _correct(self, seen: Seen, iteration: int) -> None:
         """Change the rate held by what a window of losses said; it acts from this iteration on."""
         if seen.high:
-            self._held -= math.log(LOWER_HELD)
+            self._lower_held()
             LOG.info("the loss is higher than it was: rate held divided by %g", LOWER_HELD)
         grows_until = min(self._falls_from, GROWS * self.total_steps)
         if seen.stands:
             self._falls_from = min(self._falls_from, iteration)
-        elif seen.falls and self._held >= self._found and iteration < grows_until:
+        elif seen.falls and not self._lowered and iteration < grows_until:
             assert isinstance(self._search, LossSearch)  # else there is no level, and nothing is seen
-            self._found = self._held = min(self._found + GROWTH, self._search.highest)
+            self._held = min(self._held + GROWTH, self._search.highest)
             LOG.info("the loss falls fast: %r", self)
+
+    def _lower_held(self) -> None:
+        """The rate held was too high."""
+        self._held -= math.log(LOWER_HELD)
+        self._lowered = True
 
     def wants(self, iteration: int) -> bool:
         """Whether to measure: every step of the calibration, one in `SPARSE` afterwards."""
@@ -223,15 +231,9 @@ class CalibrateThenAnneal:
             return self._ramped(iteration) * self._annealed(iteration, falls_from) if self._done else 1.0
         if iteration < self.calibration_steps:
             return self._start if self._search is None and not self._done else 1.0
-        return self._late() * self._annealed(iteration, self.calibration_steps)
-
-    def _late(self) -> float:
-        """The calibration is over, but no alpha has come since to say so."""
-        if self._done or self._search is None:
-            return 1.0
-        assert isinstance(self._search, KneeSearch)
-        too_low = not self._search.crossings and self._search.sign <= 0
-        return math.exp(max(0.0, -self._search.position)) if too_low else 1.0
+        # The calibration is over, but perhaps no alpha has come since to say so.
+        late = 1.0 if self._done or self._search is None else self._search.shortfall
+        return late * self._annealed(iteration, self.calibration_steps)
 
     def _ramped(self, iteration: int) -> float:
         """Grow from a tenth to 1 after the calibration, where the optimizer's state starts anew."""
@@ -254,7 +256,7 @@ class CalibrateThenAnneal:
         self._scale += math.log(event.scale_factor)
         if self._done:
             if event.iteration - self._taken_back > CALM:  # the rate was too high: once per bad stretch
-                self._held -= math.log(LOWER_HELD)
+                self._lower_held()
         elif self._search is not None:
             self._search.taken_back(event)
             self._conclude(event.iteration)
@@ -272,8 +274,9 @@ class CalibrateThenAnneal:
             "scale": self._scale,
             "done": self._done,
             "done_at": self._done_at,
-            "held": self._held,
             "found": self._found,
+            "held": self._held,
+            "lowered": self._lowered,
             "falls_from": self._falls_from,
             "taken_back": self._taken_back,
             "warned": self._warned,
@@ -290,6 +293,7 @@ class CalibrateThenAnneal:
         self._start, self._scale = float(state["start"]), float(state["scale"])
         self._ramp = bool(state["ramp"])
         self._done, self._done_at = bool(state["done"]), int(state["done_at"])
-        self._held, self._found = float(state["held"]), float(state["found"])
+        self._found, self._held = float(state["found"]), float(state["held"])
+        self._lowered = bool(state["lowered"])
         self._falls_from, self._taken_back = int(state["falls_from"]), int(state["taken_back"])
         self._warned = bool(state["warned"])

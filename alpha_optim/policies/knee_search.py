@@ -49,6 +49,12 @@ class KneeSearch:
         self._from: int | None = None  # first iteration at a rate of this search
         self._pace = FASTEST
 
+    @property
+    def shortfall(self) -> float:
+        """Factor from the rate asked for up to the given one, if nothing has spoken for a lower one; else 1."""
+        too_low = not self.crossings and self.sign <= 0
+        return math.exp(max(0.0, -self.position)) if too_low else 1.0
+
     def see(self, measurement: AlphaMeasurement) -> None:
         """Move `position` for this measurement."""
         n = measurement.iteration

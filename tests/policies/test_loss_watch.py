@@ -120,7 +120,8 @@ def test_the_rate_grows_while_the_loss_falls_fast(caplog):
     assert rates[2 * WINDOW - 2] == pytest.approx(found)
     assert rates[-1] == pytest.approx(found * 1.5**2)
     assert caplog.text.count("falls fast") == 2
-    assert f"found {rates[-1] / 1e-2:.3g} times" in repr(run.policy)
+    assert f"found {found / 1e-2:.3g} times" in repr(run.policy)
+    assert f"raised to {rates[-1] / 1e-2:.3g}" in repr(run.policy)
 
 
 def test_the_rate_grows_to_the_highest_that_a_climb_spoke_for():
