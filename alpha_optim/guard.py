@@ -15,6 +15,7 @@ that diverges over many steps goes back further, see `good_point`.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ WARM = 10
 """Number of differences after which their mean counts."""
 MEMORY = 0.98
 """Weight of the past in that mean."""
+KEPT = 1000
+"""So many losses wait to be told to a policy, if its scheduler is stepped now and then only."""
 
 
 @lru_cache(maxsize=4096)
@@ -89,14 +92,16 @@ class Guard:
         self._before = UNSEEN  # the last step
         self._scatter = 0.0  # mean squared difference of consecutive losses
         self._differences = 0
+        self._losses: deque[tuple[int, float]] = deque(maxlen=KEPT)  # for the policy
         self.stepped = False
         self.return_wanted = False  # to the good point, by a policy
         self.point_trusted = True  # by a policy: whether the point reached may become the good point
 
-    @property
-    def loss(self) -> float:
-        """Mini-batch loss of the point accepted last, nan if not observed."""
-        return math.nan if self._before.loss is None else self._before.loss
+    def losses_read(self) -> dict[int, float]:
+        """Mini-batch losses of the steps let through since this was asked last, by iteration."""
+        losses = dict(self._losses)
+        self._losses.clear()
+        return losses
 
     @torch.no_grad()
     def judge(self, iteration: int, loss: BatchLoss, params: Sequence[Tensor]) -> GuardEvent | None:
@@ -122,6 +127,8 @@ class Guard:
             return self._put_right(iteration, reason, now, state)
         self._good.close_window(state, self.point_trusted)
         self._keep(now, state)
+        if now.loss is not None:
+            self._losses.append((iteration, now.loss))
         return None
 
     def _objection(self, now: Reading) -> str | None:
@@ -195,6 +202,7 @@ class Guard:
             "before": list(self._before[:3]),
             "scatter": self._scatter,
             "differences": self._differences,
+            "losses": [list(entry) for entry in self._losses],
             "stepped": self.stepped,
             "return_wanted": self.return_wanted,
             "point_trusted": self.point_trusted,
@@ -210,6 +218,7 @@ class Guard:
         self.return_wanted, self.point_trusted = bool(state["return_wanted"]), bool(state["point_trusted"])
         self._before = Reading(*state["before"])
         self._scatter, self._differences = float(state["scatter"]), int(state["differences"])
+        self._losses = deque(((int(n), float(loss)) for n, loss in state["losses"]), maxlen=KEPT)
 
 
 def read(loss: BatchLoss, state: Sequence[Tensor], gradients: Sequence[Tensor]) -> Reading:

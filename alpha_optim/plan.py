@@ -46,14 +46,14 @@ class Plan:
             return iteration % self.every == 0
         if self._asked is None or self._asked[0] != iteration:
             question = self.every if self.every is not None else self._policy_wants
-            self._asked = (iteration, True if question is None else bool(question(iteration)))
+            if question is None:
+                return True  # until there is a policy to ask
+            self._asked = (iteration, bool(question(iteration)))
         return self._asked[1]
 
     def ask_policy(self, wants: Callable[[int], bool] | None) -> None:
         """From now on a policy decides, if ``every`` is None."""
         self._policy_wants = wants
-        if self.every is None:
-            self._asked = None
 
     def backend(self, log: PassLog) -> Backend:
         """Return the backend of the coming iteration.

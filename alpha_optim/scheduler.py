@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from alpha_optim.alpha import AlphaMeasurement
 from alpha_optim.checks import check_scheduler_state, check_scheduling
-from alpha_optim.guard import Guard
+from alpha_optim.guard import KEPT, Guard
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
 from alpha_optim.rates import clamped, peak_of, ratios, taken_over
@@ -127,7 +127,7 @@ class AlphaScheduler(LRScheduler):
     # ---------------------------------------------------------------- stepping
 
     def step(self, metrics: Any = None) -> None:
-        """Show the policy what was measured, advance the schedule and write the rates.
+        """Tell the policy what was measured and done, advance the schedule and write the rates.
 
         Args:
             metrics: What `ReduceLROnPlateau` wants to see, if that is the schedule.
@@ -150,14 +150,14 @@ class AlphaScheduler(LRScheduler):
         self._write()
 
     def _factor(self, optimizer: AlphaGuided, guard: Guard | None) -> float:
-        """Product of the policy's answers to what is new: measurements, and the step made."""
-        factor, loss = 1.0, math.nan
+        """Product of the policy's answers to what is new: measurements, and steps made."""
+        factor = 1.0
         for measurement in self._new_measurements(optimizer):
             factor *= base.factor_of(self.policy, measurement)
-            self._seen_measurement, loss = measurement.iteration, measurement.loss_start
-        if optimizer.iteration != self._seen_iteration:  # the guard reads every loss, measured or not
-            loss = loss if guard is None else guard.loss
-            factor *= base.step_factor_of(self.policy, optimizer.iteration - 1, loss)
+            self._seen_measurement = measurement.iteration
+        losses = {} if guard is None else guard.losses_read()
+        for iteration in range(max(self._seen_iteration, optimizer.iteration - KEPT), optimizer.iteration):
+            factor *= base.step_factor_of(self.policy, iteration, losses.get(iteration, math.nan))
         return factor
 
     def _new_measurements(self, optimizer: AlphaGuided) -> list[AlphaMeasurement]:

@@ -159,8 +159,9 @@ def test_a_policy_prints_as_the_call_that_builds_it(policy):
 
 def test_what_was_found_survives_a_resume():
     policy = CalibrateThenAnneal(1000)
-    policy._done, policy._done_at, policy._found, policy._held = True, 90, math.log(0.5), math.log(0.25)
+    policy._done, policy._done_at = True, 90
+    policy._held.found, policy._held.position = math.log(0.5), math.log(0.25)
     other = CalibrateThenAnneal(1000)
     other.load_state_dict(policy.state_dict())
     policy._search = other._search = None
-    assert (other._found, other._held) == (math.log(0.5), math.log(0.25))
+    assert (other._held.found, other._held.position) == (math.log(0.5), math.log(0.25))

@@ -5,8 +5,8 @@ inherited:
 
 - ``envelope(iteration) -> float >= 0``: multiplied in at every step (warm-up, annealing; may be 0).
 - ``wants(iteration) -> bool``: whether to measure, asked when the optimizer has ``every=None``.
-- ``on_step(iteration, loss) -> float``: told of every step that was made, whether measured or not, with the
-  mini-batch loss it was made from (nan where nothing read it); returns a further factor for the scale.
+- ``on_step(iteration, loss) -> float``: told of every step that was made, measured or not, with the mini-batch
+  loss it was made from as the guard read it (nan without); returns a further factor for the scale.
 - ``on_event(event)``: told when the guard took a step back.
 - ``wants_return() -> bool``: asked once per scheduler step; True: back to the best point (needs a guard).
 - ``trusts_point() -> bool``: asked once per scheduler step; False: what is reached does not become the best
@@ -48,7 +48,7 @@ def factor_of(policy: Policy, measurement: AlphaMeasurement) -> float:
 
 
 def step_factor_of(policy: Policy, iteration: int, loss: float) -> float:
-    """Tell a policy of a step and the loss it was made from; return its factor, 1 if it does not listen.
+    """Tell a policy of a step and its loss, nan if not known; return its factor, 1 if it does not listen.
 
     Raises:
         ValueError: If it is not a finite number > 0.

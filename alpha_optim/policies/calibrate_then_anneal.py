@@ -1,9 +1,8 @@
 """Find the rate in the first steps of a run, then hold and anneal it.
 
-Where losses are measured they find the rate (`loss_search`), else alpha does (`knee_search`). Afterwards
-windows of the loss (`loss_watch`) correct it: up while the loss falls fast, which it can only do at a rate that
-is not too high; down by half where it stays above what the calibration had reached, and for a while after a
-step was taken back. Annealing begins where the loss no longer falls, in the middle of the run at the latest.
+Where losses are measured they find the rate (`loss_search`), else alpha does (`knee_search`). Afterwards it is
+held and corrected (`held_rate`). Annealing begins where the loss no longer falls, in the middle of the run at
+the latest.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import Any
 
 from alpha_optim.alpha import AlphaMeasurement
 from alpha_optim.policies import loss_search
-from alpha_optim.policies.knee_search import FASTEST, KneeSearch
+from alpha_optim.policies.held_rate import HeldRate
+from alpha_optim.policies.knee_search import KneeSearch
 from alpha_optim.policies.loss_search import LossSearch
-from alpha_optim.policies.loss_watch import LossWatch, Seen
 from alpha_optim.records import GuardEvent
 from alpha_optim.user_warning import warn_user
 from alpha_optim.window import rises_of
@@ -24,21 +23,11 @@ from alpha_optim.window import rises_of
 LOG = logging.getLogger(__name__)
 FEWEST = 100
 """Calibration takes at least this many steps, or a fifth of shorter runs."""
-LOWER_HELD = 2.0
-"""What the held rate is divided by for every stretch in which steps had to be taken back, and for every
-window in which the loss was too high."""
-CALM = 10
-"""After so many steps of which none was taken back the rate returns towards the one held."""
 SPARSE = 10
 """After the calibration every so many steps are measured, if the policy decides (``every=None``)."""
-HELD = 0.5
-"""Annealing begins after this share of the run at the latest (at once where alpha alone found the rate) ..."""
 BELOW_FOUND = math.log(0.8)
-"""... at so much less than the log rate found, which is good for a rate that falls from the start."""
-GROWTH = math.log(1.5)
-"""Change of the log rate after a window in which the loss fell fast, ..."""
-GROWS = 0.4
-"""... as long as less than this share of the run is over and nothing has lowered the rate."""
+"""Held for a while, the log rate is so much less than the one found, which is good for a rate that falls from
+the start."""
 RAMP = 20
 SHORTEST_RAMP = 10
 """After the calibration the rate grows linearly from a tenth in a 20th of the run, at least 10 steps:
@@ -82,7 +71,6 @@ class CalibrateThenAnneal:
         self.calibration_steps = max(int(calibrate * total_steps), min(FEWEST, total_steps // 5))
         self._warned = False
         self._search: LossSearch | KneeSearch | None = None
-        self._watch = LossWatch(total_steps)
         self._by_loss = self.calibration_steps >= loss_search.SHORTEST
         knee = KneeSearch(self.calibration_steps, boost)
         # The envelope until the search begins.
@@ -91,11 +79,7 @@ class CalibrateThenAnneal:
         self._scale = 0.0  # log of the product of all factors, the guard's included
         self._done = False
         self._done_at = 0  # first iteration after the calibration
-        self._found = 0.0  # log scale that the calibration found
-        self._held = 0.0  # the same, corrected since
-        self._lowered = False  # whether anything has lowered it
-        self._falls_from = int(HELD * total_steps)  # earlier where the loss stands, later than the calibration
-        self._taken_back = -CALM - 1  # iteration at which a step was taken back last
+        self._held = HeldRate(total_steps)
 
     @property
     def calibrated(self) -> bool:
@@ -111,25 +95,23 @@ class CalibrateThenAnneal:
         else:
             seen = self._search.seen if isinstance(self._search, LossSearch) else {}
             why = ", ".join(f"{name} at {math.exp(where):.3g}" for name, where in seen.items())
-            state = f"found {math.exp(self._found):.3g} times the initial rate at step {self._done_at}"
+            state = f"found {math.exp(self._held.found):.3g} times the initial rate at step {self._done_at}"
             state += f" ({why})" if why else ""
-            if self._held != self._found:
-                way = "lowered" if self._held < self._found else "raised"
-                state += f", {way} to {math.exp(self._held):.3g}"
+            state += f", {self._held}" if str(self._held) else ""
         return f"CalibrateThenAnneal({self.total_steps} steps: {state})"
 
     def __call__(self, measurement: AlphaMeasurement) -> float:
-        """Return the factor for this measurement; 1 after the calibration, where losses have to do."""
-        if self._done:
-            return 1.0
+        """Return the factor for this measurement."""
         n = measurement.iteration
+        if self._done:
+            return self._hold(n, measurement.loss_start)
         if self._search is None and not self._begin(measurement):
             self._done = n + 2 >= self.calibration_steps
             return 1.0
         assert self._search is not None
         self._search.see(measurement)
         self._conclude(n + 2)
-        return self._move_to(self._held if self._done else self._search.position)
+        return self._move_to(self._held.position if self._done else self._search.position)
 
     def _begin(self, measurement: AlphaMeasurement) -> bool:
         """Choose how to search; False while nothing is known to search with."""
@@ -153,13 +135,12 @@ class CalibrateThenAnneal:
         """Take over what the search has found, once it has."""
         if self._search is None or not self._search.done:
             return
-        self._done, self._done_at, self._found = True, iteration, self._search.position
+        self._done, self._done_at, found, level = True, iteration, self._search.position, None
         if isinstance(self._search, LossSearch):
-            self._found += BELOW_FOUND if self.anneal else 0.0
+            found += BELOW_FOUND if self.anneal else 0.0
             self._ramp = self._search.wants_return
-            trace = self._search.trace
-            self._watch.level = None if trace is None else trace.best
-        self._held = self._found
+            level = None if self._search.trace is None else self._search.trace.best
+        self._held.begin(found, level)
         LOG.info("%r", self)
 
     def _move_to(self, position: float) -> float:
@@ -168,38 +149,15 @@ class CalibrateThenAnneal:
         return math.exp(change)
 
     def on_step(self, iteration: int, loss: float) -> float:
-        """Return the factor for a step that was made, and its loss; 1 until the calibration is over.
-
-        The guard lowers the rate by much, for safety; once all is calm, take most of that back.
-        """
+        """Return the factor for a step that was made, and the loss it was made from."""
         returning = isinstance(self._search, LossSearch) and self._search.wants_return
-        if not self._done or returning:  # that loss is none of the rate held
-            return 1.0
-        seen = self._watch.see(loss, iteration) if math.isfinite(loss) else None
-        if seen is not None:
-            self._correct(seen, iteration + 1)
-        if self._scale > self._held:
-            return self._move_to(self._held)
-        calm = iteration - self._taken_back > CALM
-        return self._move_to(min(self._held, self._scale + FASTEST)) if calm else 1.0
+        # A loss from before the return is not one of the rate held.
+        return self._hold(iteration, loss) if self._done and not returning else 1.0
 
-    def _correct(self, seen: Seen, iteration: int) -> None:
-        """Change the rate held by what a window of losses said; it acts from this iteration on."""
-        if seen.high:
-            self._lower_held()
-            LOG.info("the loss is higher than it was: rate held divided by %g", LOWER_HELD)
-        grows_until = min(self._falls_from, GROWS * self.total_steps)
-        if seen.stands:
-            self._falls_from = min(self._falls_from, iteration)
-        elif seen.falls and not self._lowered and iteration < grows_until:
-            assert isinstance(self._search, LossSearch)  # else there is no level, and nothing is seen
-            self._held = min(self._held + GROWTH, self._search.highest)
-            LOG.info("the loss falls fast: %r", self)
-
-    def _lower_held(self) -> None:
-        """The rate held was too high."""
-        self._held -= math.log(LOWER_HELD)
-        self._lowered = True
+    def _hold(self, iteration: int, loss: float) -> float:
+        """The factor after the calibration."""
+        highest = self._search.highest if isinstance(self._search, LossSearch) else math.inf
+        return self._move_to(self._held.after_step(self._scale, iteration, loss, highest))
 
     def wants(self, iteration: int) -> bool:
         """Whether to measure: every step of the calibration, one in `SPARSE` afterwards."""
@@ -227,7 +185,7 @@ class CalibrateThenAnneal:
             self._warned = True
             warn_user(f"more steps than total_steps={self.total_steps}: the last learning rate is held")
         if isinstance(self._search, LossSearch):
-            falls_from = max(self._done_at, self._falls_from)
+            falls_from = max(self._done_at, self._held.stands_from)
             return self._ramped(iteration) * self._annealed(iteration, falls_from) if self._done else 1.0
         if iteration < self.calibration_steps:
             return self._start if self._search is None and not self._done else 1.0
@@ -254,13 +212,10 @@ class CalibrateThenAnneal:
         if not event.restored or event.reason == "policy_returned":
             return
         self._scale += math.log(event.scale_factor)
-        if self._done:
-            if event.iteration - self._taken_back > CALM:  # the rate was too high: once per bad stretch
-                self._lower_held()
-        elif self._search is not None:
+        self._held.taken_back(event.iteration, held=self._done)
+        if not self._done and self._search is not None:
             self._search.taken_back(event)
             self._conclude(event.iteration)
-        self._taken_back = event.iteration
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered of the calibration."""
@@ -268,17 +223,12 @@ class CalibrateThenAnneal:
         return {
             "search": None if search is None else search.state_dict(),
             "by_loss": isinstance(search, LossSearch),
-            "watch": self._watch.state_dict(),
             "start": self._start,
             "ramp": self._ramp,
             "scale": self._scale,
             "done": self._done,
             "done_at": self._done_at,
-            "found": self._found,
-            "held": self._held,
-            "lowered": self._lowered,
-            "falls_from": self._falls_from,
-            "taken_back": self._taken_back,
+            "held": self._held.state_dict(),
             "warned": self._warned,
         }
 
@@ -289,11 +239,8 @@ class CalibrateThenAnneal:
             kind = LossSearch if state["by_loss"] else KneeSearch
             self._search = kind(self.calibration_steps, self.boost)
             self._search.load_state_dict(state["search"])
-        self._watch.load_state_dict(state["watch"])
         self._start, self._scale = float(state["start"]), float(state["scale"])
         self._ramp = bool(state["ramp"])
         self._done, self._done_at = bool(state["done"]), int(state["done_at"])
-        self._found, self._held = float(state["found"]), float(state["held"])
-        self._lowered = bool(state["lowered"])
-        self._falls_from, self._taken_back = int(state["falls_from"]), int(state["taken_back"])
+        self._held.load_state_dict(state["held"])
         self._warned = bool(state["warned"])

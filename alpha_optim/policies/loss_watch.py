@@ -12,7 +12,7 @@ SHARE = 20
 SHORTEST = 20
 """A window is a 20th of the run, at least 20 steps."""
 FEWEST = 3
-"""Losses in a window, where steps are measured now and then, ..."""
+"""Losses in a window, where few are read (``guard=False`` and measurements now and then), ..."""
 FEWEST_TREND = 10
 """... and to tell from it whether the loss still falls."""
 SETTLES = 1
@@ -50,15 +50,17 @@ class LossWatch:
         self.level: Level | None = None
         self._losses: list[float] = []
         self._begin: int | None = None  # iteration of the window's first loss
+        self._newest = -1  # iteration of the newest loss
         self._windows = 0  # since the level last spoke
         self._high = 0
         self._trends = 0  # windows in which a trend was looked for
         self._lowest = math.inf  # mean of the lowest of them
 
     def see(self, loss: float, iteration: int) -> Seen | None:
-        """Add the loss of an iteration; say something when a window is complete."""
-        if self.level is None:
+        """Add the loss of an iteration, unless it is nan or known; say something when a window is complete."""
+        if self.level is None or not math.isfinite(loss) or iteration <= self._newest:
             return None
+        self._newest = iteration
         self._begin = iteration if self._begin is None else self._begin
         self._losses.append(loss)
         if iteration - self._begin + 1 < self.length or len(self._losses) < FEWEST:
@@ -101,6 +103,7 @@ class LossWatch:
             "level": level,
             "losses": list(self._losses),
             "begin": self._begin,
+            "newest": self._newest,
             "windows": self._windows,
             "high": self._high,
             "trends": self._trends,
@@ -112,4 +115,5 @@ class LossWatch:
         self.level = level_of(state["level"])
         self._losses, self._windows = list(map(float, state["losses"])), int(state["windows"])
         self._high, self._begin = int(state["high"]), state["begin"]
+        self._newest = int(state["newest"])
         self._trends, self._lowest = int(state["trends"]), float(state["lowest"])

@@ -92,6 +92,8 @@ class Bounded(_Around):
 
     def _cut(self, wanted: float) -> float:
         """The part of a factor that keeps the product within the bounds."""
+        if wanted == 1.0:
+            return 1.0  # what the guard lowered is not for us to take back
         before = self._wanted if base.keeps_scale(self.policy) else self._product
         self._wanted = before * wanted
         product = min(self.highest, max(self.lowest, self._wanted))

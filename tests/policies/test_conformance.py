@@ -47,7 +47,9 @@ def measurements(count, seed=0, level=0.0, spread=0.5):
         start = math.nan if kind < 0.03 else 0.0 if kind < 0.05 else -abs(rng.normal(1.0, 0.3))
         t = 0.0 if 0.05 < kind < 0.08 else 10.0 ** rng.uniform(-3, 1)
         end = -(level + spread * rng.normal()) * start
-        yield measure_alpha(n, t, Observation(0, start), Observation(0, end), (0.1,))
+        losses = 2.0 + 0.1 * rng.normal(size=2) - min(1.5, 0.01 * n)
+        before, after = (Observation(32, s, 1e-4, v, 0.1) for s, v in zip((start, end), losses, strict=True))
+        yield measure_alpha(n, t, before, after, (0.1,))
 
 
 def unusable(count):
@@ -58,7 +60,7 @@ def unusable(count):
 
 def said(policy, m):
     """What a policy makes of a measurement, and of the step that was made before it was known."""
-    loss = 1.0 + 0.1 * math.sin(m.iteration)
+    loss = 2.0 + 0.1 * math.sin(m.iteration) - min(1.5, 0.01 * m.iteration)
     return base.factor_of(policy, m) * base.step_factor_of(policy, m.iteration + 1, loss)
 
 

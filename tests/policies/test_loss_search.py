@@ -41,10 +41,11 @@ class Caricature:
         self.loss = min(self.loss, 5.0)
         if self.pending is not None:
             self.rate *= base.factor_of(self.policy, self.pending)
-            self.rate *= base.step_factor_of(self.policy, self.n, start)
-            if base.return_wanted_by(self.policy):
-                self.returns.append(self.n)
-                self.loss = self.good
+        self.rate *= base.step_factor_of(self.policy, self.n, start)
+        if base.return_wanted_by(self.policy):
+            self.returns.append(self.n)
+            self.loss = self.good
+            measurement = None  # its end was not reached
         self.pending = measurement
         self.n += 1
         return lr

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from alpha_optim import CalibrateThenAnneal, GuardEvent
+from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, measure_alpha
 from alpha_optim.policies import base
 from alpha_optim.policies.loss_trace import Level
 from alpha_optim.policies.loss_watch import LossWatch
@@ -84,9 +84,9 @@ def test_the_loss_from_before_the_return_is_not_one_of_the_rate_held():
     while not run.policy.calibrated:
         run.step()
     assert len(run.returns) == 2
-    assert run.policy.state_dict()["watch"]["losses"] == []
+    assert run.policy.state_dict()["held"]["watch"]["losses"] == []
     run.step()
-    assert run.policy.state_dict()["watch"]["losses"] == pytest.approx([run.good], rel=0.1)
+    assert run.policy.state_dict()["held"]["watch"]["losses"] == pytest.approx([run.good], rel=0.1)
 
 
 class Held:
@@ -99,11 +99,16 @@ class Held:
             run.step()
         self.policy, self.rate, self.n, self.good = run.policy, run.rate, run.n, run.good
 
-    def feed(self, *means):
+    def feed(self, *means, told=True, measured=False):
         """Windows of the loss, in units of the best one of the calibration; the rates without the envelope."""
-        rates = []
+        rates, pending = [], None
         for loss in self.good * windows(*means):
-            self.rate *= base.step_factor_of(self.policy, self.n, float(loss))
+            if pending is not None:
+                self.rate *= base.factor_of(self.policy, pending)
+            self.rate *= base.step_factor_of(self.policy, self.n, float(loss) if told else math.nan)
+            if measured:  # known a step later
+                end = Observation(32, -1e-3, 1e-6, float(loss), 0.01)
+                pending = measure_alpha(self.n, self.rate, end, end, (self.rate,))
             rates.append(self.rate)
             self.n += 1
         return rates
@@ -122,6 +127,41 @@ def test_the_rate_grows_while_the_loss_falls_fast(caplog):
     assert caplog.text.count("falls fast") == 2
     assert f"found {found / 1e-2:.3g} times" in repr(run.policy)
     assert f"raised to {rates[-1] / 1e-2:.3g}" in repr(run.policy)
+
+
+def test_a_loss_counts_once_whether_told_or_measured_or_both():
+    falling = (1.0, 0.9, 0.5, 0.1, 0.1, 0.1)
+    told, both, measured = Held().feed(*falling), Held().feed(*falling, measured=True), Held()
+    assert told == both
+    assert told[-1] > 1.1 * told[0]
+    # Measurements alone (there is no guard) say the same a step later.
+    assert measured.feed(*falling, told=False, measured=True)[1:] == told[:-1]
+
+
+def test_after_a_step_was_taken_back_the_rate_returns_at_the_same_pace_whether_told_or_measured_or_both():
+    rates = []
+    for told, measured in [(True, False), (True, True), (False, False), (False, True)]:
+        run = Held()
+        run.feed(1.0)
+        event = GuardEvent(run.n, "loss_rose", 1.0, 9.0, restored=True, scale_factor=0.1)
+        base.tell_event(run.policy, event)
+        run.rate *= 0.1
+        rates.append(run.feed(1.0, told=told, measured=measured))
+        assert rates[-1] == rates[0]
+    assert len(set(rates[0])) > 5  # step by step
+    assert rates[0][-1] == pytest.approx(5 * rates[0][0])
+
+
+def test_the_rate_does_not_grow_far_above_the_knee():
+    run = Held()
+    state = run.policy.state_dict()
+    knee = state["search"]["seen"]["knee"]
+    state["search"]["seen"]["lowest loss, fast climb"] = knee + 5.0
+    state["search"]["seen"]["lowest loss, slow climb"] = knee + 2.0
+    run.policy.load_state_dict(state)
+    rates = run.feed(1.0, 0.9, *(0.5**n for n in range(1, 7)))
+    assert rates[-1] == pytest.approx(1e-2 * math.exp(knee + 1.5))
+    assert rates[-1] > 1.5 * rates[0]
 
 
 def test_the_rate_grows_to_the_highest_that_a_climb_spoke_for():
