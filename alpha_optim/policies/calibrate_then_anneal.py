@@ -150,9 +150,10 @@ class CalibrateThenAnneal:
 
     def on_step(self, iteration: int, loss: float) -> float:
         """Return the factor for a step that was made, and the loss it was made from."""
-        returning = isinstance(self._search, LossSearch) and self._search.wants_return
-        # A loss from before the return is not one of the rate held.
-        return self._hold(iteration, loss) if self._done and not returning else 1.0
+        if isinstance(self._search, LossSearch) and self._search.wants_return:
+            self._held.starts_after(iteration)
+            return 1.0
+        return self._hold(iteration, loss) if self._done else 1.0
 
     def _hold(self, iteration: int, loss: float) -> float:
         """The factor after the calibration."""

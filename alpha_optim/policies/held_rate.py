@@ -54,6 +54,10 @@ class HeldRate:
         self.found = self.position = found
         self._watch.level = level
 
+    def starts_after(self, iteration: int) -> None:
+        """Losses up to this iteration, from before a return to the best point, are none of the rate held."""
+        self._watch.newest = iteration
+
     def after_step(self, scale: float, iteration: int, loss: float, highest: float) -> float:
         """Return the log scale to go to after a step.
 

@@ -50,7 +50,7 @@ class LossWatch:
         self.level: Level | None = None
         self._losses: list[float] = []
         self._begin: int | None = None  # iteration of the window's first loss
-        self._newest = -1  # iteration of the newest loss
+        self.newest = -1  # iteration of the newest loss
         self._windows = 0  # since the level last spoke
         self._high = 0
         self._trends = 0  # windows in which a trend was looked for
@@ -58,9 +58,9 @@ class LossWatch:
 
     def see(self, loss: float, iteration: int) -> Seen | None:
         """Add the loss of an iteration, unless it is nan or known; say something when a window is complete."""
-        if self.level is None or not math.isfinite(loss) or iteration <= self._newest:
+        if self.level is None or not math.isfinite(loss) or iteration <= self.newest:
             return None
-        self._newest = iteration
+        self.newest = iteration
         self._begin = iteration if self._begin is None else self._begin
         self._losses.append(loss)
         if iteration - self._begin + 1 < self.length or len(self._losses) < FEWEST:
@@ -103,7 +103,7 @@ class LossWatch:
             "level": level,
             "losses": list(self._losses),
             "begin": self._begin,
-            "newest": self._newest,
+            "newest": self.newest,
             "windows": self._windows,
             "high": self._high,
             "trends": self._trends,
@@ -115,5 +115,5 @@ class LossWatch:
         self.level = level_of(state["level"])
         self._losses, self._windows = list(map(float, state["losses"])), int(state["windows"])
         self._high, self._begin = int(state["high"]), state["begin"]
-        self._newest = int(state["newest"])
+        self.newest = int(state["newest"])
         self._trends, self._lowest = int(state["trends"]), float(state["lowest"])

@@ -45,7 +45,6 @@ class Caricature:
         if base.return_wanted_by(self.policy):
             self.returns.append(self.n)
             self.loss = self.good
-            measurement = None  # its end was not reached
         self.pending = measurement
         self.n += 1
         return lr
