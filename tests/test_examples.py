@@ -100,6 +100,15 @@ def test_a_run_of_the_study_from_an_absurd_rate_ends_where_a_good_one_does():
     assert found["lr"] < 1e-4 * found["found"]
 
 
+def test_the_study_times_whole_runs_in_turn():
+    from examples.benchmarks.rate_free import Case
+    from examples.benchmarks.rate_free import run as study
+
+    row = study(Case("regression", "time", "SGD", 0.1, 0))
+    assert row["ratio"] > 0.0
+    assert row["method"] == "time"
+
+
 def test_the_study_takes_the_best_rate_on_the_validation_split_and_tells_what_diverged():
     from examples.benchmarks.rate_free import best_of_grid
     from examples.benchmarks.rate_report import alpha_table, diverged
@@ -113,7 +122,7 @@ def test_the_study_takes_the_best_rate_on_the_validation_split_and_tells_what_di
             "before": 10.0,
             "finite": finite,
             "found": lr,
-        } | {"seconds": 1.0}
+        }
 
     grid = [
         row("grid", 0.1, 95.0, 99.0),
@@ -123,14 +132,15 @@ def test_the_study_takes_the_best_rate_on_the_validation_split_and_tells_what_di
     assert best_of_grid("digits MLP", "SGD", grid) == 0.3
     assert [diverged(one) for one in grid] == [False, False, True]
     runs = [row("tuned", 0.3, 0.0, 95.0, seed) for seed in range(3)]
+    runs += [row("time", 0.3, 0.0, 0.0) | {"ratio": 1.25}]
     runs += [row("alpha", rate, 0.0, 94.6, seed) for rate in (1e-6, 1.0) for seed in range(3)]
     table = alpha_table([*grid, *runs], ["digits MLP"])
     assert "| digits MLP, SGD | 95.0, 95.0 (0.3) |  | – | 94.6, 94.6 | 6 |" in table
-    assert table.rstrip().endswith("| 0 | 1.00 | worst, – |")
+    assert table.rstrip().endswith("| 0 | 1.25 | worst, – |")
     runs += [row("alpha", 1.0, 0.0, 94.0, seed=3), row("tuned further", 0.3, 0.0, 94.2, seed=3)]
     table = alpha_table([*grid, *runs], ["digits MLP"])
     assert "| digits MLP, SGD | 95.0, 95.0 (0.3) | 94.2 | – | 94.6, 94.0 | 7 |" in table
-    assert table.rstrip().endswith("| 0 | 1.00 | (worst), – |")
+    assert table.rstrip().endswith("| 0 | 1.25 | (worst), – |")
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("docs/*.md"), ROOT / "README.md"], ids=lambda path: path.name)

@@ -42,6 +42,8 @@ INITIAL = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
 SEEDS, FRESH, GRID_SEED = (0, 1, 2), (20, 21, 22), 10
 FURTHER = tuple(range(23, 35))
 """Seeds that give tuned as many runs as there are of ours."""
+IN_TURN = 20
+"""Steps with and without alpha take turns, so many at a time, where time is measured."""
 ROOT_TEN = math.sqrt(10.0)
 
 
@@ -87,7 +89,7 @@ COSINE = ("Prodigy", "DAdaptAdam", "DAdaptSGD")
 
 
 class Case(NamedTuple):
-    """One run: ``method`` is "alpha", "grid", "tuned", "tuned further", "guessed" or the name of a peer."""
+    """One run: ``method`` is "alpha", "grid", "tuned", "tuned further", "guessed", "time" or a peer's name."""
 
     problem: str
     method: str
@@ -101,26 +103,18 @@ def run(case: Case) -> dict[str, Any]:
 
     Returns:
         The case, test and validation figures (accuracy in % or loss), the test figure before training, the
-        highest rate after the calibration (where there is one), seconds, steps taken back, whether all is
-        finite.
+        highest rate after the calibration (where there is one), steps taken back, whether all is finite.
+        For "time" the case and a ratio, see `timed`.
     """
     torch.set_num_threads(1)
     problem = ALL[case.problem]
-    torch.manual_seed(case.seed)
-    model, loss_fn = problem.build(), problem.loss_fn()
+    if case.method == "time":
+        return {**case._asdict(), "ratio": timed(case)}
+    model, optimizer, steps = training(case)
     before = figure(problem, model, problem.data().test)
-    optimizer, after_step, settled = prepare(case, problem, model, loss_fn)
     found = 0.0
-    begin = time.perf_counter()
-    _mode(optimizer, "train")
-    for step, (x, y) in enumerate(batches(problem, case.seed)):
-        optimizer.zero_grad()
-        loss = loss_fn(model(x), y)
-        loss.backward()
-        optimizer.step(**({"loss": loss.detach()} if case.method == "MoMo" else {}))
-        after_step(step)
-        found = max(found, float(optimizer.param_groups[0]["lr"])) if settled() else 0.0
-    seconds = time.perf_counter() - begin
+    for settled in steps:
+        found = max(found, float(optimizer.param_groups[0]["lr"])) if settled else 0.0
     _mode(optimizer, "eval")
     finite = all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
     return {
@@ -129,10 +123,47 @@ def run(case: Case) -> dict[str, Any]:
         "validation": figure(problem, model, problem.data().validation),
         "before": before,
         "found": found,
-        "seconds": seconds,
         "taken_back": len(optimizer.guard_events) if isinstance(optimizer, AlphaGuided) else 0,
         "finite": finite,
     }
+
+
+def timed(case: Case) -> float:
+    """Time of a whole run of ours as a multiple of one at the tuned rate, a few steps of each in turn."""
+    runs = training(case._replace(method="tuned")), training(case._replace(method="alpha", lr=INITIAL[0]))
+    plain = ours = 0.0
+    for _ in range(0, ALL[case.problem].steps, IN_TURN):
+        plain += _seconds(runs[0][2])
+        ours += _seconds(runs[1][2])
+    return ours / plain
+
+
+def _seconds(steps: Iterator[bool]) -> float:
+    """Time of the next few steps."""
+    begin = time.perf_counter()
+    for _ in itertools.islice(steps, IN_TURN):
+        pass
+    return time.perf_counter() - begin
+
+
+def training(case: Case) -> tuple[nn.Module, torch.optim.Optimizer, Iterator[bool]]:
+    """Model, optimizer, and the steps of a run; each says whether its rate is found."""
+    problem = ALL[case.problem]
+    torch.manual_seed(case.seed)
+    model, loss_fn = problem.build(), problem.loss_fn()
+    optimizer, after_step, settled = prepare(case, problem, model, loss_fn)
+
+    def steps() -> Iterator[bool]:
+        _mode(optimizer, "train")
+        for step, (x, y) in enumerate(batches(problem, case.seed)):
+            optimizer.zero_grad()
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            optimizer.step(**({"loss": loss.detach()} if case.method == "MoMo" else {}))
+            after_step(step)
+            yield settled()
+
+    return model, optimizer, steps()
 
 
 def prepare(
@@ -236,13 +267,14 @@ def first_cases(
 def second_cases(
     problems: Iterable[str], bases: Iterable[str], rows: list[dict[str, Any]], further: bool
 ) -> list[Case]:
-    """The best rate of each grid, and its middle, on fresh seeds; the best perhaps on further ones."""
+    """The best rate of each grid, also on further seeds if wanted, its middle, and the time."""
     cases = []
     for problem, base in itertools.product(problems, bases):
         best = best_of_grid(problem, base, rows)
         if best is not None:
             cases += [Case(problem, "tuned", base, best, seed) for seed in FRESH]
             cases += [Case(problem, "guessed", base, BASES[base].middle, seed) for seed in FRESH]
+            cases += [Case(problem, "time", base, best, FRESH[0])]
             cases += [Case(problem, "tuned further", base, best, seed) for seed in FURTHER if further]
     return cases
 
