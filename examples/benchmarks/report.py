@@ -44,8 +44,8 @@ Steered, nine steps of ten are not measured, but the guard looks at every one: a
 back to, the norms of parameters and gradients, which tell whether everything is finite, and the losses of the
 samples, which tell how much a loss scatters. Where a step is little more than a few passes over the parameters
 this cannot be less than 3 %; `AlphaScheduler(..., guard=False)` does without. Elsewhere it is about a
-millisecond, of Python for the most part, and the allocator's share: with the two variables above the ResNet
-with momentum takes 1.03 times as long.
+millisecond, of Python for the most part, and the allocator's share: with the two variables named below the
+ResNet with momentum takes 1.03 times as long.
 
 With all samples a convolution or a linear layer on tokens pays for two more forward passes, one for each end
 of a step, so that the floor itself is 1.6 to 1.7 wherever such layers make the step: 1.5 is out of reach
