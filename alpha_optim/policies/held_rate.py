@@ -86,7 +86,7 @@ class HeldRate:
         grows_until = min(self.stands_from, GROWS * self.total_steps)
         if seen.stands:
             self.stands_from = min(self.stands_from, iteration)
-        elif seen.falls and not self._lowered and iteration < grows_until:
+        elif seen.falls and not self._lowered and iteration < grows_until and self.position < highest:
             self.position = min(self.position + GROWTH, highest)
             LOG.info("the loss falls fast: rate held %s", self)
 
