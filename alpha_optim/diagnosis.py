@@ -26,6 +26,8 @@ CERTAIN = 2.0
 """How many standard errors make a difference."""
 SHORT = -0.1
 FAR = 0.8
+SURELY = 4.0
+"""Standard errors by which the loss of a climb has to fall: the lowest of many windows is low by chance."""
 LARGE = 32
 CLIMB = math.log(100.0)
 """A rate that rose by this factor, step by step, says where the loss was lowest and where it began to rise."""
@@ -143,8 +145,8 @@ def _lowest(climb: Sequence[AlphaMeasurement]) -> float | None:
     trace = LossTrace(min(20, max(5, round(RESOLUTION / pace))), climb[0].loss_start)
     for item in climb:
         trace.see(item, math.log(item.lr[0]))
-        if trace.risen():
-            lowest = trace.lowest() if trace.has_fallen() else None
+        if trace.risen() and trace.has_fallen(SURELY):  # else it scatters, at rates far too low
+            lowest = trace.lowest()
             return None if lowest is None else lowest + room_above(climb[0].samples_start)
     return None
 

@@ -111,7 +111,14 @@ class GradientWatch:
             return
         self.mute()
         self._hooked = wanted
-        self._handles = [param.register_post_accumulate_grad_hook(self._accumulated) for param in wanted]
+        # Python's collector does not see through a tensor's hooks: a strong reference would keep all for ever.
+        accumulated = weakref.WeakMethod(self._accumulated)
+
+        def fire(param: Tensor) -> None:
+            if (method := accumulated()) is not None:
+                method(param)
+
+        self._handles = [param.register_post_accumulate_grad_hook(fire) for param in wanted]
 
     def detach(self) -> None:
         """Remove the hooks and forget what was seen."""

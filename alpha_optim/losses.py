@@ -7,6 +7,7 @@ numbers or buffers, at the moment of the user's own call.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,20 +47,27 @@ class LossTap:
         self._on_forward = on_forward
         self._on_backward = on_backward
         self._handle: RemovableHandle | None = None
+        self._last_will: weakref.finalize[..., LossTap] | None = None
         self._warned = False
         self._calls = 0
 
     def attach(self) -> None:
         """Hook the loss function."""
         if self._loss_fn is not None and self._handle is None:
-            hook = Hook(self._seen, owner=self._loss_fn)
+            # A loss function often outlives the run, and must not keep it: the hook goes when we go.
+            seen = weakref.WeakMethod(self._seen)
+            hook = Hook(lambda *args: method(*args) if (method := seen()) else None, owner=self._loss_fn)
             self._handle = self._loss_fn.register_forward_hook(hook, with_kwargs=True)
+            self._last_will = weakref.finalize(self, self._handle.remove)
 
     def detach(self) -> None:
         """Remove the hook."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        if self._last_will is not None:
+            self._last_will.detach()
+            self._last_will = None
 
     def watch(self, losses: Tensor, explicit: bool) -> None:
         """Report ``losses`` (``[N]`` or ``[N, ...]`` with graph) when its backward pass starts."""

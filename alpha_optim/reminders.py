@@ -8,6 +8,8 @@ from alpha_optim.user_warning import warn_user
 
 UNSCHEDULED = 10
 """After so many steps without the scheduler's the user is reminded."""
+IDLE = 50
+"""And after so many of the scheduler's without the optimizer's; a gradient scaler skips some, too."""
 
 
 class Reminders:
@@ -21,11 +23,18 @@ class Reminders:
         """
         self._loss_fn = loss_fn
         self._scheduled_at: int | None = None
+        self._idle = 0  # scheduler steps since the optimizer's last
         self._said: set[str] = set()
 
     def scheduler_stepped(self, iteration: int) -> None:
         """The scheduler was built or stepped."""
+        self._idle = self._idle + 1 if iteration == self._scheduled_at else 0
         self._scheduled_at = iteration
+        if self._idle > IDLE:
+            self._say(
+                f"{IDLE} scheduler steps in which the optimizer made none: call step() of AlphaGuided, not "
+                "of the optimizer it wraps; if you do, every step is skipped (optimizer.guard_events says why)"
+            )
 
     def resumed(self, iteration: int) -> None:
         """The run goes on at another iteration."""

@@ -50,6 +50,16 @@ def test_too_few_or_too_noisy_measurements_tell_nothing():
     assert diagnose(history(-0.2, spread=5.0)).verdict == "unknown"
 
 
+def test_a_climb_at_rates_far_too_low_suggests_none_of_them():
+    """The loss only scatters; the lowest of many windows is low by chance."""
+    for seed in range(100):
+        rng, filled = np.random.default_rng(seed), AlphaHistory()
+        for n in range(344):
+            ends = Observation(32, -1e-3, 1e-6, 2.3 + 0.05 * rng.normal(), 0.08)
+            filled.append(measure_alpha(n, 1.0, ends, ends, (1e-6 * 1.047**n,)))
+        assert diagnose(filled).suggested_lr is None
+
+
 def test_a_rising_loss_is_diverging_whatever_alpha_says():
     assert diagnose(history(0.2, losses=lambda n: 1.0 + 0.02 * n)).verdict == "diverging"
     assert diagnose(history(0.2, losses=lambda n: 3.0 - 0.02 * n)).verdict == "balanced"
@@ -146,7 +156,7 @@ def test_a_trial_run_with_a_growing_rate_suggests_one_as_good_as_the_best_of_a_g
         trial, _ = train_digits(kind, lowest, batch, seed, lambda n: math.exp(n * math.log(1e6) / 300), 300)
         suggested.append(trial.diagnose().suggested_lr)
     known = [rate for rate in suggested if rate is not None]
-    assert known
+    assert known or batch == 2  # whose noise may hide that the loss has fallen
 
     def decayed(lr):
         return train_digits(kind, lr, batch, 1, lambda n: 1.0 - n / steps, steps, wrapped=False)[1]

@@ -363,6 +363,15 @@ def test_a_scheduler_that_is_not_stepped_is_noticed_once():
     assert len(caught) == 1
 
 
+def test_an_optimizer_that_is_not_stepped_is_noticed_once():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    scheduler = AlphaScheduler(AlphaGuided(base, model, loss_fn), Hold())
+    with pytest.warns(UserWarning, match=r"50 scheduler steps in which the optimizer made none") as caught:
+        train(model, loss_fn, base, scheduler, batches(120))  # the bare one instead of the wrapper
+    assert len(caught) == 1
+
+
 def test_defaults():
     def policy_of(**arguments):
         model, base = make()

@@ -1,12 +1,14 @@
 """Without a scheduler the wrapper changes nothing: bit for bit, for every optimizer of torch."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from alpha_optim import AlphaGuided
+from alpha_optim import AlphaGuided, AlphaScheduler
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
@@ -162,6 +164,21 @@ def test_copies_and_pickles_of_the_model_carry_nothing_of_the_wrapper(tmp_path):
         assert "Session" not in repr(list(net[0]._forward_hooks.values()))
     train(model, guided)
     assert len(guided.alpha_history) == 7
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_a_run_that_is_over_leaves_nothing_behind(steered):
+    loss_fn, model = nn.MSELoss(), make_model()
+    optimizer = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn)
+    scheduler = AlphaScheduler(optimizer, total_steps=100) if steered else None
+    loss_fn(model(torch.randn(4, 6)), torch.zeros(4, 3)).backward()
+    optimizer.step()
+    gone = [weakref.ref(thing) for thing in (model, model[0].weight, optimizer, optimizer._session)]
+    assert loss_fn._forward_hooks
+    del model, optimizer, scheduler
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * len(gone)
+    assert not loss_fn._forward_hooks
 
 
 def test_no_attribute_is_left_on_modules_or_parameters():

@@ -84,11 +84,11 @@ class LossTrace:
         lowest = self.lowest()  # last: it goes through all windows, and this is asked after every step
         return lowest is not None and position - lowest > AHEAD
 
-    def has_fallen(self) -> bool:
-        """Whether the best window lies below the first one, beyond its noise."""
+    def has_fallen(self, errors: float = FALLEN) -> bool:
+        """Whether the best window lies below the first one, by so many standard errors."""
         if self.best is None:
             return False
-        return self._means[0][0] - self.best.mean > FALLEN * self._error(self.best)
+        return self._means[0][0] - self.best.mean > errors * self._error(self.best)
 
     def _error(self, level: Level) -> float:
         """Standard error of the difference of two windows."""
