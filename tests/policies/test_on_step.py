@@ -52,7 +52,7 @@ def batch(n):
     return torch.randn(16, 5, generator=generator), torch.randint(0, 2, (16,), generator=generator)
 
 
-def train(model, criterion, optimizer, scheduler, steps=STEPS, learnable_from=math.inf):
+def train(model, criterion, optimizer, scheduler, steps=STEPS, learnable_from=math.inf, scheduled=1):
     """Returns losses and rates."""
     losses, rates = [], []
     for n in range(steps):
@@ -62,7 +62,8 @@ def train(model, criterion, optimizer, scheduler, steps=STEPS, learnable_from=ma
         loss = criterion(model(x), y)
         loss.backward()
         optimizer.step()
-        scheduler.step()
+        if (n + 1) % scheduled == 0:
+            scheduler.step()
         losses.append(loss.item())
         rates.append(optimizer.param_groups[0]["lr"])
     return losses, rates
@@ -86,17 +87,7 @@ def test_without_a_guard_steps_are_told_without_losses():
 
 def test_a_scheduler_that_is_stepped_now_and_then_tells_of_all_steps():
     policy = Listening()
-    model, criterion, optimizer, scheduler = build(policy)
-    losses = []
-    for n in range(STEPS):
-        x, y = batch(n)
-        optimizer.zero_grad()
-        loss = criterion(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if n % 5 == 4:
-            scheduler.step()
+    losses, _ = train(*build(policy), scheduled=5)
     assert [n for n, _ in policy.told] == list(range(STEPS))
     assert [loss for _, loss in policy.told] == pytest.approx(losses, rel=1e-6)
 
