@@ -19,6 +19,7 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from alpha_optim.direction import copied, same_tensors, versions_of
+from alpha_optim.hooks import weakly
 from alpha_optim.scalars import Scalar, Truth, readable, scalar
 from alpha_optim.spots import factor_between, stays_view, together, view_of
 
@@ -112,13 +113,8 @@ class GradientWatch:
         self.mute()
         self._hooked = wanted
         # Python's collector does not see through a tensor's hooks: a strong reference would keep all for ever.
-        accumulated = weakref.WeakMethod(self._accumulated)
-
-        def fire(param: Tensor) -> None:
-            if (method := accumulated()) is not None:
-                method(param)
-
-        self._handles = [param.register_post_accumulate_grad_hook(fire) for param in wanted]
+        accumulated = weakly(self._accumulated)
+        self._handles = [param.register_post_accumulate_grad_hook(accumulated) for param in wanted]
 
     def detach(self) -> None:
         """Remove the hooks and forget what was seen."""

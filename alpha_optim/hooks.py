@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,17 @@ from torch import Tensor, nn
 
 def inert(*_args: Any, **_kwargs: Any) -> None:
     """Do nothing; what a hook becomes in a copied or unpickled module."""
+
+
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A bound method as a hook on something that outlives its object, and must not keep it."""
+    kept = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        alive = kept()
+        return None if alive is None else alive(*args)
+
+    return call
 
 
 class Hook:

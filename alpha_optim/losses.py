@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from alpha_optim.direction import at_least_float32
-from alpha_optim.hooks import Hook
+from alpha_optim.hooks import Hook, weakly
 from alpha_optim.passes import LossCall
 from alpha_optim.projections.stand_in import stand_in
 from alpha_optim.scalars import Scalar, quotient, scalar
@@ -46,28 +45,22 @@ class LossTap:
         self._loss_fn = loss_fn
         self._on_forward = on_forward
         self._on_backward = on_backward
-        self._handle: RemovableHandle | None = None
-        self._last_will: weakref.finalize[..., LossTap] | None = None
+        self._removal: weakref.finalize[..., LossTap] | None = None  # of the hook, with us at the latest
         self._warned = False
         self._calls = 0
 
     def attach(self) -> None:
         """Hook the loss function."""
-        if self._loss_fn is not None and self._handle is None:
-            # A loss function often outlives the run, and must not keep it: the hook goes when we go.
-            seen = weakref.WeakMethod(self._seen)
-            hook = Hook(lambda *args: method(*args) if (method := seen()) else None, owner=self._loss_fn)
-            self._handle = self._loss_fn.register_forward_hook(hook, with_kwargs=True)
-            self._last_will = weakref.finalize(self, self._handle.remove)
+        if self._loss_fn is not None and self._removal is None:
+            hook = Hook(weakly(self._seen), owner=self._loss_fn)  # a loss function often outlives the run
+            handle = self._loss_fn.register_forward_hook(hook, with_kwargs=True)
+            self._removal = weakref.finalize(self, handle.remove)
 
     def detach(self) -> None:
         """Remove the hook."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        if self._last_will is not None:
-            self._last_will.detach()
-            self._last_will = None
+        if self._removal is not None:
+            self._removal()
+            self._removal = None
 
     def watch(self, losses: Tensor, explicit: bool) -> None:
         """Report ``losses`` (``[N]`` or ``[N, ...]`` with graph) when its backward pass starts."""

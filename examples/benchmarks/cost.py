@@ -52,8 +52,8 @@ OURS: dict[str, dict[str, Any]] = {
 REFERENCES = ("cached", "Cockpit", "vmap")
 SECONDS = 0.15
 """How long plain and measured steps take turns, in seconds of plain steps."""
-FEW = 2
-"""Samples in a batch of the warm-up."""
+WARM_UP = 200
+"""Steps before anything is timed, with batches of two."""
 SLOW = 0.3
 """Plain steps of so many seconds are timed in three pairs of blocks."""
 PASSES = {"SGD": 3, "momentum": 5, "AdamW": 10}
@@ -77,9 +77,12 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) ->
     if options.pop("guided", False):
         optimizer = AlphaGuided(optimizer, model, loss_fn, **options)
 
+    made = 0
+
     def step(x: Tensor, y: Tensor) -> None:
-        nonlocal scheduler
-        if steered and scheduler is None and len(y) > FEW:
+        nonlocal scheduler, made
+        made += 1
+        if steered and made == WARM_UP + 1:
             # Not before: its guard would see the loss of other batches, and take steps back for ever.
             scheduler = AlphaScheduler(optimizer, Calibrated())
         optimizer.zero_grad()
@@ -159,9 +162,9 @@ def runs(variant: str, model: str, optimizer: str) -> bool:
 
 
 def warm_up(step: Step, model: str, batch: int) -> None:
-    """Pass the first iterations, in which variances are measured more often, with small batches."""
-    x, y = MODELS[model].batch(FEW)
-    for _ in range(200):
+    """Pass the first iterations, in which variances are measured more often, with batches of two."""
+    x, y = MODELS[model].batch(2)
+    for _ in range(WARM_UP):
         step(x, y)
     x, y = MODELS[model].batch(batch)
     for _ in range(2):
