@@ -70,20 +70,20 @@ def test_a_loss_that_has_not_fallen_is_not_called_balanced():
     assert diagnose(history(0.3, count=200, losses=lambda n: 2.3 if n < 5 else 2.0)).verdict == "balanced"
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    "build", [lambda p: torch.optim.SGD(p, lr=50.0), lambda p: torch.optim.AdamW(p, lr=10.0)]
+    "build", [lambda p: torch.optim.SGD(p, lr=1.0), lambda p: torch.optim.AdamW(p, lr=0.03)]
 )
-def test_a_spoilt_network_is_not_called_balanced(build):
-    torch.manual_seed(0)
-    data, loss_fn = digits(), nn.CrossEntropyLoss()
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+def test_a_run_that_learns_nothing_is_not_called_balanced(build, seed):
+    """Labels that have nothing to do with the inputs: no network and no CPU's kernels can lower the loss."""
+    torch.manual_seed(seed)
+    model, loss_fn = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 10)), nn.CrossEntropyLoss()
     guided = AlphaGuided(build(model.parameters()), model, loss_fn)
     for _ in range(200):
-        batch = torch.randint(len(data.y_train), (64,))
         guided.zero_grad()
-        loss_fn(model(data.x_train[batch]), data.y_train[batch]).backward()
+        loss_fn(model(torch.randn(64, 20)), torch.randint(10, (64,))).backward()
         guided.step()
-    assert guided.diagnose().verdict in ("unknown", "diverging")
+    assert guided.diagnose().verdict in ("unknown", "diverging", "overshooting")
 
 
 def test_a_loss_that_is_not_finite_is_diverging():
