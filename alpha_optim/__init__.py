@@ -1,8 +1,10 @@
 """Measure the normalized step length alpha of any torch optimizer, and set learning rates by it."""
 
-from alpha_optim.alpha import AlphaMeasurement, measure_alpha
-from alpha_optim.diagnosis import Diagnosis
-from alpha_optim.history import AlphaHistory
+from alpha_optim.alpha.diagnosis import Diagnosis
+from alpha_optim.alpha.history import AlphaHistory
+from alpha_optim.alpha.measurement import AlphaMeasurement, measure_alpha
+from alpha_optim.alpha.quadratic_fit import fit_quadratic
+from alpha_optim.alpha.records import AlphaStatus, GuardEvent, Observation, QuadraticFit
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import (
     Bounded,
@@ -12,8 +14,6 @@ from alpha_optim.policies import (
     TargetAlpha,
     WithWarmup,
 )
-from alpha_optim.quadratic_fit import fit_quadratic
-from alpha_optim.records import AlphaStatus, GuardEvent, Observation, QuadraticFit
 from alpha_optim.scheduler import AlphaScheduler
 
 __version__ = "0.1.0"

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from alpha_optim.checks import check_arguments, check_membership
-from alpha_optim.diagnosis import Diagnosis, diagnose
-from alpha_optim.history import AlphaHistory
-from alpha_optim.plan import Every, Plan
-from alpha_optim.records import GuardEvent
-from alpha_optim.session import VERSION, Session
+from alpha_optim.alpha.diagnosis import Diagnosis, diagnose
+from alpha_optim.alpha.history import AlphaHistory
+from alpha_optim.alpha.records import GuardEvent
+from alpha_optim.measure.plan import Every, Plan
+from alpha_optim.observe.checks import check_arguments, check_membership
+from alpha_optim.steer.step_cycle import VERSION, Session
 
 KEY = "alpha_guided"
 """Key of everything of ours in a state dict."""
@@ -78,7 +78,7 @@ class AlphaGuided(Optimizer):
             every: Measure the steps n with ``n % every == 0``, or those for which ``every(n)`` is true;
                 None: the scheduler's policy decides.
             backend: How slopes of single samples are computed: ``"auto"`` or a name from
-                `alpha_optim.projections.BACKENDS`.
+                `alpha_optim.slopes.BACKENDS`.
             variance: ``"sampled"``: variances of the slopes from a bounded number of samples;
                 ``"exact"``: from all of them. Means always use all samples.
 

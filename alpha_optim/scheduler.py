@@ -17,13 +17,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from alpha_optim.alpha import AlphaMeasurement
-from alpha_optim.checks import check_scheduler_state, check_scheduling
-from alpha_optim.guard import KEPT, Guard
+from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.records import GuardEvent
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
-from alpha_optim.rates import clamped, peak_of, ratios, taken_over
-from alpha_optim.records import GuardEvent
+from alpha_optim.steer.checks import check_scheduler_state, check_scheduling
+from alpha_optim.steer.guard import KEPT, Guard
+from alpha_optim.steer.rates import clamped, peak_of, ratios, taken_over
 from alpha_optim.user_warning import warn_user
 
 LOG = logging.getLogger(__name__)

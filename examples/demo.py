@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from alpha_optim import AlphaGuided
-from alpha_optim.plots import plot_history
+from alpha_optim.report.plots import plot_history
 from examples.data import Data, load
 from examples.training import Run, train
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from alpha_optim import AlphaStatus, Observation, QuadraticFit, measure_alpha
-from alpha_optim.alpha import fieller_interval
+from alpha_optim.alpha.measurement import fieller_interval
 
 
 def parabola(minimum, curvature, t, samples=32, noise=1.0, offset=0.0):

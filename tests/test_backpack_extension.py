@@ -5,7 +5,7 @@ import torch
 from backpack import backpack, extend
 from torch import nn
 
-from alpha_optim.projections.backpack_extension import SlopesAlong
+from alpha_optim.slopes.backpack_extension import SlopesAlong
 
 NETS = {
     "linear": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), (7, 6)),

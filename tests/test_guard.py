@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from alpha_optim import AlphaGuided, AlphaScheduler, Hold
-from alpha_optim.guard import Guard, rise_limit
-from alpha_optim.pairs import BatchLoss
+from alpha_optim.measure.step_ends import BatchLoss
+from alpha_optim.steer.guard import Guard, rise_limit
 from tests.test_transparency import OPTIMIZERS
 
 
@@ -208,7 +208,7 @@ def judged(guard, losses, params):
 
 
 def test_a_higher_loss_is_accepted_after_many_returns_and_the_run_goes_on():
-    from alpha_optim.good_point import PATIENCE
+    from alpha_optim.steer.best_point import PATIENCE
 
     params = [nn.Parameter(torch.ones(3))]
     wave = [0.01 * math.sin(n) for n in range(400)]

@@ -307,7 +307,7 @@ WIDE = [8, 8, 6, 8, 8]
 @pytest.mark.parametrize("backend", ["backpack", "layerwise"])
 @pytest.mark.parametrize("clip", [False, True])
 def test_wide_layers_go_through_inner_products_of_samples(clip, backend, monkeypatch):
-    from alpha_optim.projections.gram import Factors
+    from alpha_optim.slopes.gram import Factors
 
     calls = []
     along = Factors.along

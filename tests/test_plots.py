@@ -3,7 +3,7 @@
 import pytest
 
 from alpha_optim import AlphaHistory, GuardEvent
-from alpha_optim.plots import plot_history
+from alpha_optim.report.plots import plot_history
 from tests.test_diagnosis import history
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alpha_optim import Observation, fit_quadratic
-from alpha_optim.quadratic_fit import VARIANCE_FLOOR
+from alpha_optim.alpha.quadratic_fit import VARIANCE_FLOOR
 from tests.reference.exact_fit import exact_alpha
 
 

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from alpha_optim import AlphaGuided, scalars
+from alpha_optim import AlphaGuided
+from alpha_optim.observe import scalars
 from tests.test_cheap import OPTIMIZERS
 
 
 @pytest.fixture
 def accelerator(monkeypatch):
     """Reading costs something everywhere."""
-    for module in ("scalars", "direction", "spots", "pairs"):
+    for module in ("observe.scalars", "observe.step_direction", "observe.some_elements", "measure.step_ends"):
         monkeypatch.setattr(f"alpha_optim.{module}.free_to_read", lambda device: False)
 
 

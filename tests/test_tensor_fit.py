@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from alpha_optim import AlphaGuided, AlphaStatus, Observation, measure_alpha
-from alpha_optim.tensor_fit import alpha_of
+from alpha_optim.measure.tensor_fit import alpha_of
 
 number = st.one_of(st.floats(-1e6, 1e6), st.sampled_from([0.0, math.nan, math.inf, -math.inf]))
 variance = st.one_of(st.floats(0.0, 1e6), st.sampled_from([0.0, math.nan, math.inf]))

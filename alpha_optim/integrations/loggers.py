@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from alpha_optim.alpha import AlphaMeasurement
+from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.window import window_alpha
 from alpha_optim.optimizer import AlphaGuided
-from alpha_optim.window import window_alpha
 
 Metrics = dict[str, float]
 

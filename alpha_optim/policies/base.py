@@ -24,8 +24,8 @@ import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from alpha_optim.alpha import AlphaMeasurement
-from alpha_optim.records import GuardEvent
+from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.records import GuardEvent
 
 
 class Policy(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alpha_optim.alpha import AlphaMeasurement
+from alpha_optim.alpha.measurement import AlphaMeasurement
 
 
 class Hold:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from alpha_optim.alpha import AlphaMeasurement
-from alpha_optim.policies.window import AlphaWindow
+from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.policies.alpha_window import AlphaWindow
 
 
 class OvershootBackoff:

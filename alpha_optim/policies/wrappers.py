@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from alpha_optim.alpha import AlphaMeasurement
+from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.records import GuardEvent
 from alpha_optim.policies import base
-from alpha_optim.records import GuardEvent
 
 
 class _Around:

@@ -34,8 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from alpha_optim import AlphaGuided, AlphaScheduler, Hold
-from alpha_optim.policies.calibrate_then_anneal import SPARSE
-from alpha_optim.refresh import interval
+from alpha_optim.measure.refresh import interval
+from alpha_optim.policies.calibrate.calibrate_then_anneal import SPARSE
 from examples.benchmarks import report
 from examples.benchmarks.models import MODELS, OPTIMIZERS
 from examples.benchmarks.tables import RESULTS

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from alpha_optim.refresh import interval
+from alpha_optim.measure.refresh import interval
 from examples.benchmarks.cost import Step, make
 from examples.benchmarks.models import MODELS
 from examples.benchmarks.report import profile_tables

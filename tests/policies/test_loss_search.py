@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, WithWarmup, measure_alpha
+from alpha_optim.alpha.loss_trace import LossTrace
 from alpha_optim.policies import base
-from alpha_optim.policies.loss_search import agreed, ceiling
-from alpha_optim.policies.loss_trace import LossTrace
+from alpha_optim.policies.calibrate.loss_search import agreed, ceiling
 
 STEPS = 1000
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, measure_alpha
+from alpha_optim.alpha.loss_trace import Level
 from alpha_optim.policies import base
-from alpha_optim.policies.loss_trace import Level
-from alpha_optim.policies.loss_watch import LossWatch
+from alpha_optim.policies.calibrate.loss_watch import LossWatch
 from tests.policies.test_loss_search import STEPS, Caricature
 
 WINDOW = STEPS // 20

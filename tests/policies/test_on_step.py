@@ -13,8 +13,8 @@ from alpha_optim import (
     CalibrateThenAnneal,
     GuardEvent,
     WithWarmup,
-    gradient_watch,
 )
+from alpha_optim.observe import gradients as gradient_watch
 from alpha_optim.policies import base
 
 STEPS = 30

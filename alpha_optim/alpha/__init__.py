@@ -1,0 +1,1 @@
+"""The number: four noisy observations of one step, a parabola, alpha; imports no torch."""

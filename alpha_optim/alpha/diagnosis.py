@@ -1,0 +1,167 @@
+"""What alpha says so far, in plain words.
+
+Deliberately cautious. The sign of alpha is only trusted where it differs from zero by its own error:
+start slope and step come from the same batch, which pushes alpha of small batches towards zero at any
+rate, and above the best rate alpha hardly says how much too large a rate is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from alpha_optim.alpha.history import AlphaHistory
+from alpha_optim.alpha.loss_trace import RESOLUTION, LossTrace, room_above
+from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.records import AlphaStatus, GuardEvent
+
+WINDOW = 100
+FEWEST = 20
+CERTAIN = 2.0
+"""How many standard errors make a difference."""
+SHORT = -0.1
+FAR = 0.8
+SURELY = 4.0
+"""Standard errors by which the loss of a climb has to fall: the lowest of many windows is low by chance."""
+LARGE = 32
+CLIMB = math.log(100.0)
+"""A rate that rose by this factor, step by step, says where the loss was lowest and where it began to rise."""
+
+_ADVICE = {
+    "undershooting": "Steps end short of the minimum along their direction: the learning rate can grow.",
+    "balanced": "Steps end near or a little beyond the minimum along their direction, as in good runs.",
+    "overshooting": "Steps end far beyond the minimum along their direction: lower the learning rate.",
+    "diverging": "The loss rises or is not finite: lower the learning rate, by 10 to begin with.",
+    "unknown": "The measurements do not tell: too few, too noisy, batches too small for the sign of alpha, or "
+    "a loss no lower than at the beginning (then the learning rate may be far too high).",
+}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What alpha says over the last measurements.
+
+    Attributes:
+        verdict: ``"undershooting"``, ``"balanced"``, ``"overshooting"``, ``"diverging"`` or ``"unknown"``.
+        alpha: Alpha over the window, a pure number; nan without measurements.
+        alpha_std: Its standard error.
+        count: Number of measurements in the window.
+        suggested_lr: A learning rate for the first param group to begin a decay with, or None when the data
+            cannot tell. They can if losses were measured while the rate climbed until the loss rose, as in
+            the calibration of an `AlphaScheduler`, in a long warm-up, or in a trial run with a growing rate.
+    """
+
+    verdict: str
+    alpha: float
+    alpha_std: float
+    count: int
+    suggested_lr: float | None = None
+
+    def __str__(self) -> str:
+        """Advice in plain words."""
+        measured = f"alpha = {self.alpha:+.2f} ± {self.alpha_std:.2f} over {self.count} steps"
+        rate = "" if self.suggested_lr is None else f" Suggested learning rate: {self.suggested_lr:.2g}."
+        return f"{self.verdict}: {_ADVICE[self.verdict]} ({measured}){rate}"
+
+
+def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagnosis:
+    """Judge the last measurements of a history.
+
+    Args:
+        history: Measurements of a run.
+        events: What the guard did in that run.
+
+    Returns:
+        The diagnosis; often ``"unknown"``, never a guess.
+    """
+    recent = history[-WINDOW:]
+    alpha, std, count = history.windowed(WINDOW)
+    verdict = "diverging" if _diverges(recent, events) else _verdict(recent, alpha, std, count)
+    if verdict == "balanced" and _is_where_it_began(history, recent):
+        verdict = "unknown"
+    return Diagnosis(verdict, alpha, std, count, rate_from_climbs(history))
+
+
+def _verdict(recent: Sequence[AlphaMeasurement], alpha: float, std: float, count: int) -> str:
+    """What alpha says of a run that does not diverge."""
+    if count < FEWEST or not math.isfinite(std):
+        return "unknown"
+    if alpha + CERTAIN * std < SHORT:
+        return "undershooting"
+    if alpha - CERTAIN * std > FAR:
+        return "overshooting"
+    large = bool(recent) and sorted(item.samples_start for item in recent)[len(recent) // 2] >= LARGE
+    # Near 0 means a good rate for large batches, and nothing at all for tiny ones.
+    if alpha - CERTAIN * std > (SHORT if large else 0.0):
+        return "balanced"
+    return "unknown"
+
+
+def _is_where_it_began(history: AlphaHistory, recent: Sequence[AlphaMeasurement]) -> bool:
+    """Whether the loss is no lower than at the first step: alpha of a spoilt network may look like any."""
+    if len(history) < WINDOW or history[0].iteration >= WINDOW:  # too short, or its beginning is not known
+        return False
+    first, losses = history[0].loss_start, np.array([item.loss_start for item in recent])
+    scatter = float(np.diff(losses).std(ddof=1)) / math.sqrt(2.0)  # of a single loss, as the first one is
+    return bool(first - losses.mean() < CERTAIN * scatter)  # False where a loss is nan
+
+
+def rate_from_climbs(history: Sequence[AlphaMeasurement]) -> float | None:
+    """Learning rate of the first param group, from the stretches in which it climbed; None if they do not tell.
+
+    Args:
+        history: Measurements of a run.
+
+    Returns:
+        The geometric mean of what the climbs say, see `alpha_optim.policies.calibrate.loss_search`.
+    """
+    found = [rate for climb in _climbs(history) if (rate := _lowest(climb)) is not None]
+    return math.exp(math.fsum(found) / len(found)) if found else None
+
+
+def _climbs(history: Sequence[AlphaMeasurement]) -> list[list[AlphaMeasurement]]:
+    """Stretches in which the rate never fell and grew by `CLIMB`, of measurements with losses."""
+    climbs: list[list[AlphaMeasurement]] = [[]]
+    for item in history:
+        if not (item.lr and item.lr[0] > 0.0 and math.isfinite(item.loss_start)):
+            continue
+        if climbs[-1] and item.lr[0] < climbs[-1][-1].lr[0]:
+            climbs.append([])
+        climbs[-1].append(item)
+    return [climb for climb in climbs if climb and math.log(climb[-1].lr[0] / climb[0].lr[0]) >= CLIMB]
+
+
+def _lowest(climb: Sequence[AlphaMeasurement]) -> float | None:
+    """Log rate to take after a climb; None if its loss did not fall, or not rise again."""
+    moved = [item for last, item in pairwise(climb) if item.lr[0] > last.lr[0]]
+    if len(moved) < FEWEST:
+        return None
+    pace = math.log(climb[-1].lr[0] / climb[0].lr[0]) / len(moved)
+    trace = LossTrace(min(20, max(5, round(RESOLUTION / pace))), climb[0].loss_start)
+    for item in climb:
+        trace.see(item, math.log(item.lr[0]))
+        if trace.risen() and trace.has_fallen(SURELY):  # else it scatters, at rates far too low
+            lowest = trace.lowest()
+            return None if lowest is None else lowest + room_above(climb[0].samples_start)
+    return None
+
+
+def _diverges(recent: Sequence[AlphaMeasurement], events: Sequence[GuardEvent]) -> bool:
+    """Whether the loss is not finite, or its level rose over the window beyond its scatter."""
+    if recent and recent[-1].status is AlphaStatus.NOT_FINITE:
+        return True
+    bad = [event for event in events if event.reason != "policy_returned"]
+    if bad and recent and sum(event.iteration >= recent[0].iteration for event in bad) > 3:
+        return True
+    losses = np.array([item.loss_start for item in recent])
+    losses = losses[np.isfinite(losses)]
+    if len(losses) < FEWEST:
+        return False
+    half = len(losses) // 2
+    early, late = losses[:half], losses[half:]
+    noise = math.sqrt(early.var(ddof=1) / len(early) + late.var(ddof=1) / len(late))
+    return bool(late.mean() - early.mean() > 4.0 * noise)

@@ -1,0 +1,60 @@
+"""A measurement as one row of plain values, for files and state dicts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, fields
+from typing import Any
+
+from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.records import AlphaStatus
+
+NAMES = tuple(field.name for field in fields(AlphaMeasurement))
+
+
+def to_row(measurement: AlphaMeasurement) -> dict[str, Any]:
+    """Return the fields as values that JSON knows: nan becomes null, infinities become strings."""
+    row = asdict(measurement)
+    row["status"] = str(measurement.status)
+    row["lr"] = [_to_json(rate) for rate in measurement.lr]
+    return {name: _to_json(value) for name, value in row.items()}
+
+
+def from_row(row: dict[str, Any]) -> AlphaMeasurement:
+    """Build a measurement from a row.
+
+    Args:
+        row: What `to_row` returned, or plain values of the same names.
+
+    Returns:
+        The measurement.
+
+    Raises:
+        ValueError: If a field is missing, unknown or has no such value.
+    """
+    if set(row) != set(NAMES):
+        odd = sorted(set(row) ^ set(NAMES))
+        raise ValueError(f"fields missing or unknown: {', '.join(odd)}")
+    rest = {name: _to_float(row[name]) for name in NAMES if name not in _NOT_FLOAT}
+    return AlphaMeasurement(
+        iteration=int(row["iteration"]),
+        status=AlphaStatus(row["status"]),
+        information=str(row["information"]),
+        samples_start=int(row["samples_start"]),
+        samples_end=int(row["samples_end"]),
+        lr=tuple(_to_float(rate) for rate in row["lr"]),
+        **rest,
+    )
+
+
+_NOT_FLOAT = ("iteration", "status", "information", "samples_start", "samples_end", "lr")
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def _to_float(value: Any) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,1 @@
+"""One step: what was seen at its two ends, and when it is measured."""

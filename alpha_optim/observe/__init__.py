@@ -1,0 +1,1 @@
+"""What the user's own forward and backward passes show."""

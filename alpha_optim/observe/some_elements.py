@@ -1,0 +1,118 @@
+"""Some elements of every tensor, to see cheaply whether tensors changed, and by which factor.
+
+Reading all parameters costs as much as an optimizer step. `BLOCKS` runs of `RUN` neighbours, spread over
+the tensor, cost next to nothing and show every change that concerns a tensor as a whole; tensors of at most
+that many elements are compared completely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from alpha_optim.observe.scalars import Truth, as_tensor, free_to_read, negated
+
+BLOCKS, RUN = 16, 16  # a run of float32 is one cache line, and a cache line is what reading costs
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@lru_cache(maxsize=4096)
+def layout(elements: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of what is looked at; runs start in different columns, whatever the shape."""
+    if elements <= BLOCKS * RUN:
+        return (elements,), (1,)
+    stride = (elements - RUN) // (BLOCKS - 1)
+    while math.gcd(stride, elements) != 1:
+        stride -= 1
+    return (BLOCKS, RUN), (stride, 1)
+
+
+def view_of(tensor: Tensor) -> Tensor:
+    """Some elements of a tensor; a view, except of tensors with gaps ``[blocks, run]`` or ``[n]``."""
+    values = tensor.detach() if tensor.requires_grad else tensor
+    if values.is_sparse:
+        values = values._values()
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
+    if not values.is_contiguous() and not (
+        values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
+    ):
+        values = values.flatten()
+    return values.as_strided(*layout(values.numel()), values.storage_offset())
+
+
+def stays_view(tensor: Tensor) -> bool:
+    """Whether a view made by `view_of` shows what is written to the tensor later."""
+    return not tensor.is_sparse and not tensor.is_complex() and tensor.is_contiguous()
+
+
+def together(views: Sequence[Tensor]) -> Tensor:
+    """The elements in views as they are now; a copy ``[n]``."""
+    if not views:
+        return torch.empty(0)
+    first = views[0]
+    if any(view.dtype != first.dtype or view.device != first.device for view in views):
+        views = [view.to(first.device, torch.float64) for view in views]
+    # Runs of many tensors in one go: a reshape each would be most of the work.
+    short = [view for view in views if view.dim() == 1]
+    runs = [view for view in views if view.dim() == 2]
+    return torch.cat([torch.cat(runs).view(-1), *short]) if runs else torch.cat(short)
+
+
+class Spots:
+    """Looks at the same tensors again and again."""
+
+    def __init__(self) -> None:
+        """Start with no tensors."""
+        self._places: list[int] = []
+        self._views: list[Tensor] = []
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Elements of tensors as they are now ``[n]``."""
+        places = [tensor.data_ptr() for tensor in tensors]
+        if places != self._places:
+            self._views = [view_of(tensor) for tensor in tensors]
+            self._places = places if all(map(stays_view, tensors)) else []
+        return together(self._views)
+
+
+def differ(now: Tensor, then: Tensor) -> Truth:
+    """Whether the same elements differ in any bit; so nan equals nan."""
+    if now.shape != then.shape or now.dtype != then.dtype:
+        return True
+    bits = _BITS[now.element_size()]
+    if free_to_read(now.device) and free_to_read(then.device):
+        return not torch.equal(now.view(bits), then.view(bits))
+    return torch.ne(now.view(bits), then.to(now.device).view(bits)).any()
+
+
+def factor_between(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
+    """By which one factor values changed, and whether it was something else.
+
+    Args:
+        now: Elements now ``[n]``.
+        then: The same elements before.
+
+    Returns:
+        The factor, float64 ``[]`` (exactly 1 if no bit changed), and whether the change is not explained by
+        one factor, within rounding ``[]``.
+    """
+    if now.shape != then.shape:
+        one = torch.ones((), dtype=torch.float64, device=now.device)
+        return one, one.bool()
+    same = as_tensor(negated(differ(now, then)), now.device, torch.bool)
+    limits = torch.finfo(torch.promote_types(now.dtype, then.dtype))
+    new, old = now.double(), then.to(now.device).double()
+    # Divided by the largest first: squares of scaled gradients overflow or vanish.
+    unit = old.abs().max()
+    unit = torch.where(unit > 0, unit, 1.0)
+    old_unit = old / unit
+    squared = old_unit.square().sum()
+    factor = torch.where(squared > 0, (new / unit * old_unit).sum() / squared, 1.0)
+    expected = factor * old
+    aside = (new - expected).abs() > 16 * limits.eps * expected.abs() + limits.tiny
+    return torch.where(same, 1.0, factor), ~same & (aside.any() | ~torch.isfinite(factor))

@@ -1,0 +1,63 @@
+"""Alpha over the last few measurements, for policies; remembers two numbers a measurement."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.window import ratio_of_sums, rises_of
+
+
+class AlphaWindow:
+    """Ratio of summed fitted slopes over the last ``size`` usable measurements."""
+
+    def __init__(self, size: int) -> None:
+        """Start empty; ``size`` is the length in measurements."""
+        self._rises: deque[tuple[float, float]] = deque(maxlen=size)
+
+    def add(self, measurement: AlphaMeasurement, weight: float = 1.0) -> bool:
+        """Add a measurement; False if it has no finite slopes and was ignored."""
+        rises = rises_of(measurement)
+        if rises is not None:
+            self._rises.append((rises[0] * weight, rises[1] * weight))
+        return rises is not None
+
+    def add_per_rate(self, measurement: AlphaMeasurement) -> bool:
+        """Add a measurement of a climb or descent, in which old rates should weigh as new ones.
+
+        Products of slope and step length grow with the rate, so they are divided by it.
+        """
+        rate = measurement.lr[0] if measurement.lr and measurement.lr[0] > 0.0 else 1.0
+        return self.add(measurement, weight=1.0 / rate)
+
+    def clear(self) -> None:
+        """Forget everything, after the rate has changed."""
+        self._rises.clear()
+
+    def __len__(self) -> int:
+        """Return the number of measurements."""
+        return len(self._rises)
+
+    @property
+    def alpha(self) -> float:
+        """Alpha of the window, a pure number; nan while it is empty."""
+        return ratio_of_sums(self._rises).alpha
+
+    @property
+    def alpha_std(self) -> float:
+        """Its standard error from the scatter of the measurements; inf for fewer than two."""
+        error = ratio_of_sums(self._rises).alpha_std
+        return math.inf if math.isnan(error) else error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the remembered numbers."""
+        return {"rises": [list(pair) for pair in self._rises]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over remembered numbers."""
+        rises: Sequence[Sequence[float]] = state["rises"]
+        self._rises.clear()
+        self._rises.extend((float(start), float(end)) for start, end in rises)

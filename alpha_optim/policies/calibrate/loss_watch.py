@@ -1,0 +1,119 @@
+"""After the calibration: is the held rate too high, too low, or has it done what it can?"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any, NamedTuple
+
+from alpha_optim.alpha.loss_trace import Level, level_of
+
+SHARE = 20
+SHORTEST = 20
+"""A window is a 20th of the run, at least 20 steps."""
+FEWEST = 3
+"""Losses in a window, where few are read (``guard=False`` and measurements now and then), ..."""
+FEWEST_TREND = 10
+"""... and to tell from it whether the loss still falls."""
+SETTLES = 1
+"""So many windows after a change are not judged: the loss needs time to come down."""
+SURE = 3.0
+MOST = 3
+"""After so many windows that were too high without a better one in between their loss is accepted."""
+COUNTED = 40
+"""The loss falls fast when it does so by `SURE` standard errors of windows of so many losses at most: in longer
+windows every loss falls surely, whatever the rate."""
+STANDING = 2
+"""So many windows the loss is given before it may stand."""
+
+
+class Seen(NamedTuple):
+    """What a window of losses said.
+
+    Attributes:
+        high: It surely lies above the best level.
+        falls: It lies far below all windows before.
+        stands: It does not lie below the lowest window before.
+    """
+
+    high: bool
+    falls: bool
+    stands: bool
+
+
+class LossWatch:
+    """Windows of the loss against the best level so far, and against each other."""
+
+    def __init__(self, total_steps: int) -> None:
+        """Start without a level; nothing is judged before there is one."""
+        self.length = max(SHORTEST, total_steps // SHARE)
+        self.level: Level | None = None
+        self._losses: list[float] = []
+        self._begin: int | None = None  # iteration of the window's first loss
+        self.newest = -1  # iteration of the newest loss
+        self._windows = 0  # since the level last spoke
+        self._high = 0
+        self._trends = 0  # windows in which a trend was looked for
+        self._lowest = math.inf  # mean of the lowest of them
+
+    def see(self, loss: float, iteration: int) -> Seen | None:
+        """Add the loss of an iteration, unless it is nan or known; say something when a window is complete."""
+        if self.level is None or not math.isfinite(loss) or iteration <= self.newest:
+            return None
+        self.newest = iteration
+        self._begin = iteration if self._begin is None else self._begin
+        self._losses.append(loss)
+        if iteration - self._begin + 1 < self.length or len(self._losses) < FEWEST:
+            return None
+        losses, self._losses, self._begin = self._losses, [], None
+        mean = statistics.fmean(losses)
+        falls, stands = self._trend(mean, losses)
+        return Seen(self._too_high(mean, len(losses), self.level), falls, stands)
+
+    def _too_high(self, mean: float, count: int, best: Level) -> bool:
+        """Whether the mean of a window surely lies above the best level."""
+        self._windows += 1
+        if mean < best.mean:
+            self.level, self._high = best._replace(mean=mean), 0
+        error = best.deviation * math.sqrt(1.0 / count + 1.0 / best.count)
+        above = self._windows > SETTLES and mean - best.mean > SURE * error
+        if above:
+            self._windows = 0
+            self._high += 1
+            if self._high >= MOST:
+                self.level, self._high = best._replace(mean=mean), 0
+        return above
+
+    def _trend(self, mean: float, losses: list[float]) -> tuple[bool, bool]:
+        """Whether the loss falls fast, and whether it stands."""
+        if len(losses) < FEWEST_TREND:
+            return False, False
+        self._trends += 1
+        before = self._trends - 1 - SETTLES
+        if before < 0:
+            return False, False
+        lowest, self._lowest = self._lowest, min(self._lowest, mean)
+        error = statistics.stdev(losses) * math.sqrt(2.0 / min(len(losses), COUNTED))
+        return before > 0 and mean < lowest - SURE * error, before >= STANDING and mean > lowest
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        level = None if self.level is None else list(self.level)
+        return {
+            "level": level,
+            "losses": list(self._losses),
+            "begin": self._begin,
+            "newest": self.newest,
+            "windows": self._windows,
+            "high": self._high,
+            "trends": self._trends,
+            "lowest": self._lowest,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
+        self.level = level_of(state["level"])
+        self._losses, self._windows = list(map(float, state["losses"])), int(state["windows"])
+        self._high, self._begin = int(state["high"]), state["begin"]
+        self.newest = int(state["newest"])
+        self._trends, self._lowest = int(state["trends"]), float(state["lowest"])

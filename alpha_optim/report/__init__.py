@@ -1,0 +1,1 @@
+"""Pictures of histories; reads, and nothing else."""

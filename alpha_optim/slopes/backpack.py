@@ -1,0 +1,240 @@
+"""Plain SGD: projections inside the backward pass, by products of BackPACK's derivatives.
+
+For plain SGD the step is known before it is made: -lr times the gradient. As soon as the gradient of a
+parameter is complete, the layer's derivative is applied to it (start) and to the previous step (end), and
+everything but one number per sample and parameter is let go.
+
+Where all samples take part, wide linear layers go through inner products of samples instead (see `gram`),
+and the inputs and output gradients of one step are kept until the next. Then what the samples contribute
+also has to add up to the gradient, which is checked.
+
+BackPACK's product for a convolution unfolds its input, nine times its memory for a 3x3 kernel; there, and
+for normalisation layers in training mode, the layer itself does the same, see `contractions`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alpha_optim.observe.backward_passes import BackwardPass, PassLog
+from alpha_optim.observe.gradients import LossGradients
+from alpha_optim.observe.step_direction import Direction, at_least_float32
+from alpha_optim.slopes.base import Names, SampleSlopes
+from alpha_optim.slopes.contractions import Contraction, contraction_of, layers_to_contract
+from alpha_optim.slopes.gram import Factors, GradientsAsFactors
+from alpha_optim.slopes.individual import backpack_rules
+from alpha_optim.slopes.layers import KnownLayers, LayerCall
+from alpha_optim.slopes.recorder import BySample, SampleRecorder, add_to
+from alpha_optim.slopes.self_check import NOT_ADDED_UP, SelfCheck
+
+
+class BackpackBackend:
+    """Projects onto the gradient and onto the previous step while the backward pass runs."""
+
+    name = "backpack"
+
+    def __init__(self, model: nn.Module, names: Names, log: PassLog, sampled: bool) -> None:
+        """Prepare; see `SampleRecorder` for the arguments."""
+        self._recorder = SampleRecorder(names, log, sampled)
+        self._check = SelfCheck(names)
+        self._gram = GradientsAsFactors()
+        self._index: dict[int, int] = {}
+        self._layers = KnownLayers(partial(layers_to_contract, model))
+        self._log = log
+        self._exact = not sampled
+        self._params: Sequence[Tensor] = ()
+        self._end_of: Direction | None = None
+        self._start = False
+        self.unaccounted = self._recorder.unaccounted
+        self.discard()
+
+    def begin(self, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
+        """Hook the model."""
+        self.discard()
+        self._params, self._start = params, start
+        self._index = {id(param): index for index, param in enumerate(params)}
+        self._check.watch([], params)
+        self._gram.begin(params)
+        # Shorter than the parameters if a group was added; then the pair is dropped.
+        self._end_of = None if end_of is None or len(end_of.bases) != len(params) else end_of
+        self._recorder.begin(self._layers.of(params), self._called)
+
+    def accumulated(self, param: Tensor) -> None:
+        """Project and let go what waits for a parameter whose gradient is complete."""
+        entry, key = self._recorder.accumulated(param), id(param)
+        waiting = self._waiting.get(entry, {}).pop(key, [])
+        for projection in waiting:
+            if (at_end := self._along_end(projection, param)) is not None:
+                add_to(self._at_end.setdefault(entry, {}), key, at_end)
+            if self._start and param.grad is not None:
+                at_start = self._gram.along_gradient(param)
+                values = projection.along(param.grad) if at_start is None else at_start
+                add_to(self._at_start.setdefault(entry, {}), key, values)
+            self._projected.setdefault(entry, set()).add(key)
+
+    def _along_end(self, waiting: _Waiting, param: Tensor) -> Tensor | None:
+        if self._end_of is None:
+            return None
+        index = self._index[id(param)]
+        base, rate = self._end_of.bases[index], self._end_of.rates[index]
+        if base is None:
+            return None
+        by_samples = self._gram.along_last_step(param, waiting.factors)
+        return (waiting.along(base) if by_samples is None else by_samples) * rate
+
+    def discard(self) -> None:
+        """Forget the passes so far."""
+        self._waiting: dict[BackwardPass, dict[int, list[_Waiting]]] = {}
+        self._at_end: BySample = {}
+        self._at_start: BySample = {}
+        self._projected: dict[BackwardPass, set[int]] = {}
+        self._gram.discard()
+        self._recorder.discard()
+
+    def end_slopes(self, direction: Direction) -> SampleSlopes | None:
+        """Per-sample slopes along the previous step."""
+        slopes = self._combine(self._at_end, lambda values, key: values)
+        self._gram.ended()
+        return slopes
+
+    def start_slopes(self, direction: Direction, gradients: LossGradients) -> SampleSlopes | None:
+        """Per-sample slopes along the step just made, from projections on the gradient.
+
+        With several backward passes the gradient was not complete when the first was projected, and with
+        gradients changed by more than a factor the step is no multiple of it; those measurements keep the
+        slopes of the gradients.
+        """
+        reason = self._gram.stepped(direction, gradients, len(self._log.reached), self._recorder.incomplete())
+        if not direction.of_gradient:
+            return None  # the optimizer is no longer plain SGD
+        if reason is not None:
+            self.unaccounted.add(["all parameters"], f"{reason}; backend='layerwise' can")
+            return None
+        rates = {id(param): rate for param, rate in zip(self._params, direction.rates, strict=True)}
+
+        # What made the step is the gradient times what happened to it since the backward pass.
+        return self._combine(self._at_start, lambda values, key: values * rates[key] * self._gram.factor)
+
+    def _combine(self, store: BySample, scaled: Callable[[Tensor, int], Tensor]) -> SampleSlopes | None:
+        by_parameter = {
+            entry: {key: scaled(values, key) for key, values in groups.items()}
+            for entry, groups in store.items()
+        }
+        slopes = self._recorder.combine(
+            lambda entry: None if self._missing(entry) else list(by_parameter.get(entry, {}).values())
+        )
+        self._check.collect(
+            slopes,
+            [
+                {self._index[key]: values for key, values in by_parameter.get(entry, {}).items()}
+                for entry in self._recorder.sampled_passes()
+            ],
+        )
+        return slopes
+
+    def verified(self, of_parameters: Tensor, known: Tensor) -> Tensor | None:
+        """Whether the samples of the last answer add up to the gradient ``[]``; None if not all took part."""
+        passed = self._check.passed(of_parameters, known)
+        if passed is not None and passed.device.type == "cpu":
+            self.read_check()
+        return passed
+
+    def read_check(self) -> None:
+        """Fetch the outcome of the check from the device."""
+        failed = self._check.read()
+        if failed and not self._gram.give_up():
+            self.unaccounted.add(failed, NOT_ADDED_UP)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learned about the model, and the factors of the pending step."""
+        return {
+            "verified": self._check.done,
+            **self._gram.state_dict(self._index),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was learned about the model, and the factors of the pending step."""
+        self._check.done = bool(state["verified"])
+        self._gram.load_state_dict(state)
+
+    def mute(self) -> None:
+        """Remove every hook; what was collected stays."""
+        self._recorder.mute()
+
+    def close(self) -> None:
+        """Remove every hook and free the numbers."""
+        self.discard()
+        self._end_of = None
+        self._recorder.close()
+
+    def _missing(self, entry: BackwardPass) -> bool:
+        """Whether a parameter has no projections, or was not watched (unfrozen after the step)."""
+        unfinished = any(self._waiting.get(entry, {}).values())
+        return self._recorder.missing(entry, self._projected.get(entry, set())) or unfinished
+
+    def _called(self, entry: BackwardPass, call: LayerCall, samples: int) -> None:
+        assert entry.samples is not None
+        per_sample = call.rows_per_sample(entry.samples)
+        linear = type(call.layer.module) is nn.Linear and bool(call.args)
+        make: Any = BackpackProduct if linear else contraction_of
+        samples = samples if self._check.done else entry.samples
+        contraction = make(call, samples * per_sample)
+        whole = self._exact and per_sample == 1
+        waiting = self._waiting.setdefault(entry, {})
+        for name, param in call.layer.params.items():
+            if param.requires_grad:
+                factors = Factors.of(call) if whole and name == "weight" else None
+                if name == "weight":
+                    self._gram.note(param, factors)
+                waiting.setdefault(id(param), []).append(_Waiting(name, per_sample, contraction, factors))
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A call that waits until the gradient of a parameter is complete."""
+
+    name: str
+    per_sample: int
+    contraction: Contraction
+    factors: Factors | None
+
+    def along(self, change: Tensor) -> Tensor:
+        """Contract with a change of the parameter, one number per sample."""
+        rows = self.contraction.along({self.name: change})
+        return rows if self.per_sample == 1 else rows.reshape(-1, self.per_sample).sum(1)
+
+
+class BackpackProduct:
+    """A linear layer's derivative times changes of its parameters, by the rule of our BackPACK extension."""
+
+    def __init__(self, call: LayerCall, rows: int) -> None:
+        """Keep the rows of the call on a stand-in, where BackPACK looks for them."""
+        call.check_unaltered()
+        call = call.first(rows)
+        self._gradient = at_least_float32(call.output_gradient)
+        self._standin = copy.copy(call.layer.module)
+        self._standin.input0 = call.args[0].to(self._gradient.dtype)
+        self._standin.output = self._gradient
+
+    def along(self, changes: dict[str, Tensor], made: float | Tensor = 0.0) -> Tensor:
+        """See `Contraction`."""
+        rule, gradient = _linear_rule(), self._gradient
+        parts = [
+            rule.along(self._standin, name, gradient, change.to(gradient.dtype))
+            for name, change in changes.items()
+        ]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+@lru_cache(maxsize=1)
+def _linear_rule() -> Any:
+    from alpha_optim.slopes.backpack_extension import LayerSlopes
+
+    return LayerSlopes(backpack_rules()[nn.Linear])

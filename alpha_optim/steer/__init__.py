@@ -1,0 +1,1 @@
+"""The order of events around a step, and steps that are taken back."""

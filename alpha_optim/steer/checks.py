@@ -1,0 +1,73 @@
+"""Bad arguments and states of a scheduler, refused with what was wrong, what was expected and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from alpha_optim.steer.rates import peak_of
+
+
+def check_scheduling(
+    optimizer: Any, policy: Any, total_steps: Any, schedule: Any, bounds: tuple[float, float]
+) -> None:
+    """Refuse arguments of `AlphaScheduler` that cannot work together.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If arguments contradict each other.
+    """
+    if policy is not None and total_steps is not None:
+        raise ValueError(
+            "give either a policy or total_steps (which chooses CalibrateThenAnneal), not both; "
+            "a policy that needs the horizon takes it itself, e.g. CalibrateThenAnneal(total_steps)"
+        )
+    if policy is not None and (not callable(policy) or isinstance(policy, type)):
+        instance = f"; give an instance, {policy.__name__}(...)" if isinstance(policy, type) else ""
+        raise TypeError(f"policy must be callable (measurement -> factor), got {policy!r}{instance}")
+    if schedule is not None and not isinstance(schedule, (LRScheduler, ReduceLROnPlateau)):
+        raise TypeError(f"schedule must be a torch learning rate scheduler, got {type(schedule).__name__}")
+    if schedule is not None and schedule.optimizer not in (optimizer, optimizer.optimizer):
+        raise ValueError(
+            f"schedule belongs to another optimizer ({type(schedule.optimizer).__name__}); build it on this "
+            f"one: {type(schedule).__name__}(optimizer, ...)"
+        )
+    if not 0.0 <= bounds[0] <= bounds[1]:
+        raise ValueError(f"expected 0 <= min_lr <= max_lr, got min_lr={bounds[0]}, max_lr={bounds[1]}")
+    missing = [index for index, group in enumerate(optimizer.param_groups) if "lr" not in group]
+    if missing:
+        raise ValueError(f"param group {missing[0]} has no 'lr'; AlphaScheduler sets learning rates")
+    if not any(map(peak_of, optimizer.param_groups)):
+        raise ValueError(
+            "every learning rate is 0, and so is every multiple of it; give the optimizer any rate > 0, "
+            "for example lr=1e-3"
+        )
+
+
+def check_scheduler_state(state: dict[str, Any], version: int, groups: int, policy: str) -> None:
+    """Refuse the state of an `AlphaScheduler` that this one cannot continue.
+
+    Args:
+        state: What its ``state_dict`` returned.
+        version: Newest version that can be read.
+        groups: Number of param groups here.
+        policy: Name of the policy here.
+
+    Raises:
+        ValueError: Saying what does not fit.
+    """
+    if state["version"] > version:
+        raise ValueError(
+            f"this scheduler state has version {state['version']}, this package reads up to {version}: "
+            "update alpha_optim"
+        )
+    if len(state["scheduled"]) != groups:
+        raise ValueError(
+            f"this scheduler state is for {len(state['scheduled'])} param groups, the optimizer has {groups}"
+        )
+    if state["policy_name"] != policy:
+        raise ValueError(
+            f"this scheduler state is of the policy {state['policy_name']}, this scheduler has {policy}; build "
+            "it with the policy that the run had"
+        )
