@@ -67,6 +67,7 @@ class AlphaGuided(Optimizer):
         every: Every = 1,
         backend: str = "auto",
         variance: str = "sampled",
+        sample_dim: int = 0,
     ) -> None:
         """Wrap ``optimizer``.
 
@@ -81,6 +82,8 @@ class AlphaGuided(Optimizer):
                 `alpha_optim.slopes.BACKENDS`.
             variance: ``"sampled"``: variances of the slopes from a bounded number of samples;
                 ``"exact"``: from all of them. Means always use all samples.
+            sample_dim: Dimension along which samples lie in the first tensor the model is called with: 0, or 1
+                for models that are fed time first.
 
         Raises:
             TypeError: If an argument has the wrong type.
@@ -91,10 +94,10 @@ class AlphaGuided(Optimizer):
             raise ValueError(
                 "this optimizer is already wrapped in AlphaGuided; wrap the bare one (its .optimizer) once"
             )
-        check_arguments(optimizer, model, loss_fn, every, variance)
+        check_arguments(optimizer, model, loss_fn, every, variance, sample_dim)
         self.optimizer = optimizer
         self._make_hooks()
-        self._session = Session(Plan(optimizer, model, loss_fn, every, backend, variance))
+        self._session = Session(Plan(optimizer, model, loss_fn, every, backend, variance, sample_dim))
 
     def _make_hooks(self) -> None:
         """What torch's own constructor makes, but for groups and state: those are the wrapped one's."""
@@ -199,11 +202,6 @@ class AlphaGuided(Optimizer):
         """Measurements so far, oldest first."""
         return self._session.history
 
-    def latest_alpha(self) -> Tensor | None:
-        """Alpha of the newest measured step as a tensor ``[]``, nan if undefined; waits for no device."""
-        newest = self._session.probe.newest
-        return None if newest is None else newest.alpha()
-
     @property
     def guard_events(self) -> tuple[GuardEvent, ...]:
         """Steps that the scheduler's guard took back or did not let happen."""
@@ -282,7 +280,7 @@ class AlphaGuided(Optimizer):
         plan = self._session.plan
         return {
             "optimizer": self.optimizer,
-            "plan": (plan.model, plan.loss_fn, plan.every, plan.wanted, plan.variance),
+            "plan": (plan.model, plan.loss_fn, plan.every, plan.wanted, plan.variance, plan.sample_dim),
             "ours": self._session.state_dict(),
             "active": self._session.active,
         }

@@ -26,9 +26,7 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
-def train(
-    data: Data, model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, steps: int, guided: bool
-) -> Run:
+def train(data: Data, model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, steps: int, guided: bool) -> Run:
     """Train a classifier with cross entropy and measure its test accuracy.
 
     Args:

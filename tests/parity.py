@@ -60,9 +60,7 @@ def run_ours(problem, optimizer, lr, sizes, every, backend, dtype):
 def diverged(measured, dtype):
     """Whether a measurement is not finite, or larger than the root of the largest number."""
     limit = math.sqrt(torch.finfo(dtype).max)
-    return measured.status is AlphaStatus.NOT_FINITE or any(
-        abs(getattr(measured, name)) > limit for name in QUANTITIES
-    )
+    return measured.status is AlphaStatus.NOT_FINITE or any(abs(getattr(measured, name)) > limit for name in QUANTITIES)
 
 
 def rounding(name, row, dtype):
@@ -130,10 +128,7 @@ def alpha_deviation(measured, row):
             return found
     exact = exact_alpha(
         row["step_length"],
-        *[
-            [row[f"{name}_start"], row[f"{name}_end"]]
-            for name in ("loss", "slope", "loss_variance", "slope_variance")
-        ],
+        *[[row[f"{name}_start"], row[f"{name}_end"]] for name in ("loss", "slope", "loss_variance", "slope_variance")],
     )
     if exact is None:
         return 0.0 if measured.status is AlphaStatus.DEGENERATE else math.inf

@@ -12,9 +12,7 @@ NETS = {
     "wide": (lambda: nn.Sequential(nn.Linear(60, 50), nn.Tanh(), nn.Linear(50, 3, bias=False)), (4, 60)),
     "rows": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)), (7, 4, 6)),
     "convolution": (
-        lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)
-        ),
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)),
         (5, 2, 6, 6),
     ),
     "circular": (

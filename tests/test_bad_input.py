@@ -36,9 +36,7 @@ def hooks(model):
 
 @pytest.mark.parametrize("wrong", [None, 3, torch.optim.SGD])
 def test_not_an_optimizer(wrong):
-    with pytest.raises(
-        TypeError, match=r"must be an instance of torch.optim.Optimizer, got .*for example AlphaGuided"
-    ):
+    with pytest.raises(TypeError, match=r"must be an instance of torch.optim.Optimizer, got .*for example AlphaGuided"):
         AlphaGuided(wrong)
 
 
@@ -76,9 +74,7 @@ def test_model_and_loss_must_be_modules(model, sgd, argument, value):
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "2"])
 def test_every(model, sgd, every):
-    with pytest.raises(
-        ValueError, match=r"every must be a whole number of at least 1, a function n -> bool, or None"
-    ):
+    with pytest.raises(ValueError, match=r"every must be a whole number of at least 1, a function n -> bool, or None"):
         AlphaGuided(sgd, model, every=every)
     assert hooks(model) == 0
 
@@ -138,9 +134,7 @@ def test_losses_that_are_one_number(model, sgd):
 def test_losses_of_the_wrong_length(model, sgd, method):
     guided = AlphaGuided(sgd, model)
     losses = model(torch.randn(6, 4)).square().reshape(-1)[:9]
-    with pytest.raises(
-        ValueError, match=r"got 9 losses, but the model's batch has 6 samples; expected shape \[6\]"
-    ):
+    with pytest.raises(ValueError, match=r"got 9 losses, but the model's batch has 6 samples; expected shape \[6\]"):
         getattr(guided, method)(losses)
     assert all(p.grad is None for p in model.parameters())
 
@@ -162,9 +156,7 @@ def test_a_policy_returning_nonsense(model, sgd, factor, wrapped):
 
     guided, loss_fn = AlphaGuided(sgd, model), nn.CrossEntropyLoss()
     scheduler = AlphaScheduler(guided, Bounded(policy) if wrapped else policy)
-    with pytest.raises(
-        ValueError, match=r"policy policy returned .* for iteration 0; expected a finite factor > 0"
-    ):
+    with pytest.raises(ValueError, match=r"policy policy returned .* for iteration 0; expected a finite factor > 0"):
         for _ in range(3):
             guided.zero_grad()
             loss_fn(model(torch.randn(4, 4)), torch.tensor([0, 1, 0, 1])).backward()
@@ -282,9 +274,7 @@ def test_a_state_dict_of_a_newer_version(model, sgd):
     guided = AlphaGuided(sgd, model)
     state = guided.state_dict()
     state["alpha_guided"]["version"] = 99
-    with pytest.raises(
-        ValueError, match=r"has version 99 .* update alpha_optim, or delete its key 'alpha_guided'"
-    ):
+    with pytest.raises(ValueError, match=r"has version 99 .* update alpha_optim, or delete its key 'alpha_guided'"):
         guided.load_state_dict(state)
     scheduler = AlphaScheduler(guided)
     state = scheduler.state_dict()

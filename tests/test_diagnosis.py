@@ -71,9 +71,7 @@ def test_a_loss_that_has_not_fallen_is_not_called_balanced():
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(
-    "build", [lambda p: torch.optim.SGD(p, lr=1.0), lambda p: torch.optim.AdamW(p, lr=0.03)]
-)
+@pytest.mark.parametrize("build", [lambda p: torch.optim.SGD(p, lr=1.0), lambda p: torch.optim.AdamW(p, lr=0.03)])
 def test_a_run_that_learns_nothing_is_not_called_balanced(build, seed):
     """Labels that have nothing to do with the inputs, and a loss that begins where it is lowest, at chance."""
     torch.manual_seed(seed)

@@ -68,9 +68,7 @@ def train(cls, options, wrapped):
 @pytest.mark.compatibility(
     "torch.optim", "every optimizer in every configuration of torch's own test table, on the CPU: bit for bit"
 )
-@pytest.mark.parametrize(
-    ("cls", "options"), [c for c in configurations() if not c.values[1].get("differentiable")]
-)
+@pytest.mark.parametrize(("cls", "options"), [c for c in configurations() if not c.values[1].get("differentiable")])
 def test_wrapped_and_bare_are_alike(cls, options):
     bare_model, bare, _ = train(cls, options, wrapped=False)
     model, base, guided = train(cls, options, wrapped=True)

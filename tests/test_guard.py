@@ -137,9 +137,7 @@ def test_without_variances_the_usual_difference_between_batches_is_the_measure()
     generator = torch.Generator().manual_seed(0)
     for k in range(40):
         guided.zero_grad()
-        loss = (
-            weight.square().sum() + 1.0 + 0.1 * torch.rand((), generator=generator) + (50.0 if k == 30 else 0.0)
-        )
+        loss = weight.square().sum() + 1.0 + 0.1 * torch.rand((), generator=generator) + (50.0 if k == 30 else 0.0)
         guided.record_losses(loss)
         loss.backward()
         guided.step()

@@ -1,6 +1,5 @@
 """Which pairs are measured, under everything a training loop may do."""
 
-import contextlib
 import copy
 import math
 
@@ -85,9 +84,7 @@ def test_iterations_in_no_pair_run_without_hooks():
     for x, y in make_batches(6):
         guided.zero_grad()
         hooked.append(
-            bool(
-                model[0]._forward_hooks or loss_fn._forward_hooks or model[0].weight._post_accumulate_grad_hooks
-            )
+            bool(model[0]._forward_hooks or loss_fn._forward_hooks or model[0].weight._post_accumulate_grad_hooks)
         )
         loss_fn(model(x), y).backward()
         guided.step()
@@ -198,7 +195,7 @@ def test_slopes_are_those_of_the_loss_also_under_clipping(kind, clip):
         # Clipping by norm is one factor, which is found; clipping by value costs the first pair.
         assert guided.alpha_history.dropped == ({} if clip == "norm" else {"gradients_modified": 1})
         assert guided.alpha_history.iterations.tolist() == [0, 1, 2, 3, 4, 5][clip == "value" :]
-        assert guided._session.probe.watch.keep_copies == (clip == "value")
+        assert guided._session.pairing.habits.keep_copies == (clip == "value")
         for m in guided.alpha_history:
             assert m.step_length == pytest.approx(true[m.iteration][0], rel=1e-6)
             assert m.slope_start == pytest.approx(true[m.iteration][1], rel=1e-6)
@@ -484,9 +481,7 @@ def test_the_direction_of_plain_sgd_is_right_at_tiny_rates():
             guided.step()
         return guided.alpha_history
 
-    check_same(
-        run(torch.float32), run(torch.float64), ("step_length", "slope_start", "slope_end"), tolerance=1e-4
-    )
+    check_same(run(torch.float32), run(torch.float64), ("step_length", "slope_start", "slope_end"), tolerance=1e-4)
 
 
 @pytest.mark.compatibility("Loops", "closures")
@@ -842,20 +837,25 @@ def test_the_mean_slope_does_not_depend_on_the_choice_of_variances():
     check_same(*runs, ("slope_start", "slope_end"))
 
 
-def test_a_penalty_is_noticed_and_the_whole_model_differentiated():
-    histories = {}
-    for backend in ("cached", "layerwise"):
-        model, loss_fn = make_model(), nn.CrossEntropyLoss()
-        guided = wrap(model, loss_fn, "adam", backend=backend)
-        said = pytest.warns(UserWarning, match="0.weight: its samples do not add up to its gradient")
-        with said if backend == "layerwise" else contextlib.nullcontext():
-            for x, y in make_batches(6):
-                guided.zero_grad()
-                (loss_fn(model(x), y) + 0.1 * sum(p.square().sum() for p in model.parameters())).backward()
-                guided.step()
-        histories[backend] = list(guided.alpha_history)
-    assert [m.information for m in histories["layerwise"]] == ["slopes"] + ["full"] * 4
-    check_same(histories["layerwise"][1:], histories["cached"][1:])
+@pytest.mark.parametrize("variance", ["sampled", "exact"])
+def test_a_penalty_on_the_parameters_is_noticed(variance):
+    """The loss seen is not all that is sent backward: losses and slopes belong to different functions."""
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, "adam", variance=variance)
+    gradients = []
+    with pytest.warns(UserWarning, match="not all of the loss that is sent backward") as caught:
+        for x, y in make_batches(6):
+            guided.zero_grad()
+            (loss_fn(model(x), y) + 0.1 * sum(p.square().sum() for p in model.parameters())).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            before = torch.cat([p.detach().flatten() for p in model.parameters()])
+            guided.step()
+            d = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+            gradients[-1] = float(gradients[-1] @ d / d.norm())
+    assert len(caught) == 1
+    assert len(str(caught[0].message)) < 500
+    assert {m.information for m in guided.alpha_history} == {"slopes"}
+    assert [m.slope_start for m in guided.alpha_history] == pytest.approx(gradients[:5])
 
 
 def test_an_earlier_forward_pass_of_another_size_does_not_confuse_the_count():
@@ -871,18 +871,27 @@ def test_an_earlier_forward_pass_of_another_size_does_not_confuse_the_count():
     check_same(guided.alpha_history, reference.alpha_history, ("samples_start", "slope_variance_start"))
 
 
-def test_losses_of_two_forward_passes_together_and_of_tokens():
-    model = make_model()
-    guided = wrap(model, None, "adam")
-    (x, y), (u, v) = make_batches(1, 12)[0], make_batches(1, 7)[0]
-    with pytest.warns(UserWarning, match=r"is neither the number of samples 19 nor a multiple"):
+@pytest.mark.parametrize("options", [{"backend": "cached"}, {"variance": "sampled"}], ids=str)
+def test_losses_of_two_forward_passes_together(options):
+    histories = []
+    for together in (True, False):
+        model = make_model()
+        guided = wrap(model, None, "adam", **({"backend": "cached"} if together else options))
+        (x, y), (u, v) = make_batches(1, 12)[0], make_batches(1, 7)[0]
         for _ in range(3):
             guided.zero_grad()
-            both = [nn.functional.cross_entropy(model(a), b, reduction="none") for a, b in ((x, y), (u, v))]
-            guided.backward(torch.cat(both))
+            if together:
+                losses = nn.functional.cross_entropy(model(torch.cat([x, u])), torch.cat([y, v]), reduction="none")
+            else:
+                both = [nn.functional.cross_entropy(model(a), b, reduction="none") for a, b in ((x, y), (u, v))]
+                losses = torch.cat(both)
+            guided.backward(losses)
             guided.step()
-    assert len(guided.alpha_history) == 2
-    assert guided.alpha_history[0].samples_start == 19
+        histories.append(guided.alpha_history)
+    assert [m.samples_start for m in histories[1]] == [19, 19]
+    if options.get("backend") == "cached":  # its layers have 12 and 7 rows
+        return
+    check_same(*histories)
 
 
 def test_the_factor_of_a_recorded_mean_is_divided_out():

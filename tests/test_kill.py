@@ -27,9 +27,7 @@ def start(folder, case):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.compatibility(
-    "Resume", "kill -9 and a new process, with and without AMP, each backend: bit for bit"
-)
+@pytest.mark.compatibility("Resume", "kill -9 and a new process, with and without AMP, each backend: bit for bit")
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_killed_run_resumes_bit_for_bit(case, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -71,9 +71,7 @@ def test_float32_agrees_with_individual_gradients(name):
         assert m.information == reference.information == "full"
         for name_of in QUANTITIES:
             assert getattr(m, name_of) == pytest.approx(getattr(reference, name_of), rel=1e-4), name_of
-        assert m.alpha == pytest.approx(
-            reference.alpha, abs=1e-4 * (abs(reference.alpha) + reference.alpha_std)
-        )
+        assert m.alpha == pytest.approx(reference.alpha, abs=1e-4 * (abs(reference.alpha) + reference.alpha_std))
 
 
 LOSSES = {
@@ -126,9 +124,7 @@ def test_weighted_cross_entropy_is_normalised_to_its_mean(case):
     if case == "per pixel":
         torch.manual_seed(1)
         model = nn.Conv2d(2, 3, 3, padding=1).double()
-        batches = [
-            (torch.randn(n, 2, 6, 6, dtype=torch.float64), torch.randint(0, 3, (n, 6, 6))) for n in SIZES
-        ]
+        batches = [(torch.randn(n, 2, 6, 6, dtype=torch.float64), torch.randint(0, 3, (n, 6, 6))) for n in SIZES]
     else:
         model, batches = zoo.make("in-place relu", SIZES)
     twin = copy.deepcopy(model)
@@ -160,13 +156,9 @@ def test_batch_norm_shares_sum_to_the_gradient():
     both = {}
     for backend in ("backpack", "cached"):
         net = copy.deepcopy(model)
-        guided = AlphaGuided(
-            torch.optim.SGD(net.parameters(), lr=0.1), net, loss_fn, backend=backend, variance="exact"
-        )
+        guided = AlphaGuided(torch.optim.SGD(net.parameters(), lr=0.1), net, loss_fn, backend=backend, variance="exact")
         both[backend] = train(guided, net, loss_fn, batches)
-    gradients_only = AlphaGuided(
-        torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, backend="gradients"
-    )
+    gradients_only = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, backend="gradients")
     reference = train(gradients_only, model, loss_fn, batches)
     for a, b, c in zip(both["backpack"], both["cached"], reference, strict=True):
         assert a.information == b.information == "full"
@@ -323,9 +315,7 @@ def test_wide_layers_go_through_inner_products_of_samples(clip, backend, monkeyp
                 nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 0.1)
             return super().step(closure)
 
-    expected = observe_run(
-        twin, zoo.cross_entropy_of_one, F.cross_entropy, Clipped(twin.parameters(), lr=0.3), batches
-    )
+    expected = observe_run(twin, zoo.cross_entropy_of_one, F.cross_entropy, Clipped(twin.parameters(), lr=0.3), batches)
     sgd = torch.optim.SGD(model.parameters(), lr=0.3)
     guided = AlphaGuided(sgd, model, loss_fn, variance="exact", backend=backend)
     for x, y in batches:

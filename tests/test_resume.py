@@ -27,8 +27,7 @@ def build(kind, backend="auto", **options):
 def data(count):
     generator = torch.Generator().manual_seed(0)
     return [
-        (torch.randn(12, 6, generator=generator), torch.randint(0, 3, (12,), generator=generator))
-        for _ in range(count)
+        (torch.randn(12, 6, generator=generator), torch.randint(0, 3, (12,), generator=generator)) for _ in range(count)
     ]
 
 
@@ -109,8 +108,7 @@ def test_variances_and_what_was_learned_go_on_where_they_were(kind, backend, var
 
     generator = torch.Generator().manual_seed(1)
     batches = [
-        (torch.randn(20, 60, generator=generator), torch.randint(0, 3, (20,), generator=generator))
-        for _ in range(40)
+        (torch.randn(20, 60, generator=generator), torch.randint(0, 3, (20,), generator=generator)) for _ in range(40)
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the penalty
@@ -119,9 +117,7 @@ def test_variances_and_what_was_learned_go_on_where_they_were(kind, backend, var
         torch.save([model.state_dict(), guided.state_dict()], tmp_path / "run.pt")
         go(model, guided, batches[cut:])
         other_model, other = make()
-        for part, state in zip(
-            (other_model, other), torch.load(tmp_path / "run.pt", weights_only=True), strict=True
-        ):
+        for part, state in zip((other_model, other), torch.load(tmp_path / "run.pt", weights_only=True), strict=True):
             part.load_state_dict(state)
         go(other_model, other, batches[cut:])
     assert repr(list(guided.alpha_history)) == repr(list(other.alpha_history))

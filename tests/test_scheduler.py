@@ -50,8 +50,7 @@ def make(momentum=0.9, groups=False, tensor_lr=False):
 def batches(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(16, 5, generator=generator), torch.randint(0, 2, (16,), generator=generator))
-        for _ in range(count)
+        (torch.randn(16, 5, generator=generator), torch.randint(0, 2, (16,), generator=generator)) for _ in range(count)
     ]
 
 
@@ -129,9 +128,7 @@ def test_groups_keep_their_ratio_also_at_the_bounds():
     model, base = make(groups=True)
     loss_fn = nn.CrossEntropyLoss()
     guided = AlphaGuided(base, model, loss_fn)
-    scheduler = AlphaScheduler(
-        guided, lambda m: 1.5 if m.iteration < 10 else 0.5, min_lr=0.01, max_lr=0.5, guard=False
-    )
+    scheduler = AlphaScheduler(guided, lambda m: 1.5 if m.iteration < 10 else 0.5, min_lr=0.01, max_lr=0.5, guard=False)
     rates = train(model, loss_fn, guided, scheduler, batches(25))
     assert all(b / a == pytest.approx(5.0) for a, b in rates)
     assert max(b for _, b in rates) == pytest.approx(0.5)
@@ -160,9 +157,7 @@ def test_a_search_that_passes_the_bound_still_knows_where_it_is():
     assert rates[-1] == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize(
-    "policy", [lambda: CalibrateThenAnneal(300), lambda: WithWarmup(CalibrateThenAnneal(300), 10)]
-)
+@pytest.mark.parametrize("policy", [lambda: CalibrateThenAnneal(300), lambda: WithWarmup(CalibrateThenAnneal(300), 10)])
 def test_a_search_held_by_a_bound_is_annealed_all_the_same(policy):
     model, base = make()
     loss_fn = nn.CrossEntropyLoss()
@@ -187,9 +182,7 @@ def test_the_bound_cuts_the_curve_of_a_schedule_and_leaves_the_rest():
 
 WARM_UPS = {
     "lambda": lambda opt: torch_schedules.LambdaLR(opt, lambda n: min(1.0, n / 250)),
-    "one cycle": lambda opt: torch_schedules.OneCycleLR(
-        opt, max_lr=0.1, total_steps=1000, cycle_momentum=False
-    ),
+    "one cycle": lambda opt: torch_schedules.OneCycleLR(opt, max_lr=0.1, total_steps=1000, cycle_momentum=False),
     "linear, then cosine": lambda opt: torch_schedules.SequentialLR(
         opt,
         [
@@ -201,9 +194,7 @@ WARM_UPS = {
 }
 
 
-@pytest.mark.compatibility(
-    "Schedules", "warm-up longer than the calibration: the rate found is that of the peak"
-)
+@pytest.mark.compatibility("Schedules", "warm-up longer than the calibration: the rate found is that of the peak")
 @pytest.mark.parametrize("name", WARM_UPS)
 def test_a_search_during_a_warm_up_finds_the_peak(name):
     def run(schedule):
@@ -293,9 +284,7 @@ def test_a_rate_changed_by_hand_is_taken_over_as_a_ratio_with_one_warning():
     train(model, loss_fn, guided, scheduler, batches(3))
     assert base.param_groups[0]["lr"] == pytest.approx(0.025)
     base.param_groups[0]["lr"] *= 10
-    with pytest.warns(
-        UserWarning, match=r"changed outside AlphaScheduler.*AlphaScheduler\(schedule="
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"changed outside AlphaScheduler.*AlphaScheduler\(schedule=") as caught:
         train(model, loss_fn, guided, scheduler, batches(2))
         base.param_groups[0]["lr"] *= 2
         train(model, loss_fn, guided, scheduler, batches(1))
@@ -303,9 +292,7 @@ def test_a_rate_changed_by_hand_is_taken_over_as_a_ratio_with_one_warning():
     assert base.param_groups[0]["lr"] == pytest.approx(0.1 * 10 * 2 * 0.5**5)
 
 
-@pytest.mark.compatibility(
-    "Schedules", "a scheduler attached beside AlphaScheduler: taken over, with a warning"
-)
+@pytest.mark.compatibility("Schedules", "a scheduler attached beside AlphaScheduler: taken over, with a warning")
 def test_a_schedule_attached_beside_is_noticed():
     model, base = make()
     loss_fn = nn.CrossEntropyLoss()

@@ -34,9 +34,7 @@ def make(name):
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
     params = list(model.parameters())
     if cls == "Muon":  # matrices its own way, the rest by AdamW
-        groups = [
-            {"params": [p for p in params if (p.dim() == 2) is own], "use_muon": own} for own in (True, False)
-        ]
+        groups = [{"params": [p for p in params if (p.dim() == 2) is own], "use_muon": own} for own in (True, False)]
         return model, package.Muon(groups)
     if cls == "Lookahead":
         return model, package.Lookahead(torch.optim.AdamW(params, lr=0.01))
@@ -65,9 +63,7 @@ def train(model, optimizer, steps=STEPS, seed=0, toggle=False, loss_fn=None):
     return modes
 
 
-@pytest.mark.compatibility(
-    "Other packages", "Schedule-Free, Prodigy, D-Adaptation, Lion, Muon, Lookahead, MoMo"
-)
+@pytest.mark.compatibility("Other packages", "Schedule-Free, Prodigy, D-Adaptation, Lion, Muon, Lookahead, MoMo")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_wrapped_and_bare_are_alike(name):
     (bare_model, bare), (model, base) = make(name), make(name)
@@ -86,9 +82,7 @@ def test_wrapped_and_bare_are_alike(name):
     assert sum(m.status == "measured" for m in history) >= STEPS // 4
 
 
-@pytest.mark.compatibility(
-    "Other packages", "Schedule-Free's train() and eval() modes, absent where there are none"
-)
+@pytest.mark.compatibility("Other packages", "Schedule-Free's train() and eval() modes, absent where there are none")
 @pytest.mark.parametrize("name", ["schedulefree.SGDScheduleFree", "schedulefree.AdamWScheduleFree"])
 def test_modes_are_forwarded(name):
     (bare_model, bare), (model, base) = make(name), make(name)

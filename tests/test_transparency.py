@@ -36,9 +36,7 @@ OPTIMIZERS = {
 
 def make_model():
     torch.manual_seed(3)
-    return nn.Sequential(
-        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(0.2), nn.Linear(8, 3)
-    )
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(0.2), nn.Linear(8, 3))
 
 
 def train(model, optimizer, steps=8):
@@ -63,11 +61,7 @@ def train(model, optimizer, steps=8):
 
 def optimizer_loss(optimizer):
     session = getattr(optimizer, "_session", None) if isinstance(optimizer, AlphaGuided) else None
-    return (
-        session.plan.loss_fn
-        if session is not None and session.plan.loss_fn is not None
-        else nn.CrossEntropyLoss()
-    )
+    return session.plan.loss_fn if session is not None and session.plan.loss_fn is not None else nn.CrossEntropyLoss()
 
 
 def equal_states(a, b):
@@ -83,9 +77,7 @@ def equal_states(a, b):
     return a == b
 
 
-@pytest.mark.compatibility(
-    "torch.optim", "without a scheduler: parameters, buffers and random numbers bit for bit"
-)
+@pytest.mark.compatibility("torch.optim", "without a scheduler: parameters, buffers and random numbers bit for bit")
 @pytest.mark.parametrize("given", ["optimizer", "model", "model and loss"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_is_bit_for_bit_the_bare_optimizers(name, given):
@@ -220,9 +212,7 @@ def test_deepcopy_of_the_wrapper_goes_on_by_itself():
     assert clone.alpha_history.alphas.tolist() == guided.alpha_history.alphas.tolist()
 
 
-@pytest.mark.compatibility(
-    "Process", "step hooks, local and global: once, with the object they were registered on"
-)
+@pytest.mark.compatibility("Process", "step hooks, local and global: once, with the object they were registered on")
 def test_step_hooks_run_once_and_the_wrappers_own_receive_the_wrapper():
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 

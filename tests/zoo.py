@@ -148,15 +148,11 @@ ZOO = {
         SEQUENCE,
     ),
     "conv2d groups": (
-        sequential(
-            lambda: nn.Conv2d(2, 4, 3, groups=2, bias=False), nn.Tanh, nn.Flatten, lambda: nn.Linear(64, 3)
-        ),
+        sequential(lambda: nn.Conv2d(2, 4, 3, groups=2, bias=False), nn.Tanh, nn.Flatten, lambda: nn.Linear(64, 3)),
         IMAGE,
     ),
     "conv2d reflect": (
-        sequential(
-            lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten, lambda: nn.Linear(72, 3)
-        ),
+        sequential(lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten, lambda: nn.Linear(72, 3)),
         IMAGE,
     ),
     "conv2d same": (
@@ -172,9 +168,7 @@ ZOO = {
         SEQUENCE,
     ),
     "group norm": (
-        sequential(
-            lambda: nn.Conv2d(2, 4, 3), lambda: nn.GroupNorm(2, 4), nn.Flatten, lambda: nn.Linear(64, 3)
-        ),
+        sequential(lambda: nn.Conv2d(2, 4, 3), lambda: nn.GroupNorm(2, 4), nn.Flatten, lambda: nn.Linear(64, 3)),
         IMAGE,
     ),
     "bilinear prelu": (sequential(lambda: nn.Linear(6, 4), nn.PReLU, lambda: nn.Linear(4, 3)), VECTOR),
@@ -209,9 +203,7 @@ ZOO = {
     "transformer encoder": (lambda: Encoder(6), SEQUENCE),
     "padding": (lambda: Gap(4), "tokens"),
     "weight norm": (
-        sequential(
-            lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), nn.Tanh, lambda: nn.Linear(3, 3)
-        ),
+        sequential(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), nn.Tanh, lambda: nn.Linear(3, 3)),
         VECTOR,
     ),
     "rows folded into dimension 0": (lambda: Flattened(6), SEQUENCE),

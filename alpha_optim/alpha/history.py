@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from alpha_optim.alpha.history_file import NAMES, from_row, to_row
 from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.records import DropReason
 from alpha_optim.alpha.window import WindowAlpha, window_alpha
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ FORMAT = "alpha_optim.history"
 VERSION = 1
 UNREAD = 4096
 """How many measurements may wait on the device; by then the first have long been computed."""
-OVERFLOW = "maxlen"
-"""Reason under which ``dropped`` counts old measurements that made room for new ones."""
 
 
 class Pending(Protocol):
@@ -32,8 +31,8 @@ class Pending(Protocol):
     def iteration(self) -> int:
         """Iteration of the start."""
 
-    def resolve(self, pending: Sequence[Any]) -> list[AlphaMeasurement | str]:
-        """Fetch all of ``pending``, and return each one's measurement or why it has to be dropped."""
+    def resolve(self, pairs: Sequence[Any]) -> list[AlphaMeasurement | DropReason]:
+        """Fetch all of ``pairs``, and return each one's measurement or why it has to be dropped."""
 
 
 class AlphaHistory(Sequence[AlphaMeasurement]):
@@ -100,7 +99,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
             return
         pending, self._pending = self._pending[:count], self._pending[count:]
         for outcome in pending[0].resolve(pending):
-            if isinstance(outcome, str):
+            if isinstance(outcome, DropReason):
                 self.drop(outcome)
             else:
                 self._store(outcome)
@@ -131,7 +130,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         surplus = len(self._items) - self.maxlen
         if surplus > 0:
             del self._items[:surplus]
-            self.drop(OVERFLOW, surplus)
+            self.drop(DropReason.EVICTED, surplus)
 
     # ---------------------------------------------------------------- reading
 
@@ -217,7 +216,8 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         """Return one list per field of `AlphaMeasurement`; plain values only."""
         items = self._read()
         columns: dict[str, list[Any]] = {name: [getattr(item, name) for item in items] for name in NAMES}
-        columns["status"] = [str(status) for status in columns["status"]]
+        for name in ("status", "information"):
+            columns[name] = [str(code) for code in columns[name]]
         columns["lr"] = [list(rates) for rates in columns["lr"]]
         return columns
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from alpha_optim.alpha.measurement import AlphaMeasurement
-from alpha_optim.alpha.records import AlphaStatus
+from alpha_optim.alpha.records import AlphaStatus, Information
 
 NAMES = tuple(field.name for field in fields(AlphaMeasurement))
 
@@ -15,7 +15,7 @@ NAMES = tuple(field.name for field in fields(AlphaMeasurement))
 def to_row(measurement: AlphaMeasurement) -> dict[str, Any]:
     """Return the fields as values that JSON knows: nan becomes null, infinities become strings."""
     row = asdict(measurement)
-    row["status"] = str(measurement.status)
+    row["status"], row["information"] = str(measurement.status), str(measurement.information)
     row["lr"] = [_to_json(rate) for rate in measurement.lr]
     return {name: _to_json(value) for name, value in row.items()}
 
@@ -39,7 +39,7 @@ def from_row(row: dict[str, Any]) -> AlphaMeasurement:
     return AlphaMeasurement(
         iteration=int(row["iteration"]),
         status=AlphaStatus(row["status"]),
-        information=str(row["information"]),
+        information=Information(row["information"]),
         samples_start=int(row["samples_start"]),
         samples_end=int(row["samples_end"]),
         lr=tuple(_to_float(rate) for rate in row["lr"]),

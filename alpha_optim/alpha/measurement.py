@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from alpha_optim.alpha.quadratic_fit import fit_quadratic
-from alpha_optim.alpha.records import AlphaStatus, Observation, QuadraticFit
+from alpha_optim.alpha.records import AlphaStatus, Information, Observation, QuadraticFit
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class AlphaMeasurement:
     alpha: float
     alpha_std: float
     status: AlphaStatus
-    information: str
+    information: Information
     step_length: float
     loss_start: float
     loss_end: float
@@ -84,8 +84,8 @@ class AlphaMeasurement:
 
     def _observations(self) -> tuple[Observation, Observation]:
         """Return both ends, with None for what did not enter this measurement."""
-        slopes_noisy = self.information != "slopes"
-        full = self.information == "full"
+        slopes_noisy = self.information is not Information.SLOPES
+        full = self.information is Information.FULL
         return (
             Observation(
                 self.samples_start,
@@ -127,7 +127,7 @@ def measure_alpha(
     elif step_length == 0.0:
         status, alpha, std = AlphaStatus.NO_STEP, -1.0, nan
     else:
-        used = (start, end) if information == "full" else (_slopes_only(start), _slopes_only(end))
+        used = (start, end) if information is Information.FULL else (_slopes_only(start), _slopes_only(end))
         fit = fit_quadratic(step_length, *used)
         status, alpha, std = _alpha_of(fit)
     return AlphaMeasurement(
@@ -153,13 +153,13 @@ def measure_alpha(
     )
 
 
-def information_of(start: Observation, end: Observation) -> str:
-    """Name what was observed: ``"slopes"``, ``"slopes+variances"`` or ``"full"``."""
+def information_of(start: Observation, end: Observation) -> Information:
+    """Say what was observed at both ends."""
     if start.slope_variance is None or end.slope_variance is None:
-        return "slopes"
+        return Information.SLOPES
     if _has_noisy_loss(start) and _has_noisy_loss(end):
-        return "full"
-    return "slopes+variances"
+        return Information.FULL
+    return Information.WITH_VARIANCES
 
 
 def fieller_interval(fit: QuadraticFit, level: float = 0.95) -> tuple[float, float]:

@@ -39,6 +39,34 @@ _EXPLANATIONS = {
 }
 
 
+class Information(str, Enum):
+    """What alpha was computed from."""
+
+    SLOPES = "slopes"
+    WITH_VARIANCES = "slopes+variances"
+    FULL = "full"
+
+    def __str__(self) -> str:
+        """Return the plain value."""
+        return self.value
+
+
+class DropReason(str, Enum):
+    """Why a pair of iterations was not measured."""
+
+    PARAMETERS_CHANGED = "parameters_changed"
+    GRADIENTS_MODIFIED = "gradients_modified"
+    DIRECTION_OVERWRITTEN = "direction_overwritten"
+    STEP_SKIPPED = "step_skipped"
+    NO_BACKWARD = "no_backward"
+    EXCEPTION = "exception"
+    EVICTED = "evicted"
+
+    def __str__(self) -> str:
+        """Return the plain value."""
+        return self.value
+
+
 @dataclass(frozen=True)
 class Observation:
     """What one mini-batch says about one end of a step.

@@ -8,11 +8,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from alpha_optim.observe.backward_passes import PassLog
 from alpha_optim.observe.checks import named_parameters
 from alpha_optim.observe.step_direction import is_plain_sgd
 from alpha_optim.slopes.base import Backend
-from alpha_optim.slopes.choose import BACKENDS, Choice, choose_backend
+from alpha_optim.slopes.choose import BACKENDS, Choice, choose_backend, summarised
 from alpha_optim.user_warning import warn_user
 
 Every = int | Callable[[int], bool] | None
@@ -29,11 +28,12 @@ class Plan:
         every: Every,
         backend: str,
         variance: str,
+        sample_dim: int = 0,
     ) -> None:
         """Choose a backend; arguments as in `AlphaGuided`."""
         self.optimizer, self.model, self.loss_fn = optimizer, model, loss_fn
-        self.every, self.wanted, self.variance = every, backend, variance
-        self.choice = choose_backend(backend, optimizer, model)
+        self.every, self.wanted, self.variance, self.sample_dim = every, backend, variance, sample_dim
+        self.choice = choose_backend(backend, optimizer, model, sample_dim)
         self._policy_wants: Callable[[int], bool] | None = None
         self._asked: tuple[int, bool] | None = None
         self._built: dict[str, Backend] = {}
@@ -55,25 +55,21 @@ class Plan:
         """From now on a policy decides, if ``every`` is None."""
         self._policy_wants = wants
 
-    def backend(self, log: PassLog) -> Backend:
-        """Return the backend of the coming iteration.
-
-        Args:
-            log: Where it finds the backward passes.
-        """
+    def backend(self) -> Backend:
+        """Return the backend of the coming iteration."""
         if self.wanted == "auto" and self.choice.name == "backpack" and not is_plain_sgd(self.optimizer):
             self.choice = Choice("layerwise", "the steps are no longer those of plain SGD")
         name = self.choice.name
         if name not in self._built:
             names = named_parameters(self.model, self.loss_fn)
             model = self.model if self.model is not None else nn.Module()
-            self._built[name] = BACKENDS[name](model, names, log, self.variance == "sampled")
+            self._built[name] = BACKENDS[name](model, names, self.sample_dim, self.variance == "sampled")
             if name in self._learned:
                 self._built[name].load_state_dict(self._learned[name])
         return self._built[name]
 
     def forget_backends(self) -> None:
-        """Build backends anew, with a new log."""
+        """Build backends anew."""
         self._built = {}
 
     def saw_step(self, passes: int, turned: bool) -> None:
@@ -91,7 +87,7 @@ class Plan:
         elif turned:
             self.choice = Choice("layerwise", "steps are no multiples of the gradient")
         elif built is not None and built.unaccounted.reasons:
-            names = ", ".join(sorted(built.unaccounted.reasons))
+            names = summarised(sorted(built.unaccounted.reasons))
             self.choice = Choice("layerwise", f"backpack could not account for {names}")
 
     def warn_unaccounted(self) -> None:
@@ -102,9 +98,12 @@ class Plan:
         fresh = {name: why for name, why in reasons.items() if name not in self._warned}
         if fresh:
             self._warned |= set(fresh)
-            listed = "; ".join(f"{name}: {why}" for name, why in sorted(fresh.items()))
+            by_reason: dict[str, list[str]] = {}
+            for name, why in sorted(fresh.items()):
+                by_reason.setdefault(why, []).append(name)
+            said = "; ".join(f"{summarised(named)}: {why}" for why, named in list(by_reason.items())[:2])
             warn_user(
-                f"no slopes of single samples with backend={self.choice.name!r} for {listed}. "
+                f"no slopes of single samples (backend={self.choice.name!r}) for {said[:300]}. "
                 "Alpha keeps the slopes of the gradients (information='slopes')."
             )
 

@@ -1,9 +1,8 @@
-"""When the variances of the slopes are measured anew, and what they were the last time.
+"""When the variances over samples are measured anew, and what they were the last time.
 
 ``variance="exact"`` measures them at every watched iteration. ``"sampled"`` takes few samples, and only
-as often as that costs about `SHARE` of a training step: two linearisations of n of N samples are about
-two thirds of n / N training steps. In the first iterations, in which variances change quickly, they are
-measured more often: the gap grows by one with every refresh.
+as often as that costs about `SHARE` of training. In the first iterations, in which variances change quickly, they
+are measured more often: the gap doubles with every refresh.
 """
 
 from __future__ import annotations
@@ -11,24 +10,23 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from alpha_optim.observe.scalars import Scalar
-from alpha_optim.slopes.base import SAMPLES
+from alpha_optim.observe.numbers import Number, saved
 
 Role = Literal["start", "end"]
 
-SHARE = 0.005
-LONGEST = 64
+SHARE = 0.01
+"""Share of the training time that variances may take."""
+LONGEST = 256
 """Iterations after which variances are measured anew in any case."""
 
 
-def interval(samples: int) -> int:
-    """Iterations between two refreshes at a batch size."""
-    share = min(1.0, SAMPLES / max(samples, 1))
-    return min(LONGEST, math.ceil(2.0 / 3.0 * share / SHARE))
+def interval(cost: float) -> int:
+    """Iterations between two refreshes that cost so many training steps each, both ends together."""
+    return max(1, min(LONGEST, math.ceil(cost / SHARE)))
 
 
-class Refresh:
-    """Remembers the variances of one sample's slope at both ends of a step."""
+class Variances:
+    """Remembers the variances of one sample's slope at both ends of a step, and of one sample's loss."""
 
     def __init__(self, sampled: bool) -> None:
         """Start with nothing known.
@@ -43,34 +41,47 @@ class Refresh:
         """Forget everything, as when the parameters are others."""
         self._last: dict[str, int] = {}
         self._counts: dict[str, int] = {}
-        self._variances: dict[str, Scalar] = {}
+        self._slopes: dict[str, Number] = {}
         self._samples = 0
+        self.of_loss: Number | None = None
 
-    def due(self, role: Role, iteration: int) -> bool:
-        """Whether the variance at this end of a step is to be measured in this iteration."""
+    @property
+    def samples(self) -> int:
+        """Number of samples of the batch they were measured on."""
+        return self._samples
+
+    def due(self, role: Role, iteration: int, cost: float) -> bool:
+        """Whether the variance at this end of a step is to be measured in this iteration.
+
+        Args:
+            role: Which end.
+            iteration: The iteration.
+            cost: What both ends cost, in training steps.
+        """
         if not self.sampled or role not in self._last:
             return True
-        gap = min(self._counts[role], interval(self._samples))
+        gap = min(2 ** min(self._counts[role] - 1, 30), interval(cost))
         return not 0 <= iteration - self._last[role] < gap
 
-    def measured(self, role: Role, iteration: int, variance: Scalar | None, samples: int) -> None:
+    def measured(self, role: Role, iteration: int, variance: Number | None, samples: int) -> None:
         """Take note of a measurement of a batch of ``samples``; None: it could not be had."""
         self._last[role], self._samples = iteration, samples
         self._counts[role] = self._counts.get(role, 0) + 1
-        self._variances.pop(role, None)
+        self._slopes.pop(role, None)
         if variance is not None:
-            self._variances[role] = variance
+            self._slopes[role] = variance
 
-    def variance(self, role: Role) -> Scalar | None:
-        """The variance as it was the last time."""
-        return self._variances.get(role)
+    def of_slope(self, role: Role) -> Number | None:
+        """The variance of one sample's slope at one end as it was the last time."""
+        return self._slopes.get(role)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs."""
         return {
             "last": dict(self._last),
             "counts": dict(self._counts),
-            "variances": dict(self._variances),
+            "slopes": {role: saved(value) for role, value in self._slopes.items()},
+            "loss": saved(self.of_loss),
             "samples": self._samples,
         }
 
@@ -78,5 +89,5 @@ class Refresh:
         """Take over a state."""
         self._last = {str(role): int(value) for role, value in state["last"].items()}
         self._counts = {str(role): int(value) for role, value in state["counts"].items()}
-        self._variances = dict(state["variances"])
-        self._samples = int(state["samples"])
+        self._slopes = dict(state["slopes"])
+        self.of_loss, self._samples = state["loss"], int(state["samples"])

@@ -1,9 +1,13 @@
-"""What is kept of one step: its two ends as a few numbers on the device, and how they become alpha."""
+"""The two ends of a step: what was seen there, as it stands on the device, and how both become alpha.
+
+Nothing is computed before somebody reads: inner products, losses and the factors between them are tensors of one
+element, fetched all at once; the arithmetic is done in floats.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +15,10 @@ import torch
 from torch import Tensor
 
 from alpha_optim.alpha.measurement import AlphaMeasurement, measure_alpha
-from alpha_optim.alpha.records import Observation
-from alpha_optim.measure.tensor_fit import Observed, alpha_of
-from alpha_optim.observe.scalars import Scalar, Truth, either, free_to_read, readable, small_tensor
-from alpha_optim.observe.step_direction import Direction, versions_of
-from alpha_optim.slopes.statistics import sample_mean, sample_variance
-
-DROPPED = ("", "parameters_changed", "gradients_modified")
-"""Why a pair has to be dropped, by the number that says so on the device; 0: it has not."""
+from alpha_optim.alpha.records import DropReason, Observation
+from alpha_optim.observe.backward_passes import BackwardPasses, LossCall, gamma_of, loss_weight, total_samples
+from alpha_optim.observe.numbers import Number, Truth, read
+from alpha_optim.observe.step_direction import AlongGradient, BetweenPoints, restored
 
 
 @dataclass(frozen=True)
@@ -29,29 +29,69 @@ class BatchLoss:
         mean: Mean loss ``[]``, or None if not observed.
         variance: Variance of one sample's loss ``[]`` (ddof=1), or None.
         samples: N, 0 if not known.
+        complete: Whether losses of single samples can be had.
     """
 
     mean: Tensor | None
-    variance: Tensor | None
+    variance: Number | None
     samples: int
+    complete: bool = False
 
 
 @dataclass(frozen=True)
 class EndPoint:
-    """What was seen at one end of a step; numbers stay on the device.
+    """What was seen at one end of a step d.
 
     Attributes:
-        numbers: loss, its variance, slope of the mean loss along d / |d|, variance of one sample's slope;
-            None where not observed.
-        samples: N, 0 if not known.
-        observed: Which of loss, its variance and the slope variance were observed.
+        product: <d, gradient> as it was taken.
+        factor: What that gradient is a multiple of the one sent backward by; None if it is that one.
+        gamma: Factor between the mean loss and what was sent backward; None if not seen.
+        loss: Mean loss; None if not observed.
+        loss_variance: Variance of one sample's loss; None if not observed.
+        slope_variance: Variance of one sample's slope along d / |d|; None if not observed.
         lost: Whether the gradient of the loss is not known, so that there is no slope.
+        doubtful: Whether samples did not add up to the gradient, so that their variance is none.
+        samples: N, 0 if not known.
     """
 
-    numbers: tuple[Scalar | None, Scalar | None, Scalar, Scalar | None]
-    samples: int
-    observed: Observed
+    product: Number
+    factor: Number | None
+    gamma: Number | None
+    loss: Number | None
+    loss_variance: Number | None
+    slope_variance: Number | None
     lost: Truth
+    doubtful: Truth
+    samples: int
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """All of them, in the order of the fields."""
+        return (
+            self.product,
+            self.factor,
+            self.gamma,
+            self.loss,
+            self.loss_variance,
+            self.slope_variance,
+            self.lost,
+            self.doubtful,
+            self.samples,
+        )
+
+    def observation(self, length: float) -> Observation:
+        """The same once the numbers have been read, for a step of a length."""
+        product, factor, gamma = float(self.product), self.factor, self.gamma
+        for divisor in (factor, gamma, length):
+            if divisor is not None:
+                product = math.nan if divisor == 0.0 else product / float(divisor)
+        return Observation(
+            samples=self.samples,
+            slope=product,
+            slope_variance=None if self.doubtful else _float(self.slope_variance),
+            loss=_float(self.loss),
+            loss_variance=_float(self.loss_variance),
+        )
 
 
 @dataclass(frozen=True)
@@ -62,61 +102,34 @@ class PendingStart:
         iteration: Iteration n of the start.
         direction: Parameter change of the step.
         point: What was seen at the start.
-        spots: Some elements of every parameter as the step left them.
+        elements: Some elements of every parameter as the step left them.
         lr: Learning rates of the step, one per group.
     """
 
     iteration: int
-    direction: Direction
+    direction: AlongGradient | BetweenPoints
     point: EndPoint
-    spots: Tensor
+    elements: Tensor
     lr: tuple[float | Tensor, ...]
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values and copies of the tensors."""
         return {
             "iteration": self.iteration,
-            "moved": self.direction.moved,
-            "squares": self.direction.squares,
-            "length": self.direction.length,
-            "rates": list(self.direction.rates),
-            "bases": [None if base is None else base.clone() for base in self.direction.bases],
-            "of_gradient": self.direction.of_gradient,
-            "numbers": small_tensor(self.point.numbers, self.spots.device),
-            "samples": self.point.samples,
-            "observed": list(self.point.observed),
-            "lost": self.point.lost,
-            "spots": self.spots,
+            "direction": self.direction.state(),
+            "point": read(self.point.numbers),
+            "elements": self.elements,
             "lr": [rate.clone() if isinstance(rate, Tensor) else rate for rate in self.lr],
         }
 
     @classmethod
-    def from_state(cls, saved: dict[str, Any], params: Sequence[Tensor]) -> PendingStart | None:
+    def from_state(cls, state: dict[str, Any], params: list[Tensor]) -> PendingStart | None:
         """Build it anew on the devices of ``params``; None if it does not belong to them."""
-        if len(saved["bases"]) != len(params):
+        direction = restored(state["direction"], params)
+        if direction is None:
             return None
-        bases = [
-            None if base is None else base.to(param.device).clone()
-            for base, param in zip(saved["bases"], params, strict=True)
-        ]
-        device = params[0].device
-        a, b, c = saved["observed"]
-        direction = Direction(
-            bases,
-            list(saved["rates"]),
-            _moved_to(device, saved["squares"]),
-            _moved_to(device, saved["length"]),
-            _moved_to(device, saved["moved"]),
-            bool(saved["of_gradient"]),
-            versions_of(bases),
-        )
-        observed = (bool(a), bool(b), bool(c))
-        numbers = readable(saved["numbers"].to(device))
-        loss, loss_variance, slope, slope_variance = numbers if isinstance(numbers, list) else numbers.unbind()
-        numbers = (loss if a else None, loss_variance if b else None, slope, slope_variance if c else None)
-        point = EndPoint(numbers, int(saved["samples"]), observed, _moved_to(device, saved["lost"]))
-        spots = saved["spots"].to(device)
-        return cls(int(saved["iteration"]), direction, point, spots, tuple(saved["lr"]))
+        elements = state["elements"].to(params[0].device)
+        return cls(int(state["iteration"]), direction, EndPoint(*state["point"]), elements, tuple(state["lr"]))
 
 
 @dataclass(frozen=True)
@@ -125,83 +138,112 @@ class PendingPair:
 
     Attributes:
         iteration: Iteration n of the start.
-        numbers: Length, moved, index into `DROPPED`, then the four numbers of the start and those of
-            the end, float64 ``[11]``.
-        samples: N at start and end.
-        observed: What was observed at start and end, as in `EndPoint`.
+        length: |d|.
+        moved: Whether any parameter changed.
+        edited: Whether parameters were changed between the step and the pass at its end.
+        start: What was seen at the start.
+        end: What was seen at the end.
         lr: Learning rates of the step, one per group.
-        on_read: Called when the numbers are read.
+        on_doubt: Called when the numbers are read and samples did not add up.
     """
 
     iteration: int
-    numbers: Tensor
-    samples: tuple[int, int]
-    observed: tuple[Observed, Observed]
+    length: Number
+    moved: Truth
+    edited: Truth
+    start: EndPoint
+    end: EndPoint
     lr: tuple[float | Tensor, ...]
-    on_read: Callable[[], None]
+    on_doubt: Callable[[], None]
+
+    @property
+    def _numbers(self) -> tuple[Any, ...]:
+        return (self.length, self.moved, self.edited, *self.start.numbers, *self.end.numbers, *self.lr)
 
     @classmethod
-    def of(cls, start: PendingStart, end: EndPoint, edited: Truth, on_read: Callable[[], None]) -> PendingPair:
-        """Put both ends into one small tensor."""
-        direction = start.direction
-        dropped = either(edited, 1.0, either(start.point.lost | end.lost, 2.0, 0.0))
-        head = (direction.length, direction.moved, dropped)
-        numbers = small_tensor((*head, *start.point.numbers, *end.numbers), start.spots.device)
-        samples, observed = (start.point.samples, end.samples), (start.point.observed, end.observed)
-        return cls(start.iteration, numbers, samples, observed, start.lr, on_read)
-
-    def alpha(self) -> Tensor:
-        """Alpha on the device, float64 ``[]``; nothing is fetched."""
-        return alpha_of(self.numbers, self.samples, self.observed)
-
-    @classmethod
-    def resolve(cls, pairs: Sequence[PendingPair]) -> list[AlphaMeasurement | str]:
+    def resolve(cls, pairs: Sequence[PendingPair]) -> list[AlphaMeasurement | DropReason]:
         """Fetch the numbers of pairs, all at once, and measure; or the reason why one has to be dropped."""
-        device = pairs[0].numbers.device
-        fetched: Any = torch.stack([pair.numbers.to(device) for pair in pairs]).tolist()
-        return [pair._measured(numbers) for pair, numbers in zip(pairs, fetched, strict=True)]
+        found = iter(read([number for pair in pairs for number in pair._numbers]))
+        return [pair._measured(found) for pair in pairs]
 
-    def _measured(self, numbers: list[float]) -> AlphaMeasurement | str:
-        length, moved, dropped, *rest = numbers
-        self.on_read()
-        if dropped:
-            return DROPPED[int(dropped)]
+    def _measured(self, numbers: Iterator[Any]) -> AlphaMeasurement | DropReason:
+        length, moved, edited = next(numbers), next(numbers), next(numbers)
+        start = EndPoint(*(next(numbers) for _ in self.start.numbers))
+        end = EndPoint(*(next(numbers) for _ in self.end.numbers))
+        lr = tuple(float(next(numbers)) for _ in self.lr)
+        if start.doubtful or end.doubtful:
+            self.on_doubt()
+        if edited:
+            return DropReason.PARAMETERS_CHANGED
+        if start.lost or end.lost:
+            return DropReason.GRADIENTS_MODIFIED
         length = length if moved or not math.isfinite(length) else 0.0
-        start = _observation(rest[:4], self.samples[0], self.observed[0])
-        end = _observation(rest[4:], self.samples[1], self.observed[1])
-        return measure_alpha(self.iteration, length, start, end, tuple(float(rate) for rate in self.lr))
+        return measure_alpha(self.iteration, length, start.observation(length), end.observation(length), lr)
 
 
-def put_together(calls: list[tuple[Tensor, Tensor | None, int]]) -> BatchLoss:
-    """Losses of several micro-batches as those of one batch."""
-    samples = sum(count for _, _, count in calls)
-    parts = [individual.flatten() for _, individual, _ in calls if individual is not None]
-    if len(parts) == len(calls):
-        values = (parts[0] if len(parts) == 1 else torch.cat(parts)).double()
-        return BatchLoss(sample_mean(values), sample_variance(values), samples)
-    weights = [count if samples else 1 for _, _, count in calls]
-    total = sum(weights)
-    means = [mean.double() * (weight / total) for (mean, _, _), weight in zip(calls, weights, strict=True)]
-    return BatchLoss(torch.stack(means).sum(), None, samples)
+def batch_loss(passes: BackwardPasses, fallback: Tensor | float | None) -> BatchLoss:
+    """Put the losses of an iteration's passes together; the mean over all samples is the loss.
+
+    Args:
+        passes: The passes.
+        fallback: A closure's loss, used if no other was seen.
+
+    Returns:
+        The loss as that of one batch.
+    """
+    reached = passes.reached
+    samples = total_samples(reached)
+    recorded = passes.recorded
+    seen = [entry for entry in reached if entry.calls]
+    # What was handed over counts, unless it is a mere mean and single losses were seen.
+    singly = any(call.complete for call in recorded)
+    if recorded and (singly or not any(call.complete for entry in seen for call in entry.calls)):
+        return _of_recorded(recorded, samples)
+    if not seen:
+        mean = None if fallback is None else torch.as_tensor(fallback).detach()
+        return BatchLoss(mean, None, samples)
+    parts = [entry.losses() for entry in seen]
+    complete = all(call.complete for entry in seen for call in entry.calls)
+    if len(seen) == 1:
+        mean, individual = parts[0]
+        return BatchLoss(mean, None if individual is None else sample_variance(individual), samples, complete)
+    gamma = gamma_of(seen)
+    assert gamma is not None
+    weighted = [
+        part[0].double() * entry.gamma for part, entry in zip(parts, seen, strict=True) if entry.gamma is not None
+    ]
+    single = [
+        part[1].double() * loss_weight(entry, seen)
+        for part, entry in zip(parts, seen, strict=True)
+        if part[1] is not None
+    ]
+    variance = sample_variance(torch.cat(single)) if len(single) == len(seen) else None
+    return BatchLoss(torch.stack(weighted).sum() / gamma, variance, samples, complete)
 
 
-def _moved_to(device: torch.device, saved: Any) -> Any:
-    """A saved number as it is wanted on a device."""
-    if free_to_read(device):
-        return readable(saved.cpu()) if isinstance(saved, Tensor) else saved
-    dtype = torch.bool if isinstance(saved, bool) else None
-    return torch.as_tensor(saved, dtype=dtype or getattr(saved, "dtype", torch.float64), device=device)
+def _of_recorded(calls: Sequence[LossCall], samples: int) -> BatchLoss:
+    """Losses that were handed over, as those of one batch in which every sample weighs the same."""
+    counted = sum(call.samples or 0 for call in calls)
+    individual = [call.individual for call in calls if call.individual is not None]
+    if len(individual) == len(calls):
+        values = torch.cat(individual) if len(individual) > 1 else individual[0]
+        return BatchLoss(values.double().mean(), sample_variance(values), counted or samples, complete=True)
+    weights = [call.samples or 0 if counted else 1 for call in calls]
+    means = [call.mean.double() * (w / sum(weights)) for call, w in zip(calls, weights, strict=True)]
+    return BatchLoss(torch.stack(means).sum(), None, counted or samples)
 
 
-def _observation(numbers: list[float], samples: int, observed: Observed) -> Observation:
-    loss, loss_variance, slope, slope_variance = numbers
-    has_loss, has_loss_variance, has_slope_variance = observed
-    # A nan beside a finite slope: the samples did not add up to the gradient; the slope itself is right.
-    usable = has_slope_variance and not (math.isnan(slope_variance) and math.isfinite(slope))
-    return Observation(
-        samples=samples,
-        slope=slope,
-        slope_variance=slope_variance if usable else None,
-        loss=loss if has_loss else None,
-        loss_variance=loss_variance if has_loss_variance else None,
-    )
+def sample_variance(values: Tensor) -> Tensor | None:
+    """Variance of one sample (ddof=1, centred), float64 ``[]``; None for fewer than two samples.
+
+    Args:
+        values: One number per sample ``[n]``.
+    """
+    if values.numel() < 2:
+        return None
+    # Centred first: mean of squares minus squared mean loses everything in float32.
+    return values.double().var(correction=1)
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -7,11 +7,13 @@ reach a parameter of the optimizer (another network, a gradient of the input) do
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from alpha_optim.observe.model_calls import ModelCall
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,15 @@ class LossCall:
     Attributes:
         mean: The mini-batch loss, detached ``[]``.
         individual: Losses of the samples ``[N]``, normalised so that their mean is ``mean``; None
-            if only the mean is known.
+            if only the mean is known or the others are not wanted now.
         samples: N, or None if it is not known.
         gamma: Factor between the mini-batch loss and what was sent backward ``[]``, or None.
         explicit: Whether the user handed the losses over; then loss_fn's own calls are ignored.
         order: When it was called; of several terms the first sets the scale.
+        complete: Whether losses of single samples can be had at all.
+        subset: Whether the loss is one of some samples only, picked by a mask.
+        share: Whether it is a share of one mean over all passes of the iteration, which they add up to.
+        seen_at_output: Gradients of ``mean`` at the outputs of the model, by place; None if not looked at.
     """
 
     mean: Tensor
@@ -34,6 +40,10 @@ class LossCall:
     gamma: Tensor | None = None
     explicit: bool = False
     order: int = 0
+    complete: bool = True
+    subset: bool = False
+    share: bool = False
+    seen_at_output: dict[tuple[int, int], Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -42,17 +52,17 @@ class BackwardPass:
 
     samples: int | None = None
     calls: list[LossCall] = field(default_factory=list)
+    outputs: list[tuple[ModelCall, int, Tensor]] = field(default_factory=list)
+    """Gradients that reached outputs of the model: the call, which tensor of its output, and the gradient."""
     reached: bool = False
     mixed: bool = False  # several losses with different numbers of samples
     creates_graph: bool = False  # to be differentiated again
 
     def add(self, call: LossCall) -> None:
         """Add a term of the loss; a term that the user handed over replaces those seen."""
-        if call.explicit and (call.individual is not None or not self.calls):
+        if call.explicit and (call.complete or not self.calls):
             self.calls = [call]
-        elif not call.explicit and not any(
-            seen.explicit and seen.individual is not None for seen in self.calls
-        ):
+        elif not call.explicit and not any(seen.explicit and seen.complete for seen in self.calls):
             self.calls = [seen for seen in self.calls if not seen.explicit]
             self.calls = sorted([*self.calls, call], key=lambda seen: seen.order)
         if self.samples is None:
@@ -74,16 +84,15 @@ class BackwardPass:
                 continue
             weight = (other.gamma / first.gamma).to(mean.device)
             mean = mean + weight * other.mean
-            same_samples = individual is not None and other.individual is not None
-            if same_samples and other.samples == first.samples:
-                individual = individual + weight * other.individual  # type: ignore[operator] # - both checked
+            if individual is not None and other.individual is not None and other.samples == first.samples:
+                individual = individual + weight * other.individual
             else:
                 individual = None
         return mean, individual
 
 
-class PassLog:
-    """Collects the backward passes of the current iteration."""
+class BackwardPasses:
+    """Collects the backward passes of one iteration."""
 
     def __init__(
         self,
@@ -101,15 +110,11 @@ class PassLog:
         self._gradients_cleared = gradients_cleared
         self._on_discard = on_discard
         self._on_open = on_open
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything; called between iterations."""
         self._passes: list[BackwardPass] = []
         self._by_task: dict[int, BackwardPass] = {}
         self._anchored: BackwardPass | None = None
         self.recorded: list[LossCall] = []
-        self.forwards: list[int] = []
+        self.forwards: list[int] = []  # samples of the model's calls
         self.inputs: set[int] = set()  # storages of what the model was called with
         self.skipped = False
 
@@ -130,12 +135,27 @@ class PassLog:
             if samples is not None:
                 self.forwards.append(samples)
 
-    def anchor(self, call: LossCall | None = None, samples: int | None = None) -> None:
+    def samples_for(self, rows: int) -> int:
+        """Samples of the model's call that ``rows`` losses belong to: N, or the rows if they are fewer."""
+        latest = self.forwards[::-1]
+        together = [sum(self.forwards[-k:]) for k in range(2, len(self.forwards) + 1)]
+        for candidate in (*latest, *together):
+            if candidate == rows:
+                return candidate
+        for candidate in latest:
+            if candidate and rows % candidate == 0:
+                return candidate
+        return latest[0] if latest else rows
+
+    def anchor(self, call: LossCall | None = None, samples: int | None = None) -> BackwardPass:
         """Open the running backward pass, or add a term of the loss to it.
 
         Args:
             call: The loss whose backward pass starts.
             samples: Number of samples, if the anchor is the model's output.
+
+        Returns:
+            The pass.
         """
         task = torch._C._current_graph_task_id()
         entry = self._by_task.get(task)
@@ -144,10 +164,12 @@ class PassLog:
         if entry is None:
             entry = self._open(task)
         self._anchored = entry
+        entry.creates_graph = entry.creates_graph or torch.is_grad_enabled()
         if call is not None:
             entry.add(call)
         elif entry.samples is None:
             entry.samples = samples
+        return entry
 
     def current(self) -> BackwardPass:
         """Return the running backward pass; a nested one (checkpointing) belongs to its anchor."""
@@ -175,3 +197,39 @@ class PassLog:
         self._passes.append(entry)
         self._by_task[task] = entry
         return entry
+
+
+def total_samples(passes: Sequence[BackwardPass]) -> int:
+    """Samples of several passes together, 0 if not known."""
+    return sum(entry.samples or 0 for entry in passes)
+
+
+def scale_of(passes: Sequence[BackwardPass]) -> Tensor | float:
+    """Factor from what was sent backward to the mean loss: 1 / Gamma, see `gamma_of`."""
+    gamma = gamma_of(passes)
+    return 1.0 if gamma is None else 1.0 / gamma
+
+
+def gamma_of(passes: Sequence[BackwardPass]) -> Tensor | None:
+    """Gamma: the weights with which the mean losses of the passes were sent backward, added up; None if not seen.
+
+    Where every pass sends a share of one mean (``num_items_in_batch``), the shares have one weight.
+    """
+    gammas = [entry.gamma.double() for entry in passes if entry.gamma is not None]
+    if not gammas:
+        return None
+    total = sum(gammas[1:], gammas[0])
+    return total / len(gammas) if shares_of_one_mean(passes) else total
+
+
+def shares_of_one_mean(passes: Sequence[BackwardPass]) -> bool:
+    """Whether the losses of the passes are shares of one mean, which they add up to."""
+    return any(call.share for entry in passes for call in entry.calls)
+
+
+def loss_weight(entry: BackwardPass, passes: Sequence[BackwardPass]) -> Tensor | float:
+    """Weight of the losses of a pass's samples, so that the mean over all samples is the mean loss."""
+    gamma, total = gamma_of(passes), total_samples(passes)
+    if len(passes) == 1 or gamma is None or entry.gamma is None or not entry.samples:
+        return 1.0
+    return entry.gamma.double() * total / (entry.samples * gamma)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from alpha_optim.observe.step_direction import parameters_of
 
 
-def check_arguments(optimizer: Any, model: Any, loss_fn: Any, every: Any, variance: Any) -> None:
+def check_arguments(optimizer: Any, model: Any, loss_fn: Any, every: Any, variance: Any, sample_dim: Any) -> None:
     """Refuse what cannot work, before anything is touched.
 
     Raises:
@@ -29,20 +29,16 @@ def check_arguments(optimizer: Any, model: Any, loss_fn: Any, every: Any, varian
             f"loss_fn must be a torch.nn.Module such as nn.CrossEntropyLoss(), got {_kind(loss_fn)}; "
             "for functional losses leave it out and call optimizer.backward(losses)"
         )
-    if not (every is None or callable(every)) and (
-        isinstance(every, bool) or not isinstance(every, int) or every < 1
-    ):
-        raise ValueError(
-            f"every must be a whole number of at least 1, a function n -> bool, or None; got {every!r}"
-        )
+    if not (every is None or callable(every)) and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ValueError(f"every must be a whole number of at least 1, a function n -> bool, or None; got {every!r}")
     if variance not in ("exact", "sampled"):
         raise ValueError(f"variance must be 'exact' or 'sampled', got {variance!r}")
+    if sample_dim not in (0, 1) or isinstance(sample_dim, bool):
+        raise ValueError(f"sample_dim must be 0, or 1 for models that are fed time first; got {sample_dim!r}")
     check_membership(parameters_of(optimizer), model, loss_fn, "the optimizer")
 
 
-def check_membership(
-    params: list[Tensor], model: nn.Module | None, loss_fn: nn.Module | None, holder: str
-) -> None:
+def check_membership(params: list[Tensor], model: nn.Module | None, loss_fn: nn.Module | None, holder: str) -> None:
     """Refuse parameters that are not the model's.
 
     Raises:
@@ -74,9 +70,7 @@ def _kind(value: Any) -> str:
 
 def named_parameters(*modules: nn.Module | None) -> dict[int, str]:
     """Names of all parameters of some modules by ``id``."""
-    return {
-        id(param): name for module in modules if module is not None for name, param in module.named_parameters()
-    }
+    return {id(param): name for module in modules if module is not None for name, param in module.named_parameters()}
 
 
 def check_losses(losses: Any, method: str, forwards: list[int], graph: bool) -> None:

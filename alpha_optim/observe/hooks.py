@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -38,7 +39,10 @@ class Hook:
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         """Forward the call if it comes from the module that was hooked."""
-        return self._call(module, *args) if module is self._owner else None
+        # While Dynamo traces, or inside a transform of torch.func, the call is not one of the training loop's.
+        if module is not self._owner or torch.compiler.is_compiling() or inside_functorch():
+            return None
+        return self._call(module, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         """Become inert in a deep copy."""
@@ -53,13 +57,43 @@ def _make_inert() -> Callable[..., None]:
     return inert
 
 
+def inside_functorch() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jvp, ...) is active."""
+    return bool(torch._C._functorch.peek_interpreter_stack() is not None)
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a nested output, in order."""
+    """Yield the tensors of a nested value, in order; those of a mapping in its order."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for entry in value.values():
             yield from tensors_in(entry)
     elif isinstance(value, (tuple, list)):
         for entry in value:
             yield from tensors_in(entry)
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Apply a function to the tensors in a value and in plain tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) is dict:
+        return {name: map_tensors(function, entry) for name, entry in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(function, entry) for entry in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a PackedSequence, say
+        return type(value)(*(map_tensors(function, entry) for entry in value))
+    return value
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written to; tensors made in inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def versions_of(tensors: Any) -> tuple[int, ...]:
+    """Versions of the tensors in a nested value; -1 for None in a plain sequence."""
+    if isinstance(tensors, list) and any(tensor is None for tensor in tensors):
+        return tuple(-1 if tensor is None else version_of(tensor) for tensor in tensors)
+    return tuple(map(version_of, tensors_in(tensors)))

@@ -1,53 +1,77 @@
-"""Sees the losses of the samples and the factor between loss and backward pass.
+"""Sees the loss of the training loop, and the factor between it and what was sent backward.
 
-A loss function with reduction "mean" or "sum" returns one number. The losses of the samples come
-from evaluating a copy of it with reduction "none", without graph and without touching random
-numbers or buffers, at the moment of the user's own call.
+A loss function with reduction "mean" or "sum" returns one number, and that number is used. Losses of the samples
+are needed for a variance only now and then; they come from evaluating a copy of the loss function with reduction
+"none", without touching random numbers or buffers, at the moment of the user's own call.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alpha_optim.observe.backward_passes import LossCall
+from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses, LossCall
 from alpha_optim.observe.hooks import Hook, weakly
+from alpha_optim.observe.model_calls import ModelCall
+from alpha_optim.observe.model_inputs import folded
 from alpha_optim.observe.module_copy import stand_in
-from alpha_optim.observe.scalars import Scalar, quotient, scalar
+from alpha_optim.observe.numbers import read
+from alpha_optim.observe.random_state import untouched
 from alpha_optim.observe.step_direction import at_least_float32
 from alpha_optim.user_warning import warn_user
 
-_WEIGHTED = (nn.CrossEntropyLoss, nn.NLLLoss)
+_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 
-class LossTap:
+@dataclass(frozen=True)
+class Rows:
+    """Losses of the rows that a loss function was called with.
+
+    Attributes:
+        values: Losses with their weights in them ``[R, ...]``.
+        total: What the mean divides by: the total weight of the rows; None: the number of samples.
+        reduced: A mean of unknown make that has to come out, whatever it divides by; else None.
+    """
+
+    values: Tensor
+    total: Tensor | float | None
+    reduced: Tensor | None = None
+
+    def of_samples(self, samples: int, sample_dim: int) -> Tensor | None:
+        """Losses of the samples ``[N]``, whose mean is the mean loss; None if the rows do not fit."""
+        sums = folded(self.values, samples, sample_dim)
+        if sums is None:
+            return None
+        if self.reduced is not None:
+            mean = sums.mean()
+            return torch.where(mean == 0, sums, sums * (self.reduced.to(sums.dtype) / mean))
+        if self.total is None or (isinstance(self.total, float) and self.total == samples):
+            return sums
+        return sums * (samples / self.total)
+
+
+class LossHooks:
     """Hooks on one loss function; reports each call when its backward pass starts."""
 
-    def __init__(
-        self,
-        loss_fn: nn.Module | None,
-        on_forward: Callable[[], None],
-        on_backward: Callable[[LossCall], None],
-    ) -> None:
+    def __init__(self, loss_fn: nn.Module | None, sample_dim: int, iteration: Callable[[], Any]) -> None:
         """Prepare; nothing is hooked before `attach`.
 
         Args:
             loss_fn: The loss function, or None if losses are only handed over.
-            on_forward: Called before each of its calls.
-            on_backward: Called with the loss when its backward pass starts.
+            sample_dim: Dimension along which samples lie.
+            iteration: Returns the iteration in progress: its ``passes`` take the calls, ``wants_losses`` says
+                whether losses of single samples are wanted, ``watched_outputs()`` gives outputs of the model.
         """
-        self._loss_fn = loss_fn
-        self._on_forward = on_forward
-        self._on_backward = on_backward
-        self._removal: weakref.finalize[..., LossTap] | None = None  # of the hook, with us at the latest
+        self._loss_fn, self._sample_dim, self._iteration = loss_fn, sample_dim, iteration
+        self._removal: weakref.finalize[..., LossHooks] | None = None  # of the hook, with us at the latest
         self._warned = False
         self._calls = 0
+        self.muted = False
 
     def attach(self) -> None:
         """Hook the loss function."""
@@ -62,117 +86,292 @@ class LossTap:
             self._removal()
             self._removal = None
 
-    def watch(self, losses: Tensor, explicit: bool) -> None:
-        """Report ``losses`` (``[N]`` or ``[N, ...]`` with graph) when its backward pass starts."""
-        values = losses.detach()
-        samples = values.shape[0]
-        self._calls += 1
-        order = self._calls
-
-        def weighted(weights: Tensor) -> None:
-            total = weights.sum()
-            individual = (weights * values).reshape(samples, -1).sum(1) * (samples / total)
-            self._on_backward(LossCall(individual.mean(), individual, samples, total, explicit, order))
-
-        losses.register_hook(weighted)
+    # ---------------------------------------------------------------- losses handed over, or of reduction "none"
 
     def announce(self, losses: Tensor, mean: Tensor) -> None:
         """The backward pass of the mean of ``losses`` is about to run: report it when it starts."""
-        individual = _of_samples(losses.detach())
-        call = LossCall(mean.detach(), individual, len(individual), torch.ones_like(mean), True)
-        mean.register_hook(lambda _gradient: self._on_backward(call))
+        call = self._call_of(losses, losses.detach().mean(), torch.ones_like(mean), explicit=True)
+        call = replace(call, seen_at_output=self._followed(losses, mean))
+        mean.register_hook(lambda _gradient: self._report(call))
 
     def hand_over(self, losses: Tensor) -> LossCall:
         """Return handed over losses as a call; reports their factor to the backward pass, if it comes."""
         values = losses.detach()
         if values.dim() == 0:
-            call = LossCall(values.clone(), None, None, None, True)
+            call = LossCall(values.clone(), None, None, explicit=True, complete=False)
             if losses.requires_grad:
-                losses.register_hook(lambda g: self._on_backward(replace(call, gamma=g.detach())))
+                losses.register_hook(lambda g: self._report(replace(call, gamma=g.detach())))
             return call
         if losses.requires_grad:
             self.watch(losses, explicit=True)
-        individual = _of_samples(values)
-        return LossCall(individual.mean(), individual, len(individual), None, True)
+        return self._call_of(losses, values.mean(), None, explicit=True)
+
+    def watch(self, losses: Tensor, explicit: bool) -> None:
+        """Report ``losses`` (``[N]`` or ``[N, ...]`` with graph) when its backward pass starts."""
+        values = losses.detach()
+        self._calls += 1
+        order, sample_dim = self._calls, self._sample_dim
+        samples, fits = self._samples_of(values)
+        self._followed(losses, None)
+
+        def weighted(weights: Tensor) -> None:
+            total = weights.sum()
+            products = weights * values
+            individual = folded(products, samples, sample_dim) if fits else None
+            if individual is not None:
+                individual = individual * (samples / total)
+            call = LossCall(products.sum() / total, individual, samples, total, explicit, order, fits, not fits)
+            self._report(call)
+
+        losses.register_hook(weighted)
+
+    def _call_of(self, losses: Tensor, mean: Tensor, gamma: Tensor | None, explicit: bool) -> LossCall:
+        """Losses in which every entry weighs the same, as a call."""
+        values = losses.detach()
+        samples, fits = self._samples_of(values)
+        individual = folded(values, samples, self._sample_dim) if fits else None
+        if individual is not None and values.numel() != samples:
+            individual = individual * (samples / values.numel())
+        return LossCall(
+            mean,
+            individual,
+            samples,
+            gamma,
+            explicit,
+            complete=individual is not None,
+            subset=individual is None,
+        )
+
+    def _samples_of(self, rows: Tensor) -> tuple[int, bool]:
+        """Number of samples that rows of losses belong to, and whether they fit."""
+        passes: BackwardPasses = self._iteration().passes
+        fewest = rows.shape[0] if self._sample_dim == 0 or rows.dim() < 2 else rows.shape[1]
+        samples = passes.samples_for(fewest)
+        if fewest < samples:  # pooled, or a subset picked by a mask
+            outputs = self._iteration().output_rows()
+            return (fewest, True) if not outputs or fewest in outputs else (samples, False)
+        fits = folded(rows[..., :1] if rows.dim() > 2 else rows, samples, self._sample_dim) is not None
+        return samples, fits
+
+    # ---------------------------------------------------------------- calls of the loss function
 
     def _seen(self, loss_fn: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+        if self.muted or not torch.is_grad_enabled():
             return
-        self._on_forward()
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        iteration = self._iteration()
+        iteration.passes.forward_started()
         if output.dim() > 0:
             self.watch(output, explicit=False)
             return
-        reduction = getattr(loss_fn, "reduction", None)
-        individual = individual_losses(loss_fn, args, kwargs, output.detach())
-        if individual is None and not self._warned:
-            self._warned = True
-            warn_user(
-                f"{type(loss_fn).__name__} gives no losses of single samples (it needs an attribute "
-                "'reduction' that accepts 'none'), so alpha uses the slopes only. Use "
-                "optimizer.backward(losses) with losses of shape [N] for the full fit."
-            )
-        samples = None if individual is None else individual.shape[0]
-        mean = output.detach() if individual is None or reduction != "sum" else individual.mean()
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        samples, fits = None, False
+        has_rows = isinstance(first, Tensor) and first.dim() > 0
+        if isinstance(first, Tensor) and first.dim() > 0:
+            samples, fits = self._samples_of(first.detach())
+        scale = self._scale(loss_fn, args, kwargs, samples)
+        mean = output.detach() if scale is None else output.detach() / scale
+        individual, complete = None, fits and known_reduction(loss_fn)
+        seen_at_output = None
+        if complete and (iteration.wants_losses or iteration.follows_losses):
+            assert samples is not None
+            rows = rows_of(loss_fn, args, kwargs, mean)
+            individual = None if rows is None else rows.of_samples(samples, self._sample_dim)
+            complete = individual is not None
+            if complete and iteration.follows_losses:
+                seen_at_output = self._followed_module(loss_fn, args, kwargs, output, samples)
+        if not complete and (not fits or not known_reduction(loss_fn) or iteration.wants_losses):
+            self._warn_incomplete(loss_fn, subset=has_rows and not fits)
         self._calls += 1
-        call = LossCall(mean, individual, samples, order=self._calls)
-        scale = samples if reduction == "sum" and samples is not None else 1
+        call = LossCall(
+            mean,
+            individual,
+            samples,
+            order=self._calls,
+            complete=complete,
+            subset=bool(has_rows and not fits),
+            seen_at_output=seen_at_output,
+        )
 
         def start(gradient: Tensor) -> None:
-            gamma = gradient.detach() if scale == 1 else gradient.detach() * scale
-            self._on_backward(replace(call, gamma=gamma))
+            gamma = gradient.detach()
+            self._report(replace(call, gamma=gamma if scale is None else gamma * scale))
 
         output.register_hook(start)
 
+    def _scale(self, loss_fn: nn.Module, args: Any, kwargs: Any, samples: int | None) -> Tensor | float | None:
+        """What a sum has to be divided by to be a mean; None for a mean."""
+        if getattr(loss_fn, "reduction", None) != "sum":
+            return None
+        if isinstance(loss_fn, _CLASSES):
+            return total_weight(args, kwargs, loss_fn.ignore_index, loss_fn.weight)
+        return float(samples) if samples else None
 
-def _of_samples(losses: Tensor) -> Tensor:
-    """Mean over all but the first dimension ``[N]``."""
-    return losses.reshape(losses.shape[0], -1).mean(1)
+    def _warn_incomplete(self, loss_fn: nn.Module, subset: bool) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        name = type(loss_fn).__name__
+        if subset:
+            warn_user(
+                f"{name} was called with rows that are neither the samples of the model's batch nor a multiple of "
+                "them (a subset picked by a mask?), so alpha uses the slopes only. Give ignored targets "
+                "ignore_index, or weigh the losses with 0, instead of leaving rows out."
+            )
+        else:
+            warn_user(
+                f"{name} gives no losses of single samples (it needs an attribute "
+                "'reduction' that accepts 'none'), so alpha uses the slopes only. Use "
+                "optimizer.backward(losses) with losses of shape [N] for the full fit."
+            )
+
+    def _report(self, call: LossCall) -> None:
+        if not self.muted:
+            self._iteration().passes.anchor(call)
+
+    # ---------------------------------------------------------------- back to the outputs of the model
+
+    def _followed_module(
+        self, loss_fn: nn.Module, args: Any, kwargs: Any, output: Tensor, samples: int
+    ) -> dict[tuple[int, int], Tensor] | None:
+        """Follow the losses of one call back to the model's outputs; see `_followed`."""
+        with torch.enable_grad():
+            rows = rows_of(loss_fn, args, kwargs, output.detach(), graph=True)
+        single = None if rows is None else rows.of_samples(samples, self._sample_dim)
+        return None if single is None else self._followed(single, output, sums=True)
+
+    def _followed(
+        self, losses: Tensor, mean: Tensor | None, sums: bool = False
+    ) -> dict[tuple[int, int], Tensor] | None:
+        """Look whether every sample's loss comes from its own part of the model's output.
+
+        Tells the iteration where it does not.
+
+        Args:
+            losses: Losses of samples or rows with their graph.
+            mean: The loss that is going to be sent backward, or a multiple of it, with its graph.
+            sums: Whether ``losses`` are those of the samples already.
+
+        Returns:
+            Gradients of ``mean`` at the outputs, by number of the call and place in its output; None if they
+            were not looked at.
+        """
+        iteration = self._iteration()
+        watched: list[tuple[int, int, Tensor]] = iteration.watched_outputs() if iteration.follows_losses else []
+        if not watched or not losses.requires_grad:
+            return None
+        samples, fits = (losses.shape[0], True) if sums else self._samples_of(losses.detach())
+        if not fits:
+            return None
+        tensors = [tensor for _, _, tensor in watched]
+        self.muted = iteration.muted = True
+        try:
+            single = losses if sums else folded(losses, samples, self._sample_dim)
+            assert single is not None
+            chosen = (torch.arange(samples, device=single.device) % 2).to(single.dtype)
+            signs = 1.0 + torch.arange(samples, device=single.device, dtype=single.dtype) / samples
+            reached = torch.autograd.grad(
+                (single * chosen * signs).sum(), tensors, retain_graph=True, allow_unused=True
+            )
+            if not _only_at(reached, chosen, self._sample_dim):
+                iteration.samples_interact()
+            if mean is None:
+                return None
+            whole = torch.autograd.grad(mean, tensors, retain_graph=True, allow_unused=True)
+        except RuntimeError:  # a graph that cannot be walked twice: nothing is known, nothing is claimed
+            return None
+        finally:
+            self.muted = iteration.muted = False
+        return {
+            (call, place): torch.zeros_like(tensor) if gradient is None else gradient.detach()
+            for (call, place, tensor), gradient in zip(watched, whole, strict=True)
+        }
 
 
-@torch.no_grad()
-def individual_losses(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tensor) -> Tensor | None:
-    """Evaluate the losses of the samples for one call of a loss function.
+def _only_at(gradients: Sequence[Tensor | None], chosen: Tensor, sample_dim: int) -> bool:
+    """Whether gradients at outputs vanish for the samples that were not chosen."""
+    there = [gradient.detach().abs().double() for gradient in gradients if gradient is not None]
+    if len(there) > 1 and sum(len(gradient) for gradient in there if gradient.dim() > 0) == len(chosen):
+        there = [torch.cat([gradient.flatten(1).sum(1) for gradient in there])]  # samples of several calls
+    for gradient in there:
+        sizes = folded(gradient, len(chosen), sample_dim)
+        if sizes is None:  # an output without samples that the loss depends on
+            if read([gradient.any()])[0]:
+                return False
+        elif not read([(sizes * (1.0 - chosen.double())).max() <= 1e-6 * sizes.max()])[0]:
+            return False
+    return True
+
+
+def matches_loss(entry: BackwardPass, calls: list[ModelCall]) -> bool:
+    """Whether the losses seen are all that reached the model's outputs in a backward pass; True if not known."""
+    seen = [call for call in entry.calls if call.seen_at_output is not None and call.gamma is not None]
+    if not seen or len(seen) != len(entry.calls):
+        return True
+    numbers = {id(call): number for number, call in enumerate(calls)}
+    for call, place, gradient in entry.outputs:
+        key = (numbers.get(id(call), -1), place)
+        expected = torch.zeros_like(gradient)
+        for loss in seen:
+            assert loss.seen_at_output is not None
+            assert loss.gamma is not None
+            if key in loss.seen_at_output:
+                expected = expected + loss.seen_at_output[key] * loss.gamma
+        size = torch.maximum(gradient.abs().max(), expected.abs().max())
+        tolerance = 3e-2 if gradient.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        if not read([(gradient - expected).abs().max() <= tolerance * size])[0]:
+            return False
+    return True
+
+
+def known_reduction(loss_fn: nn.Module) -> bool:
+    """Whether a loss function says how it reduces the losses of its rows."""
+    return getattr(loss_fn, "reduction", None) in ("mean", "sum", "batchmean")
+
+
+def rows_of(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tensor, graph: bool = False) -> Rows | None:
+    """Evaluate the losses of the rows for one call of a loss function.
 
     Args:
         loss_fn: Loss function that has just returned one number.
         args: Positional arguments of that call.
         kwargs: Keyword arguments of that call.
-        reduced: What it returned ``[]``.
+        reduced: The mean that it returned ``[]``.
+        graph: Whether to keep the graph.
 
     Returns:
-        Losses ``[N]`` whose mean is the mean-reduced loss: weights and ignored targets are taken into
-        account. With reduction "sum" a sample's loss is the sum over its elements, and the mean is over
-        samples. None if the function cannot give them.
+        The losses; None if the function cannot give them.
     """
     reduction = getattr(loss_fn, "reduction", None)
-    if reduction not in ("mean", "sum", "batchmean") or not (args or kwargs):
+    if not known_reduction(loss_fn) or not (args or kwargs):
         return None
     first = args[0] if args else next(iter(kwargs.values()))
     if not isinstance(first, Tensor) or first.dim() == 0:
         return None
-    samples = first.shape[0]
     single = _unreduced(loss_fn)
+    ours = not type(loss_fn).__module__.startswith("torch.nn.")
     try:
-        with _same_random_numbers(loss_fn, first.device):
-            values = single.forward(*args, **kwargs)
+        with torch.set_grad_enabled(graph):
+            if ours:
+                with untouched(first.device):
+                    values = single.forward(*args, **kwargs)
+            else:
+                values = single.forward(*args, **kwargs)  # torch's own losses draw no random numbers
     except Exception:  # whatever a loss raises that knows no "none"; told once by the caller
         return None
-    if not isinstance(values, Tensor) or values.dim() == 0 or values.shape[0] != samples:
+    if not isinstance(values, Tensor) or values.dim() == 0 or values.shape[0] != first.shape[0]:
         return None
     values = at_least_float32(values)
-    sums = values if values.dim() == 1 else values.reshape(samples, -1).sum(1)
-    if reduction in ("batchmean", "sum"):
-        return sums
-    if type(loss_fn) in _WEIGHTED:  # a subclass may divide by something else
-        total = _total_weight(loss_fn, args, kwargs, values)
-        whole = not isinstance(total, Tensor) and total == samples
-        normalised: Tensor = sums if whole else sums * quotient(float(samples), total)
-        return normalised
-    if type(loss_fn).__module__.startswith("torch.nn."):
-        return sums * (samples / values.numel())
-    # A loss of unknown make: whatever it divides by, the mean has to come out.
-    mean = sums.mean()
-    return torch.where(mean == 0, sums, sums * (reduced.to(sums.dtype) / mean))
+    if type(loss_fn) in _CLASSES:  # a subclass may divide by something else
+        return Rows(values, total_weight(args, kwargs, loss_fn.ignore_index, loss_fn.weight, values.numel()))
+    if reduction == "sum":
+        return Rows(values, None, reduced if isinstance(loss_fn, _CLASSES) else None)
+    if reduction == "batchmean":
+        return Rows(values, float(values.shape[0]))
+    if not ours:
+        return Rows(values, float(values.numel()))
+    return Rows(values, float(values.numel()), reduced)
 
 
 def _unreduced(loss_fn: nn.Module) -> nn.Module:
@@ -186,23 +385,23 @@ def _unreduced(loss_fn: nn.Module) -> nn.Module:
     return single
 
 
-def _total_weight(loss_fn: Any, args: Any, kwargs: Any, values: Tensor) -> Scalar:
-    """What the mean of (weighted) cross entropy divides by."""
+def total_weight(args: Any, kwargs: Any, ignore_index: Any, weight: Any, elements: int | None = None) -> Tensor | float:
+    """What the mean of (weighted) cross entropy divides by.
+
+    Args:
+        args: Positional arguments of the call: logits, targets.
+        kwargs: Its keyword arguments.
+        ignore_index: Target that does not count.
+        weight: Weights of the classes, or None.
+        elements: Number of losses, where targets are probabilities.
+    """
     target = args[1] if len(args) > 1 else kwargs.get("target")
     if not isinstance(target, Tensor) or target.is_floating_point():
-        return float(values.numel())
-    kept = torch.ne(target, loss_fn.ignore_index)
-    weight = loss_fn.weight
+        if elements is None:
+            first = args[0] if args else kwargs["input"]
+            elements = first.numel() // first.shape[1] if first.dim() > 1 else 1
+        return float(elements)
+    kept = torch.ne(target, ignore_index)
     if not isinstance(weight, Tensor):
-        return scalar(kept.sum())
-    return scalar((weight[target.clamp_min(0).clamp_max(len(weight) - 1)] * kept).sum())
-
-
-@contextmanager
-def _same_random_numbers(loss_fn: nn.Module, device: torch.device) -> Iterator[None]:
-    """Leave the random number generators as they were."""
-    if type(loss_fn).__module__.startswith("torch.nn."):
-        yield  # torch's own losses draw none
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
+        return kept.sum()
+    return (weight[target.clamp_min(0).clamp_max(len(weight) - 1)] * kept).sum()

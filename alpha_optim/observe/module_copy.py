@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 
@@ -22,12 +18,8 @@ def stand_in(module: nn.Module) -> nn.Module:
     copied._forward_hooks = OrderedDict()
     copied._backward_hooks, copied._backward_pre_hooks = OrderedDict(), OrderedDict()
     copied._parameters = dict(module._parameters)
-    copied._buffers = {
-        name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
-    }
-    copied._modules = {
-        name: None if child is None else stand_in(child) for name, child in module._modules.items()
-    }
+    copied._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
+    copied._modules = {name: None if child is None else stand_in(child) for name, child in module._modules.items()}
     return copied
 
 
@@ -61,35 +53,3 @@ def mixes_samples(module: nn.Module) -> bool:
         isinstance(child, nn.modules.batchnorm._BatchNorm) and (child.training or child.running_mean is None)
         for child in module.modules()
     )
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """State of the random number generators that a call may use."""
-
-    device: torch.device
-    cpu: Tensor
-    own: Tensor | None
-
-    @classmethod
-    def now(cls, device: torch.device) -> RandomState:
-        """The state now, on the CPU and on one more device."""
-        own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(device, torch.get_rng_state(), own)
-
-    def has_moved(self) -> bool:
-        """Whether random numbers were drawn since."""
-        now = RandomState.now(self.device)
-        same = torch.equal(now.cpu, self.cpu)
-        if self.own is not None and now.own is not None:
-            same = same and torch.equal(now.own, self.own)
-        return not same
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Draw the same random numbers again, and leave the generators as they were."""
-        with torch.random.fork_rng(devices=[] if self.own is None else [self.device]):
-            torch.set_rng_state(self.cpu)
-            if self.own is not None:
-                torch.cuda.set_rng_state(self.own, self.device)
-            yield

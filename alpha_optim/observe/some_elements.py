@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from alpha_optim.observe.scalars import Truth, as_tensor, free_to_read, negated
+from alpha_optim.observe.numbers import Truth, free_to_read
 
 BLOCKS, RUN = 16, 16  # a run of float32 is one cache line, and a cache line is what reading costs
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -63,8 +63,8 @@ def together(views: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.cat(runs).view(-1), *short]) if runs else torch.cat(short)
 
 
-class Spots:
-    """Looks at the same tensors again and again."""
+class SomeElements:
+    """Looks at some elements of the same tensors again and again."""
 
     def __init__(self) -> None:
         """Start with no tensors."""
@@ -104,7 +104,8 @@ def factor_between(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
     if now.shape != then.shape:
         one = torch.ones((), dtype=torch.float64, device=now.device)
         return one, one.bool()
-    same = as_tensor(negated(differ(now, then)), now.device, torch.bool)
+    changed = differ(now, then)
+    same = ~changed if isinstance(changed, Tensor) else torch.full((), not changed, device=now.device)
     limits = torch.finfo(torch.promote_types(now.dtype, then.dtype))
     new, old = now.double(), then.to(now.device).double()
     # Divided by the largest first: squares of scaled gradients overflow or vanish.

@@ -1,67 +1,257 @@
 """The parameter change of one step: its direction and its length.
 
-The change is the one that really happened, after clipping, weight decay and momentum. SGD leaves it
+The change is the one that really happened, after clipping, weight decay and momentum. Plain SGD leaves it
 behind: it is -lr times the gradient, and the direction of such a step is always taken from there, since
 the difference of float32 parameters has a wrong direction when the step is small against the parameters.
-With momentum it is -lr times the buffer, up to the rounding of the parameters; that is taken, and no copy
-made, where rounding makes no difference. Everywhere else it is the difference of the parameters.
+Everywhere else it is the difference of the parameters and a copy of them from before the step. The difference is
+formed one piece of a parameter at a time wherever it is needed: the copy is the only memory that is held, and a
+guard that wants to take the step back shares it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_ as is_same
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from alpha_optim.observe.scalars import Scalar, Scalars, Truth, added_up, free_to_read, gathered, root, scalar
+from alpha_optim.observe.hooks import versions_of
+from alpha_optim.observe.numbers import Truth, free_to_read, read
 
 Rate = float | Tensor
 
+PIECE = 1 << 16
+"""Elements of a piece on the CPU: difference and gradient of a piece stay in the cache for two products."""
+SAFE = (1e-15, 1e15)
+"""Norms whose squares are neither 0 nor infinite in float32, with room for the sum over parameters."""
+
 
 @dataclass(frozen=True)
-class Direction:
-    """Parameter change d of one step, every part of it a rate times a tensor.
+class Change:
+    """The change of every parameter as tensors: a rate times a base.
 
     Attributes:
         bases: One tensor per parameter, in the order of `parameters_of`; None where the parameter had no
             gradient and so did not move.
         rates: The factors: the change of parameter k is ``rates[k] * bases[k]``.
-        squares: Squared norms of the bases, one each.
-        length: |d| over all parameters together.
-        moved: Whether any parameter is not what it was.
         of_gradient: Whether the bases are the gradients that the step used (plain SGD).
-        versions: Versions of the bases when the step was made.
     """
 
     bases: list[Tensor | None]
     rates: list[Rate]
-    squares: Scalars
-    length: Scalar
-    moved: Truth
     of_gradient: bool
-    versions: list[int]
+
+    def tensors(self) -> list[Tensor | None]:
+        """The change of every parameter, as tensors of their own where the rate is not 1."""
+        return [
+            base if base is None or (isinstance(rate, float) and rate == 1.0) else base * rate
+            for base, rate in zip(self.bases, self.rates, strict=True)
+        ]
+
+
+class Direction(Protocol):
+    """Parameter change d of one step."""
 
     @property
-    def changes(self) -> list[Tensor | None]:
-        """The change of every parameter, as tensors of their own."""
+    def length(self) -> Tensor:
+        """|d| over all parameters together, float64 ``[]``."""
+
+    @property
+    def moved(self) -> Truth:
+        """Whether any parameter is not what it was."""
+
+    def products(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """<d, gradient> over all parameters, float64 ``[]``; None counts as zero."""
+
+    def change(self) -> Change:
+        """The change as tensors."""
+
+    def start(self) -> list[Tensor]:
+        """The parameters before the step."""
+
+    def intact(self) -> bool:
+        """Whether nobody has written to the kept tensors since the step."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and copies of tensors, from which `restored` builds it anew."""
+
+
+@dataclass(frozen=True)
+class AlongGradient:
+    """The step of plain SGD.
+
+    Attributes:
+        change_: The gradients and their rates.
+        squares: Squared norms of the gradients, float64 ``[K]``.
+        length: |d|.
+        moved: Whether any parameter changed.
+        params: The parameters.
+        versions: Versions of the gradients when the step was made.
+    """
+
+    change_: Change
+    squares: Tensor
+    length: Tensor
+    moved: Truth
+    params: list[Tensor]
+    versions: list[int]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, moved: Truth) -> AlongGradient:
+        """The step that plain SGD has just made.
+
+        Args:
+            optimizer: The optimizer.
+            moved: Whether any of its parameters changed.
+        """
+        bases: list[Tensor | None] = []
+        rates: list[Rate] = []
+        for group in optimizer.param_groups:
+            rate = group["lr"].detach().clone() if isinstance(group["lr"], Tensor) else float(group["lr"])
+            rate = rate if group["maximize"] else -rate
+            bases += [param.grad for param in group["params"]]
+            rates += [rate] * len(group["params"])
+        return cls._of(bases, rates, parameters_of(optimizer), moved)
+
+    @classmethod
+    def _of(cls, bases: list[Tensor | None], rates: list[Rate], params: list[Tensor], moved: Truth) -> AlongGradient:
+        squares = squared_norms(bases, params[0].device if params else torch.device("cpu"))
+        length = scaled(scaled(squares, rates), rates).sum().sqrt()
+        versions = list(versions_of(bases))
+        return cls(Change(bases, rates, True), squares, length, moved, params, versions)
+
+    def products(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """See `Direction`; the norms are known where these are the gradients of the step itself."""
+        bases = self.change_.bases
+        if same_tensors(bases, gradients):
+            return scaled(self.squares, self.change_.rates).sum()
+        device = self.squares.device
+        values = [
+            None if base is None or gradient is None else dot(base, gradient)
+            for base, gradient in zip(bases, gradients, strict=True)
+        ]
+        return scaled(stacked(values, device), self.change_.rates).sum()
+
+    def change(self) -> Change:
+        """See `Direction`."""
+        return self.change_
+
+    def start(self) -> list[Tensor]:
+        """See `Direction`; made anew, since plain SGD keeps no copy."""
+        changes = self.change_.tensors()
         return [
-            None if base is None else base * rate for base, rate in zip(self.bases, self.rates, strict=True)
+            param.detach() if change is None else param.detach() - change.to(param.dtype)
+            for param, change in zip(self.params, changes, strict=True)
         ]
 
     def intact(self) -> bool:
-        """Whether nobody has written to the tensors since the step."""
-        return self.versions == versions_of(self.bases)
+        """See `Direction`."""
+        return self.versions == list(versions_of(self.change_.bases))
 
     def keep(self) -> None:
-        """Copy the tensors: somebody is about to write to them."""
-        self.bases[:] = [None if base is None else base.detach().clone() for base in self.bases]
-        self.versions[:] = versions_of(self.bases)
+        """Copy the gradients: somebody is about to write to them."""
+        bases = self.change_.bases
+        bases[:] = [None if base is None else base.detach().clone() for base in bases]
+        self.versions[:] = versions_of(bases)
+
+    def state(self) -> dict[str, Any]:
+        """See `Direction`."""
+        copies = [None if base is None else base.clone() for base in self.change_.bases]
+        return {"bases": copies, "rates": list(self.change_.rates), "moved": bool(self.moved)}
+
+
+@dataclass(frozen=True)
+class BetweenPoints:
+    """The step from a kept copy of the parameters to where they are.
+
+    Attributes:
+        before: The parameters before the step; shared with whoever else keeps them.
+        params: The parameters.
+        length: |d|.
+        moved: Whether any parameter changed.
+        versions: Versions of the copy when the step was made.
+    """
+
+    before: list[Tensor]
+    params: list[Tensor]
+    length: Tensor
+    moved: Truth
+    versions: list[int]
+
+    @classmethod
+    def of(
+        cls, before: list[Tensor], params: list[Tensor], gradients: Sequence[Tensor | None]
+    ) -> tuple[BetweenPoints, Tensor]:
+        """The step just made, and <d, gradient> along it, from one pass over the difference.
+
+        Args:
+            before: The parameters before the step.
+            params: The parameters.
+            gradients: Gradients at the start of the step.
+        """
+        device = params[0].device
+        squares: list[Tensor] = []
+        products: list[Tensor] = []
+        for old, now, gradient in zip(before, params, gradients, strict=True):
+            for difference, part in _pieces(old, now, gradient):
+                squares.append(torch.dot(difference, difference))
+                if part is not None:
+                    products.append(torch.dot(difference, part))
+        square = _sum(squares, device)
+        if free_to_read(device) and not SAFE[0] ** 2 < read([square])[0] < SAFE[1] ** 2:
+            norms = [_norm64(difference) for old, now in zip(before, params, strict=True)
+                     for difference, _ in _pieces(old, now, None)]  # fmt: skip
+            square = torch.stack(norms).square().sum() if norms else square
+        length = square.sqrt()
+        made = cls(before, params, length, length != 0.0, list(versions_of(before)))
+        return made, _sum(products, device)
+
+    def products(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """See `Direction`."""
+        values = [
+            torch.dot(difference, part)
+            for old, now, gradient in zip(self.before, self.params, gradients, strict=True)
+            if gradient is not None
+            for difference, part in _pieces(old, now, gradient)
+            if part is not None
+        ]
+        return _sum(values, self.params[0].device)
+
+    def change(self) -> Change:
+        """See `Direction`; as much memory as the parameters."""
+        bases: list[Tensor | None] = [now.detach() - old for old, now in zip(self.before, self.params, strict=True)]
+        return Change(bases, [1.0] * len(bases), False)
+
+    def start(self) -> list[Tensor]:
+        """See `Direction`."""
+        return self.before
+
+    def intact(self) -> bool:
+        """See `Direction`."""
+        return self.versions == list(versions_of(self.before))
+
+    def state(self) -> dict[str, Any]:
+        """See `Direction`."""
+        return {"before": [tensor.clone() for tensor in self.before], "length": float(self.length)}
+
+
+def restored(state: dict[str, Any], params: list[Tensor]) -> AlongGradient | BetweenPoints | None:
+    """Build a direction anew on the devices of ``params``; None if it does not belong to them."""
+    kept = state["bases"] if "bases" in state else state["before"]
+    if len(kept) != len(params) or not params:
+        return None
+    moved: list[Any] = [
+        None if tensor is None else tensor.to(param.device).clone() for tensor, param in zip(kept, params, strict=True)
+    ]
+    if "bases" in state:
+        return AlongGradient._of(moved, list(state["rates"]), params, state["moved"])
+    length = torch.tensor(state["length"], dtype=torch.float64, device=params[0].device)
+    return BetweenPoints(moved, params, length, state["length"] != 0.0, list(versions_of(moved)))
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -70,9 +260,12 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def rates_of(optimizer: Optimizer) -> tuple[Rate, ...]:
-    """Learning rates as they are now, one per group; nan where there is none."""
+    """Learning rates as they are now, one per group; nan where the optimizer has none or finds its own."""
     rates = (group.get("lr", math.nan) for group in optimizer.param_groups)
-    return tuple(rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates)
+    return tuple(
+        rate.detach().clone() if isinstance(rate, Tensor) else math.nan if rate is None else float(rate)
+        for rate in rates
+    )
 
 
 def same_tensors(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
@@ -80,27 +273,18 @@ def same_tensors(first: Sequence[Tensor | None], second: Sequence[Tensor | None]
     return len(first) == len(second) and all(map(is_same, first, second))
 
 
-def versions_of(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Versions of tensors; they rise with every write that autograd knows of."""
-    return [-1 if tensor is None else tensor._version for tensor in tensors]
-
-
 def is_plain_sgd(optimizer: Optimizer) -> bool:
     """Whether a step is exactly -lr * gradient: SGD without momentum, weight decay or step hooks."""
-    return leaves_its_direction(optimizer) and all(group["momentum"] == 0 for group in optimizer.param_groups)
-
-
-def leaves_its_direction(optimizer: Optimizer) -> bool:
-    """Whether gradients or momentum buffers are the direction of a step, up to the rate."""
     return (
         type(optimizer) is torch.optim.SGD
         and not optimizer._optimizer_step_pre_hooks
         and not optimizer._optimizer_step_post_hooks
         and all(
-            not group["nesterov"]
+            group["momentum"] == 0
+            and group["weight_decay"] == 0
+            and group["dampening"] == 0
+            and not group["nesterov"]
             and not group.get("differentiable", False)
-            # Without momentum the decay and the gradient are added up on the way only.
-            and (group["momentum"] != 0 or (group["weight_decay"] == 0 and group["dampening"] == 0))
             for group in optimizer.param_groups
         )
         and all(_dense_and_real(param.grad) for param in parameters_of(optimizer))
@@ -111,56 +295,10 @@ def _dense_and_real(gradient: Tensor | None) -> bool:
     return gradient is None or not (gradient.is_sparse or gradient.is_complex())
 
 
-def direction_left_behind(optimizer: Optimizer, moved: Truth) -> Direction:
-    """Return the change that a step of SGD has just made; see `leaves_its_direction`.
-
-    Args:
-        optimizer: The optimizer.
-        moved: Whether any of its parameters changed.
-    """
-    bases: list[Tensor | None] = []
-    rates: list[Rate] = []
-    plain = True
-    for group in optimizer.param_groups:
-        rate = -scalar(group["lr"])
-        if group["momentum"] != 0:  # the buffers have the sign of maximize in them
-            plain = False
-            bases += [
-                None if param.grad is None else optimizer.state[param].get("momentum_buffer")
-                for param in group["params"]
-            ]
-        else:
-            bases += [param.grad for param in group["params"]]
-            rate = -rate if group["maximize"] else rate
-        rates += [rate] * len(group["params"])
-    return _direction(bases, rates, parameters_of(optimizer), moved, of_gradient=plain)
-
-
-ROUNDING = 1e-6
-"""Length of the rounding error of the parameters in a step, relative to the step, that makes no difference."""
-
-
-def well_resolved(direction: Direction, some_elements: Tensor) -> bool:
-    """Whether the parameters are fine enough for a step that it and what came of it are the same.
-
-    Args:
-        direction: A step, on the CPU: its length is read.
-        some_elements: `spots` of the parameters.
-    """
-    if not some_elements.is_floating_point():
-        return False
-    size = some_elements.double().square().mean().sqrt()
-    # A third of the spacing of numbers in each of the parameters, independently of each other: against the
-    # step it is this much shorter, and it is no more aligned with a gradient than with any other direction.
-    error = torch.finfo(some_elements.dtype).eps / 3.0 * size
-    return bool(scalar(error) < ROUNDING * direction.length)
-
-
 def copied(store: list[Tensor], now: Sequence[Tensor]) -> list[Tensor]:
     """Copy ``now`` into ``store``, reusing its memory where shapes and places agree."""
     if len(store) == len(now) and all(
-        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-        for a, b in zip(store, now, strict=True)
+        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(store, now, strict=True)
     ):
         if store:
             torch._foreach_copy_(store, [tensor.detach() for tensor in now])
@@ -168,44 +306,83 @@ def copied(store: list[Tensor], now: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in now]
 
 
-def change_since(before: list[Tensor], params: Sequence[Tensor]) -> Direction:
-    """Return params - before; call after the step. ``before`` is used up: it becomes the direction."""
-    torch._foreach_sub_(before, [param.detach() for param in params])
-    return _direction(list(before), [-1.0] * len(before), params, None, of_gradient=False)
+def _pieces(old: Tensor, now: Tensor, gradient: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The difference of a parameter piece by piece, with the gradient of the piece; flat, at least float32.
+
+    The same memory holds one piece after the other: a piece is valid until the next.
+    """
+    now = now.detach()
+    plain = now.is_contiguous() and old.is_contiguous() and now.dtype in (torch.float32, torch.float64)
+    if plain and gradient is not None:
+        plain = gradient.layout == torch.strided and gradient.is_contiguous() and gradient.dtype == now.dtype
+    if plain and now.is_cpu and now.numel() > PIECE:
+        buffer = torch.empty(PIECE, dtype=now.dtype)
+        parts = [None] if gradient is None else gradient.detach().view(-1).split(PIECE)
+        parts = parts if gradient is not None else [None] * math.ceil(now.numel() / PIECE)
+        for a, b, part in zip(now.view(-1).split(PIECE), old.view(-1).split(PIECE), parts, strict=True):
+            yield torch.sub(a, b, out=buffer[: a.numel()]), part
+        return
+    difference = as_real(at_least_float32(now) - at_least_float32(old))
+    if gradient is None:
+        yield at_least_float32(difference.flatten()), None
+        return
+    one, other = _flat(difference, as_real(gradient))
+    yield one, other.to(one.dtype)
 
 
-def _direction(
-    bases: list[Tensor | None],
-    rates: list[Rate],
-    params: Sequence[Tensor],
-    moved: Truth | None,
-    of_gradient: bool,
-) -> Direction:
-    squares = _squares(bases, params)
-    length = root(added_up(scaled(scaled(squares, rates), rates)))
-    moved = length != 0 if moved is None else moved
-    return Direction(bases, rates, squares, length, moved, of_gradient, versions_of(bases))
+def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two real tensors of one shape as vectors of at least float32, in the order of their memory if they share it."""
+    if a.dim() == 4 and not a.is_contiguous() and a.stride() == b.stride():
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)  # channels last: contiguous in this order
+    return at_least_float32(a.flatten()), at_least_float32(b.flatten())
 
 
-def _squares(bases: Sequence[Tensor | None], params: Sequence[Tensor]) -> Scalars:
-    """Squared norms; zero for None.
+def dot(base: Tensor, gradient: Tensor) -> Tensor:
+    """Inner product of two tensors of one shape ``[]``, in at least float32."""
+    a, b = _flat(as_real(base), as_real(gradient))
+    return torch.dot(a, b.to(a.dtype))
+
+
+def squared_norms(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """Squared norms, zero for None, float64 ``[K]``.
 
     Accumulated in float64 where it matters: squares of changes of 1e-30 vanish in float32.
     """
-    device = params[0].device if params else torch.device("cpu")
-    there = [_as_real(base) for base in bases if base is not None]
+    there = [as_real(tensor) for tensor in tensors if tensor is not None]
     norms: Sequence[Tensor] = ()
     if there and all(free_to_read(t.device) and t.dtype == torch.float32 for t in there):
         norms = torch._foreach_norm(there)
         lengths: Any = torch.stack(list(norms)).tolist()
-        if 1e-15 < max(lengths) < 1e15 and all(map(math.isfinite, lengths)):
-            known = iter(lengths)
-            return [0.0 if base is None else next(known) ** 2 for base in bases]
-    if there:
+        if not (SAFE[0] < max(lengths) < SAFE[1] and all(map(math.isfinite, lengths))):
+            norms = ()
+    if there and not norms:
         norms = torch._foreach_norm(there, 2.0, dtype=torch.float64)
     remaining = iter(norms)
-    values = gathered([None if base is None else next(remaining) for base in bases], device)
-    return values.square() if isinstance(values, Tensor) else [value * value for value in values]
+    return stacked([None if tensor is None else next(remaining) for tensor in tensors], device).square()
+
+
+def _norm64(tensor: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    return norm
+
+
+def stacked(values: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """Numbers of any precision and on any device together, zero for None, float64 ``[K]``."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return torch.zeros(len(values), dtype=torch.float64, device=device)
+    if any(value.device != device or value.dtype != there[0].dtype for value in there):
+        there = [value.to(device, torch.float64) for value in there]
+    together = torch.stack(there).double()
+    if len(there) == len(values):
+        return together
+    remaining, zero = iter(together.unbind()), torch.zeros_like(together[0])
+    return torch.stack([zero if value is None else next(remaining) for value in values])
+
+
+def _sum(values: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Sum of numbers ``[]``, float64 ``[]``."""
+    return stacked(values, device).sum()
 
 
 def common_rate(rates: Sequence[Rate]) -> Rate | None:
@@ -216,10 +393,8 @@ def common_rate(rates: Sequence[Rate]) -> Rate | None:
     return None if any(isinstance(rate, Tensor) or rate != first for rate in rates) else first
 
 
-def scaled(values: Scalars, rates: Sequence[Rate]) -> Scalars:
-    """Multiply numbers by a rate each, without sending the rates to the device."""
-    if isinstance(values, list):
-        return [value * rate for value, rate in zip(values, rates, strict=True)]  # type: ignore[misc] # - floats
+def scaled(values: Tensor, rates: Sequence[Rate]) -> Tensor:
+    """Multiply numbers ``[K]`` by a rate each, without sending the rates to the device."""
     common = common_rate(rates)
     if common is not None:
         return values * (common.to(values.device) if isinstance(common, Tensor) else common)
@@ -231,27 +406,8 @@ def scaled(values: Scalars, rates: Sequence[Rate]) -> Scalars:
     )
 
 
-def slopes_of_parameters(direction: Direction, gradients: Sequence[Tensor | None]) -> Scalars:
-    """Inner product of change and gradient for every parameter; None counts as zero."""
-    if direction.of_gradient and same_tensors(direction.bases, gradients):
-        return scaled(direction.squares, direction.rates)
-    products: list[Tensor | None] = [
-        None if base is None or gradient is None else _dot(base, gradient)
-        for base, gradient in zip(direction.bases, gradients, strict=True)
-    ]
-    squares = direction.squares
-    device = squares.device if isinstance(squares, Tensor) else torch.device("cpu")
-    return scaled(gathered(products, device), direction.rates)
-
-
-def _dot(base: Tensor, gradient: Tensor) -> Tensor:
-    a, b = _as_real(base), _as_real(gradient)
-    if a.dim() == 4 and not a.is_contiguous() and a.stride() == b.stride():
-        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)  # channels last: contiguous in this order
-    return torch.dot(at_least_float32(a.flatten()), at_least_float32(b.flatten()))
-
-
-def _as_real(tensor: Tensor) -> Tensor:
+def as_real(tensor: Tensor) -> Tensor:
+    """The tensor without graph, dense and real; the real and imaginary part of a complex one."""
     tensor = tensor.detach() if tensor.requires_grad else tensor
     tensor = tensor.to_dense() if tensor.is_sparse else tensor
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -15,9 +15,7 @@ class OvershootBackoff:
     anew, so one bad stretch is answered once.
     """
 
-    def __init__(
-        self, limit: float = 0.7, factor: float = 0.7, *, window: int = 20, certainty: float = 2.0
-    ) -> None:
+    def __init__(self, limit: float = 0.7, factor: float = 0.7, *, window: int = 20, certainty: float = 2.0) -> None:
         """Set the limit.
 
         Args:

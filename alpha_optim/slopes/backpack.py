@@ -4,10 +4,6 @@ For plain SGD the step is known before it is made: -lr times the gradient. As so
 parameter is complete, the layer's derivative is applied to it (start) and to the previous step (end), and
 everything but one number per sample and parameter is let go.
 
-Where all samples take part, wide linear layers go through inner products of samples instead (see `gram`),
-and the inputs and output gradients of one step are kept until the next. Then what the samples contribute
-also has to add up to the gradient, which is checked.
-
 BackPACK's product for a convolution unfolds its input, nine times its memory for a 3x3 kernel; there, and
 for normalisation layers in training mode, the layer itself does the same, see `contractions`.
 """
@@ -17,54 +13,56 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alpha_optim.observe.backward_passes import BackwardPass, PassLog
+from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses
 from alpha_optim.observe.gradients import LossGradients
-from alpha_optim.observe.step_direction import Direction, at_least_float32
-from alpha_optim.slopes.base import Names, SampleSlopes
-from alpha_optim.slopes.contractions import Contraction, contraction_of, layers_to_contract
-from alpha_optim.slopes.gram import Factors, GradientsAsFactors
+from alpha_optim.observe.step_direction import Change, Direction, at_least_float32, same_tensors
+from alpha_optim.slopes.base import Expected, Names, SampleSlopes, in_pass_cost
+from alpha_optim.slopes.contractions import Contraction, contraction_of
 from alpha_optim.slopes.individual import backpack_rules
-from alpha_optim.slopes.layers import KnownLayers, LayerCall
+from alpha_optim.slopes.layers import KnownLayers, LayerCall, layers_of
 from alpha_optim.slopes.recorder import BySample, SampleRecorder, add_to
-from alpha_optim.slopes.self_check import NOT_ADDED_UP, SelfCheck
 
 
 class BackpackBackend:
     """Projects onto the gradient and onto the previous step while the backward pass runs."""
 
     name = "backpack"
+    records = False
 
-    def __init__(self, model: nn.Module, names: Names, log: PassLog, sampled: bool) -> None:
+    def __init__(self, model: nn.Module, names: Names, sample_dim: int, sampled: bool) -> None:
         """Prepare; see `SampleRecorder` for the arguments."""
-        self._recorder = SampleRecorder(names, log, sampled)
-        self._check = SelfCheck(names)
-        self._gram = GradientsAsFactors()
+        self._recorder = SampleRecorder(names, sampled)
         self._index: dict[int, int] = {}
-        self._layers = KnownLayers(partial(layers_to_contract, model))
-        self._log = log
-        self._exact = not sampled
+        self._layers = KnownLayers(lambda wanted: layers_of(model, wanted))
+        self._sampled = sampled
         self._params: Sequence[Tensor] = ()
-        self._end_of: Direction | None = None
+        self._end_of: Change | None = None
         self._start = False
         self.unaccounted = self._recorder.unaccounted
         self.discard()
 
-    def begin(self, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
-        """Hook the model."""
+    def check_due(self) -> bool:
+        """Nothing is followed back to the model's outputs: layers are seen themselves."""
+        return False
+
+    def cost(self, samples: int) -> float:
+        """See `Backend`."""
+        return in_pass_cost(samples, self._sampled)
+
+    def begin(self, passes: BackwardPasses, end_of: Change | None, start: bool, params: Sequence[Tensor]) -> None:
+        """Hook the layers."""
         self.discard()
         self._params, self._start = params, start
         self._index = {id(param): index for index, param in enumerate(params)}
-        self._check.watch([], params)
-        self._gram.begin(params)
         # Shorter than the parameters if a group was added; then the pair is dropped.
         self._end_of = None if end_of is None or len(end_of.bases) != len(params) else end_of
-        self._recorder.begin(self._layers.of(params), self._called)
+        self._recorder.begin(passes, self._layers.of(params), self._called)
 
     def accumulated(self, param: Tensor) -> None:
         """Project and let go what waits for a parameter whose gradient is complete."""
@@ -74,9 +72,7 @@ class BackpackBackend:
             if (at_end := self._along_end(projection, param)) is not None:
                 add_to(self._at_end.setdefault(entry, {}), key, at_end)
             if self._start and param.grad is not None:
-                at_start = self._gram.along_gradient(param)
-                values = projection.along(param.grad) if at_start is None else at_start
-                add_to(self._at_start.setdefault(entry, {}), key, values)
+                add_to(self._at_start.setdefault(entry, {}), key, projection.along(param.grad))
             self._projected.setdefault(entry, set()).add(key)
 
     def _along_end(self, waiting: _Waiting, param: Tensor) -> Tensor | None:
@@ -84,10 +80,7 @@ class BackpackBackend:
             return None
         index = self._index[id(param)]
         base, rate = self._end_of.bases[index], self._end_of.rates[index]
-        if base is None:
-            return None
-        by_samples = self._gram.along_last_step(param, waiting.factors)
-        return (waiting.along(base) if by_samples is None else by_samples) * rate
+        return None if base is None else waiting.along(base) * rate
 
     def discard(self) -> None:
         """Forget the passes so far."""
@@ -95,74 +88,54 @@ class BackpackBackend:
         self._at_end: BySample = {}
         self._at_start: BySample = {}
         self._projected: dict[BackwardPass, set[int]] = {}
-        self._gram.discard()
         self._recorder.discard()
 
     def end_slopes(self, direction: Direction) -> SampleSlopes | None:
-        """Per-sample slopes along the previous step."""
-        slopes = self._combine(self._at_end, lambda values, key: values)
-        self._gram.ended()
-        return slopes
+        """Slopes along the previous step."""
+        return self._combine(self._at_end, lambda values, key: values)
 
-    def start_slopes(self, direction: Direction, gradients: LossGradients) -> SampleSlopes | None:
-        """Per-sample slopes along the step just made, from projections on the gradient.
+    def start_slopes(self, direction: Direction, gradients: LossGradients, expected: Expected) -> SampleSlopes | None:
+        """Slopes along the step just made, from projections on the gradient.
 
         With several backward passes the gradient was not complete when the first was projected, and with
         gradients changed by more than a factor the step is no multiple of it; those measurements keep the
         slopes of the gradients.
         """
-        reason = self._gram.stepped(direction, gradients, len(self._log.reached), self._recorder.incomplete())
-        if not direction.of_gradient:
+        change = direction.change()
+        if not change.of_gradient:
             return None  # the optimizer is no longer plain SGD
+        reason = None
+        if len(self._recorder.passes.reached) != 1:
+            reason = "several backward passes per step"
+        elif not same_tensors(change.bases, gradients.tensors):
+            reason = "the step is no multiple of the gradient"
         if reason is not None:
             self.unaccounted.add(["all parameters"], f"{reason}; backend='layerwise' can")
             return None
-        rates = {id(param): rate for param, rate in zip(self._params, direction.rates, strict=True)}
+        rates = {id(param): rate for param, rate in zip(self._params, change.rates, strict=True)}
+        factor = 1.0 if gradients.factor is None else gradients.factor
 
         # What made the step is the gradient times what happened to it since the backward pass.
-        return self._combine(self._at_start, lambda values, key: values * rates[key] * self._gram.factor)
+        return self._combine(self._at_start, lambda values, key: values * rates[key] * factor)
+
+    def failed(self, reason: str) -> None:
+        """What the samples gave does not add up to the gradient."""
+        self.unaccounted.add(["all parameters"], reason)
 
     def _combine(self, store: BySample, scaled: Callable[[Tensor, int], Tensor]) -> SampleSlopes | None:
         by_parameter = {
-            entry: {key: scaled(values, key) for key, values in groups.items()}
-            for entry, groups in store.items()
+            entry: {key: scaled(values, key) for key, values in groups.items()} for entry, groups in store.items()
         }
-        slopes = self._recorder.combine(
+        return self._recorder.combine(
             lambda entry: None if self._missing(entry) else list(by_parameter.get(entry, {}).values())
         )
-        self._check.collect(
-            slopes,
-            [
-                {self._index[key]: values for key, values in by_parameter.get(entry, {}).items()}
-                for entry in self._recorder.sampled_passes()
-            ],
-        )
-        return slopes
-
-    def verified(self, of_parameters: Tensor, known: Tensor) -> Tensor | None:
-        """Whether the samples of the last answer add up to the gradient ``[]``; None if not all took part."""
-        passed = self._check.passed(of_parameters, known)
-        if passed is not None and passed.device.type == "cpu":
-            self.read_check()
-        return passed
-
-    def read_check(self) -> None:
-        """Fetch the outcome of the check from the device."""
-        failed = self._check.read()
-        if failed and not self._gram.give_up():
-            self.unaccounted.add(failed, NOT_ADDED_UP)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was learned about the model, and the factors of the pending step."""
-        return {
-            "verified": self._check.done,
-            **self._gram.state_dict(self._index),
-        }
+        """Return nothing: nothing is learned."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was learned about the model, and the factors of the pending step."""
-        self._check.done = bool(state["verified"])
-        self._gram.load_state_dict(state)
+        """Take over nothing."""
 
     def mute(self) -> None:
         """Remove every hook; what was collected stays."""
@@ -184,16 +157,11 @@ class BackpackBackend:
         per_sample = call.rows_per_sample(entry.samples)
         linear = type(call.layer.module) is nn.Linear and bool(call.args)
         make: Any = BackpackProduct if linear else contraction_of
-        samples = samples if self._check.done else entry.samples
         contraction = make(call, samples * per_sample)
-        whole = self._exact and per_sample == 1
         waiting = self._waiting.setdefault(entry, {})
         for name, param in call.layer.params.items():
             if param.requires_grad:
-                factors = Factors.of(call) if whole and name == "weight" else None
-                if name == "weight":
-                    self._gram.note(param, factors)
-                waiting.setdefault(id(param), []).append(_Waiting(name, per_sample, contraction, factors))
+                waiting.setdefault(id(param), []).append(_Waiting(name, per_sample, contraction))
 
 
 @dataclass(frozen=True)
@@ -203,7 +171,6 @@ class _Waiting:
     name: str
     per_sample: int
     contraction: Contraction
-    factors: Factors | None
 
     def along(self, change: Tensor) -> Tensor:
         """Contract with a change of the parameter, one number per sample."""
@@ -223,12 +190,11 @@ class BackpackProduct:
         self._standin.input0 = call.args[0].to(self._gradient.dtype)
         self._standin.output = self._gradient
 
-    def along(self, changes: dict[str, Tensor], made: float | Tensor = 0.0) -> Tensor:
+    def along(self, changes: dict[str, Tensor]) -> Tensor:
         """See `Contraction`."""
         rule, gradient = _linear_rule(), self._gradient
         parts = [
-            rule.along(self._standin, name, gradient, change.to(gradient.dtype))
-            for name, change in changes.items()
+            rule.along(self._standin, name, gradient, change.to(gradient.dtype)) for name, change in changes.items()
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 

@@ -26,7 +26,6 @@ from backpack.extensions.firstorder.base import FirstOrderBackpropExtension, Fir
 from torch import Tensor, nn
 
 from alpha_optim.slopes.contractions import CONVOLUTIONS, bias_rows, layer_on, rowwise
-from alpha_optim.slopes.gram import Factors
 from alpha_optim.slopes.individual import backpack_rules
 
 
@@ -55,9 +54,7 @@ class SlopesAlong(FirstOrderBackpropExtension):  # type: ignore[misc] # - BackPA
             return rule.along_gradient(module, name, gradient)
         change = self._changes.get(id(getattr(module, name)))
         return (
-            gradient.new_zeros(len(gradient)).double()
-            if change is None
-            else rule.along(module, name, gradient, change)
+            gradient.new_zeros(len(gradient)).double() if change is None else rule.along(module, name, gradient, change)
         )
 
 
@@ -100,12 +97,7 @@ class LayerSlopes(FirstOrderModuleExtension):  # type: ignore[misc] # - BackPACK
         return rowwise(moved, gradient)
 
     def along_gradient(self, module: nn.Module, name: str, gradient: Tensor) -> Tensor:
-        """Contract with the parameter's own gradient, by inner products of samples where that is cheaper."""
-        layer_input: Any = module.input0
-        if name == "weight" and layer_input.dim() == gradient.dim() == 2:
-            factors = Factors.now(layer_input, gradient)
-            if factors.cheap():
-                return factors.along(factors)
+        """Contract with the parameter's own gradient."""
         if name == "weight" and not isinstance(self._derivatives, LinearDerivatives):
             own = _gradient_of_weight(module, gradient)
         else:

@@ -1,8 +1,8 @@
-"""What a backend promises.
+"""What a way of getting slopes of single samples promises.
 
-A backend watches the user's own passes and never runs the model itself. It answers with one number
-per sample, <d, gradient of that sample's loss>, unscaled per sample and not divided by |d|. Means and
-variances are taken elsewhere (`statistics`), so two backends cannot disagree about a factor N.
+It answers with one number per sample, <d, gradient of that sample's loss>, normalised so that their mean over all
+samples is <d, gradient of the mean loss>, and not divided by |d|. Means and variances are taken elsewhere, so that
+no two ways can disagree about a factor N.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from alpha_optim.observe.backward_passes import BackwardPasses
 from alpha_optim.observe.gradients import LossGradients
-from alpha_optim.observe.step_direction import Direction
+from alpha_optim.observe.step_direction import Change, Direction
 
 SAMPLES = 16
-"""How many samples ``variance="sampled"`` uses."""
+"""How many samples ``variance="sampled"`` uses: the relative error of a variance is then about a third."""
+
+DERIVATIVES = "the loss contains derivatives of the model (create_graph=True)"
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,36 @@ class SampleSlopes:
     """Projections of samples on a direction.
 
     Attributes:
-        values: <d, gradient of one sample's loss> ``[n]``.
+        values: <d, gradient of one sample's loss>, float64 ``[n]``.
         complete: Whether every sample of the iteration is in it (else a bounded number).
+        losses: Losses of the same samples ``[n]``, where they were seen on the way.
     """
 
     values: Tensor
     complete: bool
+    losses: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is known of the mean over all samples.
+
+    Attributes:
+        slope: <d, gradient of the mean loss> ``[]``, None if not known.
+        loss: Mean loss ``[]``, None if not seen.
+        interacting: Whether a sample's loss was seen to depend on others.
+        all_of_loss: Whether the losses seen are all that reached the outputs of the model.
+    """
+
+    slope: Tensor | None
+    loss: Tensor | None
+    interacting: bool
+    all_of_loss: bool
 
 
 @dataclass
 class Unaccounted:
-    """Parameters whose per-sample slopes a backend could not get, with the reason."""
+    """Why slopes of single samples could not be had, by parameter or for all."""
 
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -46,18 +68,29 @@ class Unaccounted:
 
 
 class Backend(Protocol):
-    """Collects what per-sample slopes need, from forward hook to optimizer step."""
+    """Collects what slopes of samples need, from forward pass to optimizer step."""
 
     name: str
     unaccounted: Unaccounted
 
-    def begin(self, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
-        """Hook the model for the coming iteration.
+    @property
+    def records(self) -> bool:
+        """Whether calls of the model are to be kept for a repetition."""
+
+    def check_due(self) -> bool:
+        """Whether the losses of the coming iteration are to be followed back to the model's outputs."""
+
+    def cost(self, samples: int) -> float:
+        """What slopes at both ends of a step cost, in training steps, at a batch of so many samples."""
+
+    def begin(self, passes: BackwardPasses, end_of: Change | None, start: bool, params: Sequence[Tensor]) -> None:
+        """Prepare the coming iteration.
 
         Args:
-            end_of: Direction of the previous step if slopes along it are wanted.
+            passes: Where its backward passes are noted.
+            end_of: Change of the previous step if slopes along it are wanted.
             start: Whether slopes along the coming step are wanted.
-            params: Parameters of the optimizer, in the order of directions.
+            params: Parameters of the optimizer, in the order of changes.
         """
 
     def accumulated(self, param: Tensor) -> None:
@@ -67,26 +100,16 @@ class Backend(Protocol):
         """Forget what the passes of this iteration left: their gradients were thrown away."""
 
     def end_slopes(self, direction: Direction) -> SampleSlopes | None:
-        """Per-sample slopes along the previous step, called before the next one; None if unknown."""
+        """Slopes along the previous step, asked for before the next one; None if unknown."""
 
-    def start_slopes(self, direction: Direction, gradients: LossGradients) -> SampleSlopes | None:
-        """Per-sample slopes along the step just made, called after it; None if unknown.
+    def start_slopes(self, direction: Direction, gradients: LossGradients, expected: Expected) -> SampleSlopes | None:
+        """Slopes along the step just made, asked for after it; None if unknown.
 
         Args:
             direction: The step.
             gradients: What the backward passes left, before clipping; one per parameter.
+            expected: What the mean has to be.
         """
-
-    def verified(self, of_parameters: Tensor, known: Tensor) -> Tensor | None:
-        """Whether the samples of the last answer add up to the gradient ``[]``; None if not known.
-
-        Args:
-            of_parameters: <change, gradient> for every parameter ``[K]``.
-            known: Whether those are known ``[]``.
-        """
-
-    def read_check(self) -> None:
-        """Draw conclusions from the last `verified`; somebody reads numbers of that iteration now."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned about the model and a resumed run must not learn anew."""
@@ -101,5 +124,40 @@ class Backend(Protocol):
         """Remove every hook and free what was collected."""
 
 
+class Silent:
+    """The parts of a backend that watches nothing during the passes and learns nothing."""
+
+    records = False
+
+    def check_due(self) -> bool:
+        """Nothing is checked."""
+        return False
+
+    def accumulated(self, param: Tensor) -> None:
+        """Note nothing."""
+
+    def discard(self) -> None:
+        """Forget nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: nothing is learned."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over nothing."""
+
+    def mute(self) -> None:
+        """Unhook nothing."""
+
+    def close(self) -> None:
+        """Free nothing."""
+
+
 Names = Mapping[int, str]
 """From id(parameter) to its name in the model."""
+
+
+def in_pass_cost(samples: int, sampled: bool) -> float:
+    """Cost of contracting calls of layers at both ends of a step while the passes run: two thirds of a step each."""
+    share = min(1.0, SAMPLES / max(samples, 1)) if sampled else 1.0
+    return 4.0 / 3.0 * share

@@ -7,38 +7,41 @@ watched; afterwards only the direction and numbers per sample).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
-from alpha_optim.observe.backward_passes import BackwardPass, PassLog
+from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses
 from alpha_optim.observe.gradients import LossGradients
-from alpha_optim.observe.step_direction import Direction
-from alpha_optim.slopes.base import Names, SampleSlopes
+from alpha_optim.observe.step_direction import Change, Direction
+from alpha_optim.slopes.base import Expected, Names, SampleSlopes, Silent, in_pass_cost
 from alpha_optim.slopes.individual import NEEDS_OUTPUT, individual_gradients
 from alpha_optim.slopes.layers import KnownLayers, LayerCall, layers_of
 from alpha_optim.slopes.recorder import SampleRecorder, add_to, project
 
 
-class CachedBackend:
+class CachedBackend(Silent):
     """Caches the individual gradients of the iteration."""
 
     name = "cached"
 
-    def __init__(self, model: nn.Module, names: Names, log: PassLog, sampled: bool) -> None:
+    def __init__(self, model: nn.Module, names: Names, sample_dim: int, sampled: bool) -> None:
         """Prepare; see `SampleRecorder` for the arguments."""
-        self._recorder = SampleRecorder(names, log, sampled, NEEDS_OUTPUT)
-        self._layers = KnownLayers(partial(layers_of, model))
+        self._recorder = SampleRecorder(names, sampled, NEEDS_OUTPUT)
+        self._layers = KnownLayers(lambda wanted: layers_of(model, wanted))
+        self._sampled = sampled
         self._gradients: dict[BackwardPass, dict[int, Tensor]] = {}
         self._params: Sequence[Tensor] = ()
         self.unaccounted = self._recorder.unaccounted
 
-    def begin(self, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
+    def cost(self, samples: int) -> float:
+        """See `Backend`; there is no hurry for a reference."""
+        return in_pass_cost(samples, self._sampled)
+
+    def begin(self, passes: BackwardPasses, end_of: Change | None, start: bool, params: Sequence[Tensor]) -> None:
         """Hook the model."""
         self._params = params
         self._gradients = {}
-        self._recorder.begin(self._layers.of(params), self._called)
+        self._recorder.begin(passes, self._layers.of(params), self._called)
 
     def accumulated(self, param: Tensor) -> None:
         """Note that the pass reached a parameter."""
@@ -51,25 +54,11 @@ class CachedBackend:
 
     def end_slopes(self, direction: Direction) -> SampleSlopes | None:
         """Reduce the cached gradients along the previous step."""
-        return self._reduce(direction)
+        return self._reduce(direction.change())
 
-    def start_slopes(self, direction: Direction, gradients: LossGradients) -> SampleSlopes | None:
+    def start_slopes(self, direction: Direction, gradients: LossGradients, expected: Expected) -> SampleSlopes | None:
         """Reduce the cached gradients along the step just made."""
-        return self._reduce(direction)
-
-    def verified(self, of_parameters: Tensor, known: Tensor) -> Tensor | None:
-        """Return None: what is cached are the parts of the gradient themselves."""
-        return None
-
-    def read_check(self) -> None:
-        """Fetch nothing."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: nothing is learned."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over nothing."""
+        return self._reduce(direction.change())
 
     def mute(self) -> None:
         """Remove every hook; what was collected stays."""
@@ -86,17 +75,15 @@ class CachedBackend:
         for name, values in individual_gradients(call, entry.samples, samples).items():
             add_to(cache, id(call.layer.params[name]), values)
 
-    def _reduce(self, direction: Direction) -> SampleSlopes | None:
-        changes = dict(zip(map(id, self._params), direction.changes, strict=True))
+    def _reduce(self, change: Change) -> SampleSlopes | None:
+        changes = dict(zip(map(id, self._params), change.tensors(), strict=True))
 
         def projections_of(entry: BackwardPass) -> list[Tensor] | None:
             cache = self._gradients.get(entry, {})
             if self._recorder.missing(entry, set(cache)):
                 return None
             return [
-                project(values, change)
-                for key, values in cache.items()
-                if (change := changes.get(key)) is not None
+                project(values, change) for key, values in cache.items() if (change := changes.get(key)) is not None
             ]
 
         return self._recorder.combine(projections_of)

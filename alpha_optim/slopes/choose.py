@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
 
-from alpha_optim.observe.backward_passes import PassLog
-from alpha_optim.observe.module_copy import compiled
+from alpha_optim.observe.model_calls import innermost
 from alpha_optim.observe.step_direction import is_plain_sgd, parameters_of
 from alpha_optim.slopes.backpack import BackpackBackend
 from alpha_optim.slopes.base import Backend, Names
 from alpha_optim.slopes.cached import CachedBackend
+from alpha_optim.slopes.contractions import has_rule
 from alpha_optim.slopes.gradients import GradientsBackend
 from alpha_optim.slopes.individual import backpack_covers
 from alpha_optim.slopes.layers import layers_of
 from alpha_optim.slopes.layerwise import LayerwiseBackend
 
-BACKENDS: dict[str, Callable[[nn.Module, Names, PassLog, bool], Backend]] = {
+BACKENDS: dict[str, Callable[[nn.Module, Names, int, bool], Backend]] = {
     "backpack": BackpackBackend,
     "layerwise": LayerwiseBackend,
     "cached": CachedBackend,
-    "gradients": lambda model, names, log, sampled: GradientsBackend(),
+    "gradients": lambda model, names, sample_dim, sampled: GradientsBackend(),
 }
 
 
@@ -34,13 +34,14 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_backend(wanted: str, optimizer: Optimizer, model: nn.Module | None) -> Choice:
+def choose_backend(wanted: str, optimizer: Optimizer, model: nn.Module | None, sample_dim: int) -> Choice:
     """Check a backend against optimizer and model, or choose the cheapest that delivers all.
 
     Args:
         wanted: A name of `BACKENDS` or ``"auto"``.
         optimizer: The wrapped optimizer.
         model: The model, if it was given.
+        sample_dim: Dimension along which samples lie in its inputs.
 
     Returns:
         Name and reason.
@@ -49,7 +50,7 @@ def choose_backend(wanted: str, optimizer: Optimizer, model: nn.Module | None) -
         ValueError: If the name is unknown or the backend impossible here; the message names those
             that work.
     """
-    obstacles = {name: obstacle(name, optimizer, model) for name in BACKENDS}
+    obstacles = {name: obstacle(name, optimizer, model, sample_dim) for name in BACKENDS}
     working = [name for name, problem in obstacles.items() if problem is None]
     if wanted == "auto":
         return _automatic(obstacles)
@@ -63,33 +64,36 @@ def choose_backend(wanted: str, optimizer: Optimizer, model: nn.Module | None) -
         return Choice(wanted, "asked for")
     known = ", ".join(map(repr, [*BACKENDS, "auto"]))
     raise ValueError(
-        f"unknown backend {wanted!r}. Known backends: {known}; these work here: "
-        f"{', '.join(map(repr, working))}."
+        f"unknown backend {wanted!r}. Known backends: {known}; these work here: {', '.join(map(repr, working))}."
     )
 
 
-def obstacle(name: str, optimizer: Optimizer, model: nn.Module | None) -> str | None:
+def obstacle(name: str, optimizer: Optimizer, model: nn.Module | None, sample_dim: int) -> str | None:
     """Say what stands against a backend here, or None."""
     if name == "gradients":
         return None
     if model is None:
         return "it needs the model: AlphaGuided(optimizer, model, loss_fn)"
-    if model._compiled_call_impl is not None:
-        return (
-            "model.compile() hides the model's calls; give both the loop and AlphaGuided torch.compile(model)"
-        )
     if name == "layerwise":
         return None
-    if compiled(model) is not None:
+    if model._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
         return "a compiled model makes no calls of layers"
+    if sample_dim != 0:
+        return "its rules of layers want samples along dimension 0"
     if name == "cached":
         return None
     if not is_plain_sgd(optimizer):
         return "it needs plain torch.optim.SGD (no momentum, dampening, nesterov or weight decay)"
     uncovered = uncovered_layers(optimizer, model)
     if uncovered:
-        return f"BackPACK does not cover these layers: {', '.join(uncovered)}"
+        return f"BackPACK does not cover these layers: {summarised(uncovered)}"
     return None
+
+
+def summarised(names: Sequence[str], most: int = 3) -> str:
+    """A list of names for a message: the first few, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def uncovered_layers(optimizer: Optimizer, model: nn.Module) -> list[str]:
@@ -98,8 +102,8 @@ def uncovered_layers(optimizer: Optimizer, model: nn.Module) -> list[str]:
     wanted = {id(param) for param in parameters_of(optimizer)}
     return [
         f"{names[id(layer.module)] or 'the model itself'} ({type(layer.module).__name__})"
-        for layer in layers_of(model, wanted)
-        if not backpack_covers(layer.module)
+        for layer in layers_of(innermost(model), wanted)
+        if not (backpack_covers(layer.module) and has_rule(layer.module))
     ]
 
 

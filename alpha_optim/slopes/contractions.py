@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -24,14 +23,7 @@ from torch.nn import functional as F  # noqa: N812 - the field writes it so
 
 from alpha_optim.observe.module_copy import reparametrised
 from alpha_optim.observe.step_direction import at_least_float32
-from alpha_optim.slopes.forward_mode import ForwardMode
-from alpha_optim.slopes.layers import (
-    Layer,
-    LayerCall,
-    UnsupportedLayerError,
-    layers_of,
-    uses_its_children,
-)
+from alpha_optim.slopes.layers import LayerCall, UnsupportedLayerError
 from alpha_optim.slopes.shares import has_shares, shares_of
 
 Values = dict[str, Tensor]
@@ -40,16 +32,20 @@ Values = dict[str, Tensor]
 class Contraction(Protocol):
     """One call of a layer, ready to be contracted with changes of its parameters."""
 
-    def along(self, changes: Values, made: float | Tensor = 0.0) -> Tensor:
+    def along(self, changes: Values) -> Tensor:
         """Contract every row.
 
         Args:
             changes: Changes by local name of the parameter, a missing one is zero.
-            made: By which multiple of the changes the parameters have moved since the call.
 
         Returns:
             One number per row, float64 ``[rows]``.
         """
+
+
+def has_rule(module: nn.Module) -> bool:
+    """Whether calls of a layer can be contracted."""
+    return (has_shares(module) or type(module) in _PRODUCTS) and not reparametrised(module)
 
 
 def contraction_of(call: LayerCall, rows: int) -> Contraction:
@@ -64,32 +60,10 @@ def contraction_of(call: LayerCall, rows: int) -> Contraction:
     """
     module = call.layer.module
     call.check_unaltered()
-    if not call.args or reparametrised(module):
-        return ForwardMode(call, rows)
+    if not call.args or not has_rule(module):
+        raise UnsupportedLayerError("there is no rule for such a call")
     shares = shares_of(call, rows)
-    if shares is not None:
-        return shares
-    if type(module) in _PRODUCTS:
-        return Product(call.first(rows), _PRODUCTS[type(module)])
-    return ForwardMode(call, rows)
-
-
-def layers_to_contract(model: nn.Module, wanted: set[int]) -> list[Layer]:
-    """List the layers of a model; those without a rule are repeated as a whole, children included.
-
-    Args:
-        model: The model.
-        wanted: ``id`` of the parameters of the optimizer.
-    """
-
-    def repeated(module: nn.Module, owns_parameters: bool) -> bool:
-        known = (has_shares(module) or type(module) in _PRODUCTS) and not reparametrised(module)
-        return uses_its_children(module, owns_parameters) or (owns_parameters and not known)
-
-    return [
-        replace(layer, replayed=repeated(layer.module, owns_parameters=True))
-        for layer in layers_of(model, wanted, repeated)
-    ]
+    return Product(call.first(rows), _PRODUCTS[type(module)]) if shares is None else shares
 
 
 class Product:
@@ -99,8 +73,8 @@ class Product:
         """Keep the rows of the call."""
         self._call, self._apply = call, apply
 
-    def along(self, changes: Values, made: float | Tensor = 0.0) -> Tensor:
-        """See `Contraction`; what is linear in the parameters does not ask where they are."""
+    def along(self, changes: Values) -> Tensor:
+        """See `Contraction`."""
         call = self._call
         call.check_unaltered()
         gradient = at_least_float32(call.output_gradient)
@@ -126,9 +100,7 @@ def _linear_in_parameters(call: LayerCall, changes: Values, gradient: Tensor) ->
     return rowwise(layer_on(call.layer.module, changes, args, kwargs), gradient)
 
 
-def layer_on(
-    module: nn.Module, changes: Values, args: Sequence[Any], kwargs: dict[str, Any] | None = None
-) -> Tensor:
+def layer_on(module: nn.Module, changes: Values, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Tensor:
     """Apply a layer that is linear in its parameters with changes in place of them."""
     standin = copy.copy(module)
     standin._parameters = {"weight": changes["weight"], "bias": changes.get("bias")}  # type: ignore[dict-item] # - tensors do

@@ -1,148 +1,600 @@
-"""What a module's output does when its parameters move: forward-mode differentiation of one call.
+"""Slopes of single samples by differentiating the model as a whole along the step.
 
-``torch.func.jvp`` where all operations of the module have a forward derivative; else two reverse passes,
-the second through the first. Fused attention and recurrent kernels have neither, so they are switched
-off for the repetition.
+With output o_i of sample i and the gradient b_i that reached it in the user's own backward pass, sample i's slope is
+N <b_i, J_i d> / gamma, J_i d being the derivative of o_i when all parameters move along the step d. A model
+that returns its loss has no such outputs; there the losses of the samples inside it are differentiated themselves.
+Either way no layer has to be known, and it does not matter how a loss is written.
+
+Derivatives are taken in forward mode (dual numbers); where an operation has no rule for that, by two reverse
+passes: the derivative of <J^T u, d> with respect to u. Few samples tell a variance. They are run by themselves where
+a sample does not depend on the others, else the whole batch is run, more rarely. Which of the two, and whether
+samples can be told apart at all, is found out by two checks:
+
+1. Over all samples, with the random numbers of the user's pass, the mean slope is that of the gradients and the
+   mean loss that of the training loop. It is not where a term of the loss comes from elsewhere.
+2. Some samples by themselves give what they give in the whole batch. They do not where samples interact
+   (contrastive losses), or do not lie along ``sample_dim``.
 """
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from alpha_optim.observe.hooks import tensors_in
-from alpha_optim.observe.module_copy import compiled, mixes_samples, stand_in, without_running_statistics
-from alpha_optim.observe.step_direction import at_least_float32
-from alpha_optim.slopes.layers import LayerCall, UnsupportedLayerError, map_tensors
+from alpha_optim.observe.backward_passes import BackwardPass, loss_weight, scale_of, total_samples
+from alpha_optim.observe.hooks import inside_functorch, tensors_in
+from alpha_optim.observe.model_calls import ModelCall, innermost
+from alpha_optim.observe.model_inputs import CannotCutError, cut, cut_rows, folded
+from alpha_optim.observe.numbers import read
+from alpha_optim.observe.random_state import RandomState, untouched
+from alpha_optim.slopes.base import SAMPLES, Expected, Names, SampleSlopes
+from alpha_optim.slopes.inner_losses import SeesLosses
+from alpha_optim.slopes.isolation import as_in_its_call
+
+TOLERANCE, TOLERANCE_HALF = 1e-4, 3e-2
+"""Deviation of a mean over samples from what is known, relative to it or to its standard error; in 16 bits."""
+APART, APART_HALF = 1e-3, 5e-2
+"""Deviation of a sample by itself from the same sample in its batch, relative to the largest sample."""
+CHECK_AGAIN = 16
+"""So many refreshes lie between two checks; a check costs about four of them."""
+_FAILURES = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, AssertionError)
 
 Values = dict[str, Tensor]
-_FAILURES = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
+
+OTHER_TERMS = (
+    "the loss that was seen is not all of the loss that is sent backward (a penalty, a balance loss, a second loss)"
+)
+INTERACT = (
+    "samples interact (a contrastive loss?) or do not lie along sample_dim; models that are fed time first take "
+    "sample_dim=1"
+)
+
+
+class CannotDifferentiateError(Exception):
+    """Slopes of single samples cannot be had; the text says why, ``passing`` whether only this time."""
+
+    def __init__(self, reason: str, passing: bool = False) -> None:
+        """Take the reason."""
+        super().__init__(reason)
+        self.passing = passing
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one call of the model gave.
+
+    Attributes:
+        along: What its samples contribute to <d, gradient of what was sent backward> ``[n]``.
+        losses: Their losses ``[n]`` if the model returns its loss, normalised so that their mean is that loss.
+    """
+
+    along: Tensor
+    losses: Tensor | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """Where the model is differentiated, and along what.
+
+    Attributes:
+        point: Values of the parameters that move, by name.
+        tangents: Their changes.
+    """
+
+    point: Values
+    tangents: Values
+
+    @classmethod
+    def along(cls, names: Names, params: Sequence[Tensor], point: Sequence[Tensor], changes: Any) -> Line:
+        """Put parameters, values and changes together; parameters that did not move are left out."""
+        moving: dict[str, tuple[Tensor, Tensor]] = {}
+        for param, value, change in zip(params, point, changes, strict=True):
+            name = names.get(id(param))
+            if name is not None and change is not None:
+                moving[name] = (value.detach(), change.detach().to(value.dtype))
+        return cls(
+            {name: value for name, (value, _) in moving.items()},
+            {name: change.to_dense() if change.is_sparse else change for name, (_, change) in moving.items()},
+        )
 
 
 class ForwardMode:
-    """One call of a module, to be differentiated along changes of its parameters."""
+    """Differentiates one model, and remembers what its checks have found."""
 
-    def __init__(self, call: LayerCall, rows: int) -> None:
-        """Keep what the repetition needs.
+    def __init__(self, model: nn.Module, sample_dim: int, exact: bool) -> None:
+        """Prepare.
 
         Args:
-            call: The call, whole.
-            rows: How many rows are wanted; all are computed where they depend on each other.
+            model: The model that the loop calls.
+            sample_dim: Dimension along which samples lie in its inputs.
+            exact: Whether all samples are wanted every time.
         """
-        self._rows = rows
-        whole = call.random is not None or mixes_samples(call.layer.module)
-        self._call = call if whole else call.first(rows)
+        self.model, self._sample_dim, self._exact = model, sample_dim, exact
+        self.names = {id(param): name for name, param in innermost(model).named_parameters()}
+        self.reason: str | None = None  # why nothing can be had, as the last check found
+        self._whole = exact
+        self._twice = False
+        self._signature: Any = None
+        self._refreshes = 0
+        self._seed = 0
 
-    @torch.no_grad()
-    def along(self, changes: Values, made: float | Tensor = 0.0) -> Tensor:
-        """<output gradient, derivative of the output> for every row, float64 ``[rows]``.
+    @property
+    def takes_whole_batch(self) -> bool:
+        """Whether all samples are run, since some by themselves would be others."""
+        return self._whole
+
+    def check_due(self) -> bool:
+        """Whether the next start of a step is checked, as far as is known before its forward pass."""
+        return self._signature is None or self._refreshes % CHECK_AGAIN == 0
+
+    def slopes(
+        self, passes: Sequence[BackwardPass], line: Line, expected: Expected | None
+    ) -> tuple[SampleSlopes | None, str | None]:
+        """Slopes of samples along a line; never raises.
 
         Args:
-            changes: Changes by local name of the parameter.
-            made: By which multiple of the changes the parameters have moved since the call.
+            passes: Backward passes of the iteration.
+            line: Where, and along what.
+            expected: What the mean over all samples has to be, to be checked at the start of a step; None at
+                the end of one, which takes over what was found.
 
         Returns:
-            One number per row.
+            Slopes or None, and the reason for None (None if it concerns this iteration only).
+        """
+        try:
+            return self._slopes(passes, line, expected), None
+        except CannotDifferentiateError as error:
+            if error.passing:
+                return None, None
+            self.reason = str(error)
+            return None, self.reason
+
+    def _slopes(self, passes: Sequence[BackwardPass], line: Line, expected: Expected | None) -> SampleSlopes | None:
+        if inside_functorch() or forward_ad._current_level >= 0:
+            raise CannotDifferentiateError("inside a transform of torch.func", passing=True)
+        if not passes:
+            raise CannotDifferentiateError("no backward pass", passing=True)
+        groups = [_calls_of(entry) for entry in passes]
+        signature = self._signature_of(groups)
+        changed = signature != self._signature
+        if expected is not None:
+            if changed or self._refreshes % CHECK_AGAIN == 0:
+                self._signature = signature
+                self._refreshes = 1
+                return self._checked(passes, groups, line, expected)
+            self._refreshes += 1
+        elif changed and self._signature is not None:
+            raise CannotDifferentiateError("the model was called otherwise", passing=True)
+        if self.reason is not None:
+            raise CannotDifferentiateError(self.reason)
+        return self._put_together(passes, groups, line)
+
+    def _put_together(self, passes: Sequence[BackwardPass], groups: Sequence[_Calls], line: Line) -> SampleSlopes:
+        """Slopes of the samples of all passes, a bounded number of them where they can be run by themselves."""
+        total = total_samples(passes)
+        left = total if self._whole else SAMPLES
+        parts: list[Tensor] = []
+        losses: list[Tensor | None] = []
+        scale = scale_of(passes)
+        for entry, calls in zip(passes, groups, strict=True):
+            count = min(left, entry.samples or 0)
+            if count == 0:
+                continue
+            left -= count
+            every = self._whole or count == entry.samples or calls.of_different_samples(entry.samples)
+            chosen = None if every else torch.arange(count)
+            part = self._part(entry, calls, line, chosen, replay=self._whole or chosen is None)
+            parts.append(part.along * (total * scale))
+            weight = loss_weight(entry, passes)
+            losses.append(None if part.losses is None else part.losses.double() * weight)
+        together = torch.cat([part.to(parts[0].device) for part in parts])
+        single = [loss for loss in losses if loss is not None]
+        known = torch.cat(single) if single and len(single) == len(losses) else None
+        return SampleSlopes(together, len(together) == total, known)
+
+    def _checked(
+        self, passes: Sequence[BackwardPass], groups: Sequence[_Calls], line: Line, expected: Expected
+    ) -> SampleSlopes | None:
+        """Check everything anew, see the module docstring."""
+        self.reason, self._whole = None, True
+        if expected.interacting:
+            raise CannotDifferentiateError(INTERACT)
+        if not expected.all_of_loss:
+            raise CannotDifferentiateError(OTHER_TERMS)
+        every = self._put_together(passes, groups, line)
+        half = any(calls.half for calls in groups) or any(
+            value.dtype in (torch.float16, torch.bfloat16) for value in line.point.values()
+        )
+        tolerance = TOLERANCE_HALF if half else TOLERANCE
+        mean, deviation = every.values.mean(), every.values.std()
+        error = deviation / max(1, len(every.values)) ** 0.5
+        if expected.slope is not None:
+            slope = expected.slope.to(mean.device)
+            far = (mean - slope).abs() > tolerance * torch.maximum(slope.abs(), error)
+            if _true(far):
+                raise CannotDifferentiateError(OTHER_TERMS)
+        if every.losses is not None and expected.loss is not None:
+            loss = every.losses.mean()
+            if _true((loss - expected.loss.to(loss.device)).abs() > tolerance * loss.abs().clamp_min(1e-30)):
+                raise CannotDifferentiateError(OTHER_TERMS)
+        if not mixes_samples(innermost(self.model)):
+            self._compare_some(passes, groups, line, APART_HALF if half else APART)
+        return every
+
+    def _compare_some(
+        self, passes: Sequence[BackwardPass], groups: Sequence[_Calls], line: Line, tolerance: float
+    ) -> None:
+        """Run some samples by themselves, without dropout, and compare them with the whole batch.
 
         Raises:
-            UnsupportedLayerError: If the module cannot be differentiated twice or forward.
+            CannotDifferentiateError: If they differ.
         """
-        call = self._call
-        call.check_unaltered()
-        names = _once(call.layer.params, changes)
-        params = {name: at_least_float32(call.layer.params[name].detach()) for name in names}
-        tangents = {name: changes[name].to(params[name].dtype) for name in names}
-        if isinstance(made, Tensor) or made != 0.0:  # back to where they were at the call
-            params = {name: value - made * tangents[name] for name, value in params.items()}
-        replay = nullcontext() if call.random is None else call.random.replayed()
-        with replay, _plain_kernels(call.output_gradient.device):
-            try:
-                derivative = _forward(_repetition(call), params, tangents)
-            except _FAILURES:
-                derivative = self._twice_backward(call, params, tangents)
-        rows = at_least_float32(derivative) * call.output_gradient
-        return rows[: self._rows].flatten(1).double().sum(1) if rows.dim() > 1 else rows[: self._rows].double()
-
-    def _twice_backward(self, call: LayerCall, params: Values, tangents: Values) -> Tensor:
-        replay = nullcontext() if call.random is None else call.random.replayed()
+        entry, calls = passes[0], groups[0]
+        samples = entry.samples or 0
+        if samples < 2:
+            return
+        count = min(SAMPLES, samples // 2)
+        chosen = (torch.arange(count) * samples) // count + (samples // count - 1)
         try:
-            with replay:
-                return _twice_backward(_repetition(call), params, tangents)
+            some, drew = self._counted(entry, calls, line, chosen)
+        except CannotCutError:
+            return  # always the whole batch
+        except CannotDifferentiateError as error:
+            if str(error) == INTERACT:
+                raise
+            return  # cut wrongly, it seems
+        if drew:
+            return  # other random numbers than those of dropout: some samples by themselves get others
+        every, _ = self._counted(entry, calls, line, None)
+        expected = every.along[chosen.to(every.along.device)]
+        factor: Tensor | float = 1.0
+        apart = False
+        if some.losses is not None and every.losses is not None:
+            reference = every.losses[chosen.to(every.losses.device)]
+            # Losses are normalised by the targets that count in a batch, which are others in a part of it.
+            factor = reference.sum() / some.losses.sum() if _true(some.losses.sum() != 0) else 1.0
+            apart = _apart(some.losses * factor, reference, reference, tolerance)
+        if apart or _apart(some.along * factor, expected, every.along, tolerance):
+            raise CannotDifferentiateError(INTERACT)
+        self._whole = self._exact
+
+    def _counted(self, entry: BackwardPass, calls: _Calls, line: Line, chosen: Tensor | None) -> tuple[_Part, bool]:
+        """A part without dropout, and whether random numbers were drawn for it all the same."""
+        device = next(iter(line.point.values())).device
+        with untouched(device):
+            before = RandomState.now(device)
+            part = self._part(entry, calls, line, chosen, replay=False, without_dropout=True)
+            return part, before.has_moved()
+
+    def _part(
+        self,
+        entry: BackwardPass,
+        calls: _Calls,
+        line: Line,
+        chosen: Tensor | None,
+        replay: bool,
+        without_dropout: bool = False,
+    ) -> _Part:
+        """Differentiate the calls of the model in one pass, and add them up.
+
+        Raises:
+            CannotDifferentiateError: If that cannot be done.
+        """
+        apart = calls.of_different_samples(entry.samples)
+        if apart and chosen is not None:
+            raise CannotDifferentiateError("several calls of the model with samples of their own")
+        parts = [
+            self._of_call(entry, call, gradients, line, chosen, replay, without_dropout)
+            for call, gradients in calls.items
+        ]
+        put = torch.cat if apart else _added
+        losses = [part.losses for part in parts if part.losses is not None]
+        return _Part(put([part.along for part in parts]), put(losses) if len(losses) == len(parts) else None)
+
+    def _of_call(
+        self,
+        entry: BackwardPass,
+        call: ModelCall,
+        gradients: dict[int, Tensor],
+        line: Line,
+        chosen: Tensor | None,
+        replay: bool,
+        without_dropout: bool,
+    ) -> _Part:
+        if not call.unaltered():
+            raise CannotDifferentiateError("its input was changed in place after the call", passing=True)
+        whole = call.samples or entry.samples or 0
+        samples = whole if chosen is None else len(chosen)
+        args, kwargs = call.args, call.kwargs
+        if chosen is not None:
+            args = cut(args, whole, chosen, self._sample_dim)
+            kwargs = {name: cut(value, whole, chosen, self._sample_dim) for name, value in kwargs.items()}
+        inner = call.loss_place is not None and set(gradients) == {call.loss_place}
+        places = [] if inner else sorted(gradients)
+        device = next(iter(line.point.values())).device
+
+        def run(values: Values) -> list[Tensor]:
+            return self._outputs(call, args, kwargs, values, places, inner, samples, without_dropout)
+
+        self._seed += 1
+        random = call.random.replayed() if replay and call.drew else untouched(device, self._seed)
+        if without_dropout:
+            random = untouched(device)
+        try:
+            with random, as_in_its_call(innermost(self.model), call):
+                values, tangents = self._derivative(run, line)
+        except CannotDifferentiateError:
+            raise
+        except CannotCutError:
+            raise
         except _FAILURES as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UnsupportedLayerError(f"it cannot be differentiated along a step ({reason})") from error
+            raise CannotDifferentiateError(_short(error)) from error
+        if inner:
+            return self._of_inner_losses(values, tangents, gradients, call, samples, whole)
+        return self._of_outputs(entry, call, gradients, tangents, places, whole, chosen)
+
+    def _of_outputs(
+        self,
+        entry: BackwardPass,
+        call: ModelCall,
+        gradients: dict[int, Tensor],
+        tangents: list[Tensor],
+        places: list[int],
+        whole: int,
+        chosen: Tensor | None,
+    ) -> _Part:
+        """Contract the gradients that reached the outputs with the derivatives of the outputs."""
+        samples = whole if chosen is None else len(chosen)
+        if chosen is None and entry.samples is not None and entry.samples < whole:
+            samples = entry.samples  # rows pooled inside the model
+        total: Tensor | None = None
+        for place, tangent in zip(places, tangents, strict=True):
+            gradient: Tensor | None = gradients[place]
+            if chosen is not None:
+                assert gradient is not None
+                gradient = cut_rows(gradient, whole, chosen, self._sample_dim)
+            if gradient is None or gradient.shape != tangent.shape:
+                raise CannotDifferentiateError(
+                    INTERACT if chosen is not None else "the model gives another output when it is called again"
+                )
+            rows = folded(gradient.double() * tangent.double(), samples, self._sample_dim)
+            if rows is None:
+                raise CannotDifferentiateError(
+                    f"an output of shape {list(call.shapes[place])} that the loss depends on has no rows of samples"
+                )
+            total = rows if total is None else total + rows
+        assert total is not None
+        return _Part(total, None)
+
+    def _of_inner_losses(
+        self,
+        values: list[Tensor],
+        tangents: list[Tensor],
+        gradients: dict[int, Tensor],
+        call: ModelCall,
+        samples: int,
+        whole: int,
+    ) -> _Part:
+        """Losses of samples inside the model: values and derivatives of the returned loss, of means, of samples."""
+        (loss, mean, single), (loss_along, mean_along, single_along) = values, tangents
+        ratio = loss.double() / mean.double()
+        apart = (loss_along.double() - ratio * mean_along.double()).abs()
+        scatter = single_along.double().std() / max(1, samples) ** 0.5 if samples > 1 else loss_along.abs()
+        limit = 10 * TOLERANCE * torch.maximum(loss_along.double().abs(), (ratio * scatter).abs())
+        if loss.dtype in (torch.float16, torch.bfloat16) or call.autocast.enabled:
+            limit = limit * (TOLERANCE_HALF / TOLERANCE)
+        if _true(apart > limit):
+            raise CannotDifferentiateError(OTHER_TERMS)
+        assert call.loss_place is not None
+        gamma = gradients[call.loss_place].double()
+        if call.tokens is not None:  # divided by the targets of all: some of the samples have a share of them
+            ratio = ratio * (whole / samples)
+        return _Part(single_along.double() * ratio * gamma / whole, single.double() * ratio)
+
+    def _outputs(
+        self,
+        call: ModelCall,
+        args: Any,
+        kwargs: Any,
+        values: Values,
+        places: list[int],
+        inner: bool,
+        samples: int,
+        without_dropout: bool,
+    ) -> list[Tensor]:
+        """Call the model once more: the outputs wanted, or its loss, the mean and the losses of samples inside."""
+        model = innermost(self.model)
+        buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        with SeesLosses(without_dropout) as seen:
+            output: Any = torch.func.functional_call(model, {**buffers, **values}, args, kwargs)
+        tensors = list(tensors_in(output))
+        if not inner:
+            if places and places[-1] >= len(tensors):
+                raise CannotDifferentiateError("the model gives another output when it is called again")
+            return [tensors[place] for place in places]
+        if not seen.calls:
+            raise CannotDifferentiateError(
+                "the loss that the model returns comes from none of torch's loss functions; hand the losses of the "
+                "samples over with optimizer.record_losses(losses)"
+            )
+        single = [rows.of_samples(samples, self._sample_dim) for _, rows in seen.calls]
+        mean = sum((mean for mean, _ in seen.calls[1:]), seen.calls[0][0])
+        if any(entry is None for entry in single):
+            raise CannotDifferentiateError("the rows of its loss are neither the samples nor a multiple of them")
+        assert call.loss_place is not None
+        together = torch.stack([entry for entry in single if entry is not None]).sum(0)
+        return [tensors[call.loss_place], mean, together]
+
+    def _derivative(self, run: Callable[[Values], list[Tensor]], line: Line) -> tuple[list[Tensor], list[Tensor]]:
+        """Values of a function of the parameters and its derivatives along a line."""
+        if not self._twice:
+            try:
+                with torch.no_grad():
+                    return _forward(run, line)
+            except CannotDifferentiateError:
+                raise
+            except _FAILURES:
+                values = _twice_backward(run, line)
+                self._twice = True  # only if that went well
+                return values
+        return _twice_backward(run, line)
+
+    def _signature_of(self, groups: Sequence[_Calls]) -> Any:
+        """What has to be checked again if it changes: how the model is called, and what came back."""
+        return tuple(
+            (
+                tuple((tensor.dim(), tensor.dtype) for tensor in tensors_in((call.args, call.kwargs))),
+                call.training,
+                call.drew,
+                tuple(sorted(gradients)),
+            )
+            for call, gradients in groups[0].items
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must not find out anew."""
+        return {
+            "whole": self._whole,
+            "twice": self._twice,
+            "reason": self.reason,
+            "refreshes": self._refreshes,
+            "seed": self._seed,
+            "known": self._signature is not None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was found out; how the model is called is compared from the next call on."""
+        self._whole, self._twice = bool(state["whole"]), bool(state["twice"])
+        self.reason, self._refreshes = state["reason"], int(state["refreshes"])
+        self._seed = int(state["seed"])
 
 
-def _repetition(call: LayerCall) -> Callable[[Values], Tensor]:
-    """The call as a function of the module's parameters, in at least float32 and without autocast."""
-    module = call.layer.module
-    standin = stand_in(compiled(module) or module)
-    without_running_statistics(standin)
-    args, kwargs = map_tensors(at_least_float32, call.args), map_tensors(at_least_float32, dict(call.kwargs))
-    held = [*standin.named_parameters(), *standin.named_buffers()]
-    wide = {name: at_least_float32(tensor.detach()) for name, tensor in held}
+@dataclass(frozen=True)
+class _Calls:
+    """The calls of the model in one pass, each with the gradients that reached its outputs, by place."""
 
-    def forward(values: Values) -> Tensor:
-        output: Any = torch.func.functional_call(standin, {**wide, **values}, args, kwargs)
-        return list(tensors_in(output))[call.output_index]
+    items: list[tuple[ModelCall, dict[int, Tensor]]]
 
-    return forward
+    def of_different_samples(self, samples: int | None) -> bool:
+        """Whether the calls have samples of their own, which belong to one loss of ``samples``."""
+        counts = [call.samples or 0 for call, _ in self.items]
+        return len(counts) > 1 and sum(counts) == samples
+
+    @property
+    def half(self) -> bool:
+        """Whether any of it ran in 16 bits."""
+        return any(
+            call.autocast.enabled or any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients.values())
+            for call, gradients in self.items
+        )
+
+
+def _calls_of(entry: BackwardPass) -> _Calls:
+    """Group the gradients that reached outputs by call.
+
+    Raises:
+        CannotDifferentiateError: If samples cannot be told apart in this pass.
+    """
+    found: dict[int, tuple[ModelCall, dict[int, Tensor]]] = {}
+    for call, place, gradient in entry.outputs:
+        _, gradients = found.setdefault(id(call), (call, {}))
+        gradients[place] = gradients[place] + gradient if place in gradients else gradient
+    if entry.mixed:
+        raise CannotDifferentiateError("several losses with different numbers of samples in one backward pass")
+    if any(call.subset for call in entry.calls):
+        raise CannotDifferentiateError("the loss is one of some samples only, picked by a mask")
+    if not found:
+        raise CannotDifferentiateError("no gradient came through an output of the model", passing=True)
+    items = list(found.values())
+    for call, gradients in items:
+        if call.loss_place in gradients and len(gradients) > 1:
+            raise CannotDifferentiateError(OTHER_TERMS)
+        if call.samples is None and entry.samples is None:
+            raise CannotDifferentiateError("the number of samples is not known")
+    calls = _Calls(items)
+    if len({call.samples for call, _ in items}) > 1 and not calls.of_different_samples(entry.samples):
+        raise CannotDifferentiateError("several calls of the model with different numbers of samples")
+    return calls
+
+
+def _added(values: Sequence[Tensor]) -> Tensor:
+    """Sum of vectors of one length."""
+    return sum(values[1:], values[0])
+
+
+def _apart(some: Tensor, expected: Tensor, every: Tensor, tolerance: float) -> bool:
+    """Whether some samples differ from what they should be, relative to the largest of all."""
+    if some.shape != expected.shape:
+        return True
+    return not _true((some - expected).abs().max() <= tolerance * every.abs().max())
+
+
+def _true(value: Tensor) -> bool:
+    """Read a truth; waits for the device, and is asked for at checks only."""
+    return bool(read([value])[0])
+
+
+def mixes_samples(module: nn.Module) -> bool:
+    """Whether a sample's output depends on the others: BatchNorm on the batch's statistics."""
+    return any(
+        isinstance(child, _BatchNorm) and (child.training or child.running_mean is None) for child in module.modules()
+    )
 
 
 @lru_cache(maxsize=1)
 def _load_forward_rules() -> None:
-    """Import what torch imports at the first jvp; it warns there of something of its own."""
+    """Import what torch imports at the first use of forward mode; it warns there of something of its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
-def _forward(function: Callable[[Values], Tensor], params: Values, tangents: Values) -> Tensor:
+def _forward(run: Callable[[Values], list[Tensor]], line: Line) -> tuple[list[Tensor], list[Tensor]]:
     _load_forward_rules()
-    jvp: Any = torch.func.jvp(function, (params,), (tangents,))  # torch's annotation covers both of its forms
-    derivative: Tensor = jvp[1]
-    return derivative
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(value, line.tangents[name]) for name, value in line.point.items()}
+        pairs = [forward_ad.unpack_dual(output) for output in run(duals)]
+        values = [pair.primal.detach() for pair in pairs]
+        tangents = [
+            torch.zeros_like(value) if pair.tangent is None else pair.tangent.detach()
+            for value, pair in zip(values, pairs, strict=True)
+        ]
+    return values, tangents
 
 
-def _twice_backward(function: Callable[[Values], Tensor], params: Values, tangents: Values) -> Tensor:
+def _twice_backward(run: Callable[[Values], list[Tensor]], line: Line) -> tuple[list[Tensor], list[Tensor]]:
     """J d as the derivative of <J^T u, d>, which is linear in u."""
     with torch.enable_grad():
-        leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
-        output = function(leaves)
-        seed = torch.zeros_like(output, requires_grad=True)
-        pulled = torch.autograd.grad(output, list(leaves.values()), seed, create_graph=True, allow_unused=True)
+        leaves = {name: value.clone().requires_grad_() for name, value in line.point.items()}
+        outputs = run(leaves)
+        live = [output for output in outputs if output.requires_grad]
+        seeds = [torch.zeros_like(output, requires_grad=True) for output in live]
+        pulled = torch.autograd.grad(live, list(leaves.values()), seeds, create_graph=True, allow_unused=True)
         along = [
-            (gradient * tangents[name]).sum()
+            (gradient * line.tangents[name]).sum()
             for name, gradient in zip(leaves, pulled, strict=True)
-            if gradient is not None
+            if gradient is not None and gradient.requires_grad
         ]
-        return torch.autograd.grad(torch.stack(along).sum(), seed)[0]
+        if not along:
+            return [o.detach() for o in outputs], [torch.zeros_like(o) for o in outputs]
+        found = iter(torch.autograd.grad(torch.stack(along).sum(), seeds, allow_unused=True))
+    tangents = [
+        gradient.detach() if output.requires_grad and (gradient := next(found)) is not None
+        else torch.zeros_like(output) for output in outputs
+    ]  # fmt: skip
+    return [output.detach() for output in outputs], tangents
 
 
-def _once(params: Values, changes: Values) -> list[str]:
-    """Names of the parameters that move; one name for a parameter that has several."""
-    names: dict[int, str] = {}
-    for name in changes:
-        names.setdefault(id(params[name]), name)
-    return list(names.values())
-
-
-@contextmanager
-def _plain_kernels(device: torch.device) -> Iterator[None]:
-    """Attention and recurrent layers by plain products: the fused kernels have no forward derivative."""
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # Its own flags() also sets, and warns of, precisions that this machine may not have.
-        stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
-        torch._C._set_mkldnn_enabled(False)
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        yield
+def _short(error: BaseException) -> str:
+    """First line of an error, cut."""
+    text = (str(error).strip() or type(error).__name__).split("\n")[0]
+    return f"it cannot be differentiated along a step ({text[:160]})"

@@ -124,8 +124,7 @@ def _from_backpack(call: LayerCall, rows: int, per_sample: int) -> dict[str, Ten
     rule = backpack_rules()[type(module)]
     try:
         return {
-            name: rule.param_mjp(name, standin, (), (gradient,), gradient, sum_batch=False)
-            for name in _wanted(call)
+            name: rule.param_mjp(name, standin, (), (gradient,), gradient, sum_batch=False) for name in _wanted(call)
         }
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise UnsupportedLayerError(f"BackPACK has no individual gradients for it ({error})") from error

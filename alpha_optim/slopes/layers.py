@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from alpha_optim.observe.hooks import Hook, tensors_in
-from alpha_optim.observe.module_copy import RandomState
+from alpha_optim.observe.hooks import Hook, map_tensors, tensors_in, versions_of
 
 UNITS: tuple[type[nn.Module], ...] = (nn.MultiheadAttention,)
 """Modules that use parameters of their children without calling them; treated as one layer."""
@@ -33,12 +32,10 @@ class Layer:
     Attributes:
         module: The module that is called.
         params: Local name (``"weight"``, ``"out_proj.weight"``) -> parameter.
-        replayed: Whether calls may have to be repeated, random numbers included.
     """
 
     module: nn.Module
     params: dict[str, Tensor]
-    replayed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +62,6 @@ class LayerCall:
     output_index: int
     output_gradient: Tensor
     creates_graph: bool
-    random: RandomState | None
 
     def rows_per_sample(self, samples: int) -> int:
         """How many rows of the output belong to one sample.
@@ -92,9 +88,7 @@ class LayerCall:
         Positions 0 ... T - 1 looked up once for the whole batch look like k rows per sample where T is k N.
         """
         given = list(tensors_in((self.args, self.kwargs)))
-        return any(
-            tensor.is_floating_point() or tensor.untyped_storage().data_ptr() in storages for tensor in given
-        )
+        return any(tensor.is_floating_point() or tensor.untyped_storage().data_ptr() in storages for tensor in given)
 
     def first(self, rows: int) -> LayerCall:
         """The call with the first rows only, in memory of its own; itself if these are all."""
@@ -107,7 +101,7 @@ class LayerCall:
 
         args = map_tensors(cut, self.args)
         kwargs = {name: map_tensors(cut, value) for name, value in self.kwargs.items()}
-        versions = _versions((args, kwargs))
+        versions = versions_of((args, kwargs))
         gradient = self.output_gradient[:rows].clone()
         return replace(self, args=args, kwargs=kwargs, versions=versions, output_gradient=gradient)
 
@@ -117,35 +111,25 @@ class LayerCall:
         Raises:
             UnsupportedLayerError: If it has.
         """
-        if _versions((self.args, self.kwargs)) != self.versions:
+        if versions_of((self.args, self.kwargs)) != self.versions:
             raise UnsupportedLayerError("its input was changed in place after the call")
 
 
-def uses_its_children(module: nn.Module, owns_parameters: bool) -> bool:
-    """Whether a module and everything in it is one layer, see `UNITS`."""
-    return isinstance(module, UNITS)
-
-
-def layers_of(
-    model: nn.Module,
-    wanted: set[int],
-    as_one: Callable[[nn.Module, bool], bool] = uses_its_children,
-) -> list[Layer]:
+def layers_of(model: nn.Module, wanted: set[int]) -> list[Layer]:
     """List the layers of a model that use parameters of the optimizer.
 
     Args:
         model: The model.
         wanted: ``id`` of the parameters of the optimizer.
-        as_one: Says whether everything in a module, which may own parameters itself, is one layer.
     """
     layers = []
     inside: set[int] = set()
     for module in model.modules():
         if id(module) in inside:
             continue
-        params = wanted_parameters(module, wanted, recurse=False)
-        if as_one(module, bool(params)):
-            params = wanted_parameters(module, wanted, recurse=True)
+        as_one = isinstance(module, UNITS)
+        params = wanted_parameters(module, wanted, recurse=as_one)
+        if as_one:
             inside |= {id(child) for child in module.modules()}
         if params:
             layers.append(Layer(module, params))
@@ -175,7 +159,7 @@ class KnownLayers:
         return self._known
 
 
-class LayerTap:
+class LayerHooks:
     """Hooks on layers; reports each call when its output gradient arrives."""
 
     def __init__(
@@ -200,11 +184,7 @@ class LayerTap:
     def attach(self, layers: list[Layer]) -> None:
         """Hook the layers."""
         for layer in layers:
-            seen = _Seen(self, layer)
-            if layer.replayed:
-                before = Hook(seen.before, owner=layer.module)
-                self._handles.append(layer.module.register_forward_pre_hook(before))
-            hook = Hook(seen, owner=layer.module)
+            hook = Hook(_Seen(self, layer), owner=layer.module)
             self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
@@ -217,12 +197,12 @@ class LayerTap:
         """Whether calls are to be seen now."""
         return not self._muted and torch.is_grad_enabled()
 
-    def seen(self, layer: Layer, args: Any, kwargs: Any, output: Any, random: RandomState | None) -> None:
+    def seen(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> None:
         """Take note of a forward call."""
         self._on_forward()
         kept_args = map_tensors(Tensor.detach, args)
         kept_kwargs = {name: map_tensors(Tensor.detach, value) for name, value in kwargs.items()}
-        versions = _versions((kept_args, kept_kwargs))
+        versions = versions_of((kept_args, kept_kwargs))
         keep = isinstance(layer.module, self._keep_output)
         for index, tensor in enumerate(tensors_in(output)):
             if tensor.requires_grad:
@@ -241,7 +221,6 @@ class LayerTap:
                                 index,
                                 gradient.detach(),
                                 torch.is_grad_enabled(),
-                                random,
                             )
                         )
 
@@ -257,43 +236,16 @@ class LayerTap:
 
 
 class _Seen:
-    """The hooks of one layer."""
+    """The hook of one layer."""
 
-    def __init__(self, tap: LayerTap, layer: Layer) -> None:
-        self._tap, self._layer = tap, layer
-        self._random: list[RandomState] = []
-
-    def before(self, module: nn.Module, args: Any) -> None:
-        if self._tap.active():
-            self._random.append(RandomState.now(next(iter(self._layer.params.values())).device))
+    def __init__(self, hooks: LayerHooks, layer: Layer) -> None:
+        self._hooks, self._layer = hooks, layer
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._tap.active():
-            random = self._random.pop() if self._random else None
-            drew = random is not None and random.has_moved()
-            self._tap.seen(self._layer, args, kwargs, output, random if drew else None)
+        if self._hooks.active():
+            self._hooks.seen(self._layer, args, kwargs, output)
 
 
 def has_rows(value: Any, rows: int) -> bool:
     """Whether a value is a tensor with so many rows along dimension 0."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to the tensors in a value and in plain tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) is dict:
-        return {name: map_tensors(function, entry) for name, entry in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(map_tensors(function, entry) for entry in value)
-    return value
-
-
-def _versions(value: Any) -> tuple[int, ...]:
-    return tuple(map(version_of, tensors_in(value)))
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor has been written to; tensors made in inference mode do not count it."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from alpha_optim.observe.backward_passes import BackwardPass, PassLog
-from alpha_optim.slopes.base import SAMPLES, Names, SampleSlopes, Unaccounted
-from alpha_optim.slopes.layers import Layer, LayerCall, LayerTap, UnsupportedLayerError
+from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses, scale_of, total_samples
+from alpha_optim.slopes.base import DERIVATIVES, SAMPLES, Names, SampleSlopes, Unaccounted
+from alpha_optim.slopes.layers import Layer, LayerCall, LayerHooks, UnsupportedLayerError
 
 BySample = dict[BackwardPass, dict[int, Tensor]]
 """Pass -> parameter or group of parameters -> numbers of its samples ``[n]``."""
@@ -24,7 +24,6 @@ class SampleRecorder:
     def __init__(
         self,
         names: Names,
-        log: PassLog,
         sampled: bool,
         keep_output: tuple[type[nn.Module], ...] = (),
     ) -> None:
@@ -32,25 +31,24 @@ class SampleRecorder:
 
         Args:
             names: Names of the parameters of the optimizer.
-            log: Backward passes of the iteration.
             sampled: Whether only the first `SAMPLES` samples are wanted.
             keep_output: Layer types whose output is needed.
         """
         self._names = names
-        self._log = log
+        self._log: BackwardPasses | None = None
         self._limit = SAMPLES if sampled else math.inf
-        self._tap = LayerTap(log.forward_started, self._called, keep_output)
+        self._hooks = LayerHooks(self._forward_started, self._called, keep_output)
         self._sink: Sink | None = None
         self.taken: dict[BackwardPass, int] = {}
         self._reached: dict[BackwardPass, set[int]] = {}
         self._failed: dict[BackwardPass, set[int]] = {}
         self.unaccounted = Unaccounted()
 
-    def begin(self, layers: list[Layer], sink: Sink) -> None:
-        """Hook the layers."""
+    def begin(self, passes: BackwardPasses, layers: list[Layer], sink: Sink) -> None:
+        """Hook the layers for an iteration with these backward passes."""
         self.close()
-        self._sink = sink
-        self._tap.attach(layers)
+        self._log, self._sink = passes, sink
+        self._hooks.attach(layers)
 
     def close(self) -> None:
         """Remove the hooks and forget the passes."""
@@ -59,46 +57,49 @@ class SampleRecorder:
 
     def mute(self) -> None:
         """Remove the hooks; what was seen stays."""
-        self._tap.detach()
+        self._hooks.detach()
 
     def discard(self) -> None:
         """Forget the passes so far."""
         self.taken, self._reached, self._failed = {}, {}, {}
 
+    @property
+    def passes(self) -> BackwardPasses:
+        """The backward passes of the iteration."""
+        assert self._log is not None
+        return self._log
+
+    def _forward_started(self) -> None:
+        self.passes.forward_started()
+
     def accumulated(self, param: Tensor) -> BackwardPass:
         """Note that the running pass reached a parameter."""
-        entry = self._log.current()
+        entry = self.passes.current()
         self._reached.setdefault(entry, set()).add(id(param))
         return entry
 
     def total_samples(self) -> int:
         """Number of samples in the passes that count."""
-        return sum(entry.samples or 0 for entry in self._log.reached)
+        return total_samples(self.passes.reached)
 
     def refused(self) -> bool:
         """Whether what flowed through the layers cannot be split over samples; notes why."""
         reason = None
-        if any(entry.mixed for entry in self._log.reached):
+        if any(entry.mixed for entry in self.passes.reached):
             reason = "several losses with different numbers of samples in one backward pass"
-        elif self._log.differentiated_twice:
-            reason = "the loss contains derivatives of the model (create_graph=True)"
+        elif any(call.subset for entry in self.passes.reached for call in entry.calls):
+            reason = "the loss is one of some samples only, picked by a mask"
+        elif self.passes.differentiated_twice:
+            reason = DERIVATIVES
         if reason is not None:
             self.unaccounted.add(["all parameters"], reason)
         return reason is not None
 
     def sampled_passes(self) -> list[BackwardPass]:
         """Passes that carry samples; one that only adds a term without samples (a penalty) does not."""
-        reached = self._log.reached
+        reached = self.passes.reached
         known = [entry for entry in reached if entry.samples is not None]
         return [entry for entry in known or reached if self.taken.get(entry) != 0]
-
-    def unseen(self, entry: BackwardPass, have: set[int]) -> set[int]:
-        """Reached parameters of which no call was seen."""
-        return self._reached.get(entry, set()) - have - self._failed.get(entry, set())
-
-    def incomplete(self) -> set[int]:
-        """``id`` of the parameters of which a call could not be told apart in any pass."""
-        return set().union(*self._failed.values())
 
     def missing(self, entry: BackwardPass, have: set[int]) -> bool:
         """Whether a reached parameter has no numbers of single samples; notes it by name."""
@@ -122,6 +123,7 @@ class SampleRecorder:
         if self.refused():
             return None
         parts, taken = [], 0
+        scale = self.total_samples() * scale_of(self.passes.reached)
         for entry in self.sampled_passes():
             projections = projections_of(entry)
             if projections is None:
@@ -129,22 +131,15 @@ class SampleRecorder:
             if projections:
                 device = projections[0].device
                 total = torch.stack([value.to(device) for value in projections]).sum(0)
-                parts.append(total * self.scale(entry))
+                parts.append(total * scale)
                 taken += len(total)
         if not parts:
             return None
         return SampleSlopes(torch.cat(parts), complete=taken == self.total_samples())
 
-    def scale(self, entry: BackwardPass) -> Tensor | float:
-        """Factor from a sample's share of what was sent backward to its own gradient: N_j / gamma_j."""
-        if entry.gamma is None:
-            return float(self.total_samples())
-        assert entry.samples is not None
-        return entry.samples / entry.gamma.double()
-
     def _called(self, call: LayerCall) -> None:
         assert self._sink is not None
-        entry = self._log.current()
+        entry = self.passes.current()
         entry.creates_graph = entry.creates_graph or call.creates_graph
         if entry.samples is None:
             self.failed(entry, call.layer, "the number of samples of its batch is not known")
@@ -155,10 +150,8 @@ class SampleRecorder:
         if self.taken[entry] == 0:
             return
         try:
-            if call.rows_per_sample(entry.samples) > 1 and not call.reads_from(self._log.inputs):
-                raise UnsupportedLayerError(
-                    "its indices, several per sample, do not come from the model's input"
-                )
+            if call.rows_per_sample(entry.samples) > 1 and not call.reads_from(self.passes.inputs):
+                raise UnsupportedLayerError("its indices, several per sample, do not come from the model's input")
             self._sink(entry, call, self.taken[entry])
         except UnsupportedLayerError as error:
             self.failed(entry, call.layer, str(error))

@@ -29,8 +29,8 @@ class Shares:
         """Keep the shares."""
         self._shares = shares
 
-    def along(self, changes: Values, made: float | Tensor = 0.0) -> Tensor:
-        """See `Contraction`; what is linear in the parameters does not ask where they are."""
+    def along(self, changes: Values) -> Tensor:
+        """See `Contraction`."""
         parts = [
             self._shares[name].flatten(1) @ change.to(self._shares[name].dtype).flatten()
             for name, change in changes.items()

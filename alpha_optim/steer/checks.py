@@ -9,9 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from alpha_optim.steer.rates import peak_of
 
 
-def check_scheduling(
-    optimizer: Any, policy: Any, total_steps: Any, schedule: Any, bounds: tuple[float, float]
-) -> None:
+def check_scheduling(optimizer: Any, policy: Any, total_steps: Any, schedule: Any, bounds: tuple[float, float]) -> None:
     """Refuse arguments of `AlphaScheduler` that cannot work together.
 
     Raises:

@@ -97,6 +97,10 @@ class Guard:
         self.return_wanted = False  # to the good point, by a policy
         self.point_trusted = True  # by a policy: whether the point reached may become the good point
 
+    def kept_parameters(self, count: int) -> list[Tensor]:
+        """The copy of the parameters from before the coming step, the first ``count`` of what is kept."""
+        return self._last[:count]
+
     def losses_read(self) -> dict[int, float]:
         """Mini-batch losses of the steps let through since this was asked last, by iteration."""
         losses = dict(self._losses)
@@ -227,7 +231,9 @@ def read(loss: BatchLoss, state: Sequence[Tensor], gradients: Sequence[Tensor]) 
     both = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in (*state, *gradients)]
     norms = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(both)]).square()
     values = [norms[: len(state)].sum(), norms[len(state) :].sum()]
-    values += [value.detach() for value in (loss.mean, loss.variance) if value is not None]
+    values += [
+        torch.as_tensor(value, device=device).detach() for value in (loss.mean, loss.variance) if value is not None
+    ]
     numbers = torch.stack([value.to(device, torch.float64) for value in values]).tolist()
     mean = numbers[2] if loss.mean is not None else None
     variance = numbers[-1] if loss.variance is not None else None

@@ -27,14 +27,12 @@ def clamped(rates: Sequence[float], lowest: float, highest: float) -> list[float
 def ratios(now: Sequence[float], before: Sequence[float]) -> list[float]:
     """By what each rate was multiplied since; infinite where it was 0 and is not."""
     return [
-        new / old if old != 0.0 else (1.0 if new == old else math.inf)
-        for new, old in zip(now, before, strict=True)
+        new / old if old != 0.0 else (1.0 if new == old else math.inf) for new, old in zip(now, before, strict=True)
     ]
 
 
 def taken_over(rates: Sequence[float], factors: Sequence[float], now: Sequence[float]) -> list[float]:
     """Rates after somebody's change by factors; where that is infinite, what the rate is ``now``."""
     return [
-        rate * factor if math.isfinite(factor) else new
-        for rate, factor, new in zip(rates, factors, now, strict=True)
+        rate * factor if math.isfinite(factor) else new for rate, factor, new in zip(rates, factors, now, strict=True)
     ]

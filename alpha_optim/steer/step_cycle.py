@@ -14,18 +14,15 @@ import torch
 from torch import Tensor
 
 from alpha_optim.alpha.history import AlphaHistory
-from alpha_optim.alpha.records import GuardEvent
-from alpha_optim.measure.end_point import batch_loss
-from alpha_optim.measure.line_probe import LineProbe
+from alpha_optim.alpha.records import DropReason, GuardEvent
+from alpha_optim.measure.pairing import Pairing
 from alpha_optim.measure.plan import Plan
-from alpha_optim.measure.step_ends import BatchLoss
 from alpha_optim.observe.checks import check_losses
-from alpha_optim.observe.gradients import LossGradients
 from alpha_optim.observe.step_direction import parameters_of, rates_of
 from alpha_optim.steer.guard import Guard
 from alpha_optim.steer.reminders import Reminders
 
-VERSION = 1
+VERSION = 2
 
 
 class SkipStepSignal(Exception):  # noqa: N818 - a signal, not an error
@@ -57,13 +54,9 @@ class Session:
 
     def _reset(self) -> None:
         """Forget the iteration in progress and the pending step."""
-        self.probe = LineProbe(self.plan.model, self.plan.loss_fn, self.plan.variance == "sampled")
-        self.plan.forget_backends()
-        self._in_step = False
-        self._before: Tensor | list[Tensor] | None = None
-        self._gradients: LossGradients | None = None
-        self._loss = BatchLoss(None, None, 0)
-        self._rates: tuple[float | Tensor, ...] = ()
+        plan = self.plan
+        self.pairing = Pairing(plan.model, plan.loss_fn, plan.sample_dim, plan.variance == "sampled")
+        plan.forget_backends()
 
     # ---------------------------------------------------------------- between steps
 
@@ -72,10 +65,9 @@ class Session:
         if not self.active:
             return
         self._start = self.plan.wants(self.iteration)
-        in_pair = self._start or self.probe.pending is not None
-        backend = self.plan.backend(self.probe.log) if in_pair else None
-        loss = self.guard is not None
-        self.probe.begin(self.optimizer, backend, self.iteration, self._start, loss)
+        in_pair = self._start or self.pairing.pending is not None
+        backend = self.plan.backend() if in_pair else None
+        self.pairing.begin(self.optimizer, backend, self.iteration, self._start, self.guard is not None)
 
     def steered(
         self, wants: Callable[[int], bool] | None, guard: bool, on_event: Callable[[GuardEvent], GuardEvent]
@@ -108,33 +100,33 @@ class Session:
 
     def detach(self) -> None:
         """Remove every hook; from here on the wrapped optimizer steps alone."""
-        self.probe.close()
-        self.probe.pending = None
+        self.pairing.close()
+        self.pairing.pending = None
         self.active = False
 
     def gradients_cleared(self, in_place: bool) -> None:
         """``zero_grad`` was called; whether gradients are overwritten."""
-        if self.active and not self._in_step:
+        if self.active and not self.pairing.iteration.in_step:
             if in_place:
-                self.probe.gradients_overwritten()
-            self.probe.log.discard()
+                self.pairing.gradients_overwritten()
+            self.pairing.iteration.passes.discard()
 
     # ---------------------------------------------------------------- losses handed over
 
     def backward(self, losses: Tensor) -> Tensor:
         """Run the backward pass of the mean of ``losses``; see `AlphaGuided.backward`."""
-        check_losses(losses, "backward", self.probe.log.forwards, graph=True)
+        check_losses(losses, "backward", self.pairing.iteration.passes.forwards, graph=True)
         mean = losses.mean()
         if self.active:
-            self.probe.losses.announce(losses, mean)
+            self.pairing.losses.announce(losses, mean)
         mean.backward()
         return mean.detach()
 
     def record_losses(self, losses: Tensor) -> None:
         """Take note of losses; see `AlphaGuided.record_losses`."""
-        check_losses(losses, "record_losses", self.probe.log.forwards, graph=False)
+        check_losses(losses, "record_losses", self.pairing.iteration.passes.forwards, graph=False)
         if self.active:
-            self.probe.log.recorded.append(self.probe.losses.hand_over(losses))
+            self.pairing.iteration.passes.recorded.append(self.pairing.losses.hand_over(losses))
 
     # ---------------------------------------------------------------- the step
 
@@ -151,10 +143,10 @@ class Session:
             inner = None if closure is None else self._watched(closure)
             result = self.optimizer.step(**_with(inner, kwargs))
         except SkipStepSignal as skip:
-            self._begin_again()
+            self.begin()  # the step was not executed: the iteration starts anew
             return skip.args[0]
         except BaseException:
-            self._lose_iteration("exception")
+            self._lose_iteration()
             raise
         self._after_step()
         return result
@@ -166,7 +158,7 @@ class Session:
         def evaluate() -> Any:
             nonlocal calls
             calls += 1
-            if self._in_step:
+            if self.pairing.iteration.in_step:
                 if calls == 2:  # later evaluations overwrite the gradients
                     self._keep_gradients()
                 return closure()
@@ -179,28 +171,25 @@ class Session:
     @torch.no_grad()
     def _before_step(self, closure_loss: Any) -> None:
         """Finish the pair that ends here, let the guard judge, prepare the pair that starts here."""
-        self._in_step = True
-        probe, params = self.probe, parameters_of(self.optimizer)
-        watched = self._start or probe.pending is not None
-        self._gradients = probe.watch.loss_gradients(params) if watched else None
-        if watched or self.guard is not None:
-            scalar = closure_loss if isinstance(closure_loss, (Tensor, float, int)) else None
-            self._loss = batch_loss(probe.log, scalar)
-        outcome = probe.finish(self.iteration, self._gradients, self._loss)
-        if isinstance(outcome, str):
+        pairing, params = self.pairing, parameters_of(self.optimizer)
+        iteration = pairing.iteration
+        iteration.in_step = True
+        if iteration.task.in_pair or self.guard is not None:
+            pairing.see_loss(closure_loss)
+        outcome = pairing.finish()
+        if isinstance(outcome, DropReason):
             self.history.drop(outcome)
         elif outcome is not None:
             self.history.append(outcome)
         if self.guard is not None:
             self._judge(self.guard, params, closure_loss)
-        self._before = None
         if self._start:
-            reason = probe.start_obstacle(params)
+            reason = pairing.start_obstacle(params)
             if reason is not None:
                 self.history.drop(reason)
             else:
-                self._before = probe.before_step(self.optimizer)
-                self._rates = rates_of(self.optimizer)
+                kept = None if self.guard is None else self.guard.kept_parameters(len(params))
+                pairing.before_step(self.optimizer, kept, rates_of(self.optimizer))
 
     def _judge(self, guard: Guard, params: list[Tensor], closure_loss: Any) -> None:
         """Take the last step back, or keep this point.
@@ -208,12 +197,12 @@ class Session:
         Raises:
             SkipStepSignal: If the step must not be executed.
         """
-        event = guard.judge(self.iteration, self._loss, params)
+        event = guard.judge(self.iteration, self.pairing.iteration.loss, params)
         if event is None:
             return
         if event.reason in ("loss_drifted", "policy_returned") and self._lazy_state:
             self.optimizer.state.clear()  # momentum and second moments of the diverged stretch
-        self.probe.pending = None
+        self.pairing.pending = None
         self.optimizer.zero_grad()
         self.events.append(event if self._on_event is None else self._on_event(event))
         raise SkipStepSignal(closure_loss)
@@ -221,43 +210,38 @@ class Session:
     @torch.no_grad()
     def _after_step(self) -> None:
         """Reduce the start of the pair and move on to the next iteration."""
-        if not self._in_step and (self._start or self.probe.pending is not None):
+        pairing = self.pairing
+        iteration = pairing.iteration
+        if not iteration.in_step and (self._start or pairing.pending is not None):
             # The optimizer never called its closure: nothing was seen of this iteration.
-            self.probe.pending = None
-            self.history.drop("no_backward")
-        if self._before is not None:
-            assert self._gradients is not None
-            reason = self.probe.after_step(
-                self.iteration, self.optimizer, self._before, self._gradients, self._loss, self._rates
-            )
+            pairing.pending = None
+            self.history.drop(DropReason.NO_BACKWARD)
+        if iteration.before is not None:
+            reason = pairing.after_step(self.optimizer)
             if reason is not None:
                 self.history.drop(reason)
-            self.plan.saw_step(len(self.probe.log.reached), self.probe.watch.keep_copies)
+            self.plan.saw_step(len(iteration.passes.reached), pairing.habits.keep_copies)
             self.plan.warn_unaccounted()
-        self.probe.watch.step_done(parameters_of(self.optimizer))
-        self._in_step, self._before, self._gradients = False, None, None
+        pairing.gradient_hooks.step_done(parameters_of(self.optimizer))
         self.iteration += 1
-        self.reminders.after_step(self.iteration, self.probe.pending is not None, self._loss.mean is not None)
+        saw_loss = iteration.loss.mean is not None
+        self.reminders.after_step(self.iteration, pairing.pending is not None, saw_loss)
         if self.guard is not None:
             self.guard.stepped = True
         self.begin()
 
     def _keep_gradients(self) -> None:
-        if self._gradients is not None:
-            self._gradients = self._gradients.kept()
-        self.probe.mute()
+        iteration = self.pairing.iteration
+        if iteration.used_gradients is not None:
+            iteration.used_gradients = iteration.used_gradients.kept()
+        self.pairing.mute()
 
-    def _begin_again(self) -> None:
-        """The step was not executed: the iteration starts anew."""
-        self._in_step, self._before, self._gradients = False, None, None
-        self.begin()
-
-    def _lose_iteration(self, reason: str) -> None:
+    def _lose_iteration(self) -> None:
         """An exception left the step: nothing seen so far can be paired."""
-        if self.probe.pending is not None or self._before is not None:
-            self.history.drop(reason)
-        self.probe.pending = None
-        self._begin_again()
+        if self.pairing.pending is not None or self.pairing.iteration.before is not None:
+            self.history.drop(DropReason.EXCEPTION)
+        self.pairing.pending = None
+        self.begin()
 
     # ---------------------------------------------------------------- resume
 
@@ -267,7 +251,7 @@ class Session:
             "version": VERSION,
             "iteration": self.iteration,
             "history": self.history.state_dict(),
-            "probe": self.probe.state_dict(),
+            "pairing": self.pairing.state_dict(),
             "guard": self._saved_guard if self.guard is None else self.guard.state_dict(),
             "plan": self.plan.state_dict(),
             "events": [asdict(event) for event in self.events],
@@ -275,7 +259,7 @@ class Session:
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Continue from a state; None (a bare optimizer's state) starts at iteration 0."""
-        self.probe.close()
+        self.pairing.close()
         self._reset()
         self._saved_guard, self.events = None, []
         if state is None:
@@ -285,7 +269,7 @@ class Session:
         else:
             self.iteration = int(state["iteration"])
             self.history.load_state_dict(state["history"])
-            self.probe.load_state_dict(state["probe"], parameters_of(self.optimizer))
+            self.pairing.load_state_dict(state["pairing"], parameters_of(self.optimizer))
             self._saved_guard = state["guard"]
             self.plan.load_state_dict(state["plan"])
             self.reminders.resumed(self.iteration)

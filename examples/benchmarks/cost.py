@@ -208,9 +208,7 @@ def measure(model: str, optimizer: str, batch: int, rounds: int, references: boo
     return result
 
 
-def side_by_side(
-    base: Step, step: Step, x: Tensor, y: Tensor, count: int, at_a_time: int
-) -> tuple[float, float]:
+def side_by_side(base: Step, step: Step, x: Tensor, y: Tensor, count: int, at_a_time: int) -> tuple[float, float]:
     """Seconds of a block without and with alpha, a few steps of each in turn: what disturbs, disturbs both."""
     alone = measured = 0.0
     for begin in range(0, count, at_a_time):
@@ -314,9 +312,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="pairs of blocks per variant")
     parser.add_argument("--references", action="store_true", help="also Cockpit, cached and vmap")
     parser.add_argument("--all", action="store_true", help="every case, kept; then peak memory and the report")
-    parser.add_argument(
-        "--peak", nargs=4, metavar=("VARIANT", "MODEL", "OPTIMIZER", "BATCH"), help=argparse.SUPPRESS
-    )
+    parser.add_argument("--peak", nargs=4, metavar=("VARIANT", "MODEL", "OPTIMIZER", "BATCH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -73,10 +73,7 @@ def compare(model: str, optimizer: str, variant: str) -> dict[str, Any]:
             step(x, y)
     pairs = [(watched(plain, x, y, count), watched(measured, x, y, count)) for _ in range(ROUNDS)]
     names = {name for pair in pairs for spent, _ in pair for name in spent}
-    added = [
-        [name, *(median(pair[1][k][name] - pair[0][k][name] for pair in pairs) for k in (0, 1))]
-        for name in names
-    ]
+    added = [[name, *(median(pair[1][k][name] - pair[0][k][name] for pair in pairs) for k in (0, 1))] for name in names]
     added.sort(key=lambda entry: -abs(entry[1]))
     case = {"model": model, "optimizer": optimizer, "variant": variant, "batch": BATCH}
     plain_ms = median(sum(pair[0][0].values()) for pair in pairs)

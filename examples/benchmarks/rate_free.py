@@ -70,9 +70,7 @@ BASES = {
     "Adam": Base(lambda p, lr: torch.optim.Adam(p, lr=lr), 1e-3),
     "AdamW": Base(lambda p, lr: torch.optim.AdamW(p, lr=lr), 1e-3),
     "Schedule-Free SGD": Base(lambda p, lr: package("schedulefree", "SGDScheduleFree")(p, lr=lr), 1.0, True),
-    "Schedule-Free AdamW": Base(
-        lambda p, lr: package("schedulefree", "AdamWScheduleFree")(p, lr=lr), 3e-3, True
-    ),
+    "Schedule-Free AdamW": Base(lambda p, lr: package("schedulefree", "AdamWScheduleFree")(p, lr=lr), 3e-3, True),
 }
 PEERS: dict[str, Callable[[Iterable[Tensor]], torch.optim.Optimizer]] = {
     "Prodigy": lambda p: package("prodigyopt", "Prodigy")(p),

@@ -67,8 +67,7 @@ HEADER = [
 def alpha_line(rows: list[Row], problem: str, base: str) -> list[str] | None:
     """One problem and base: ours from all initial rates against tuned and guessed."""
     own, tuned, more = (
-        select(rows, problem=problem, base=base, method=method)
-        for method in ("alpha", "tuned", "tuned further")
+        select(rows, problem=problem, base=base, method=method) for method in ("alpha", "tuned", "tuned further")
     )
     if not own or not tuned:
         return None
@@ -188,9 +187,7 @@ def section(rows: list[Row], picture_path: Path) -> str:
         "ReduceLROnPlateau on SGD with momentum 0.9 from 0.1, the others as they come), and alpha over all its "
         "initial rates and seeds:\n\n" + peer_table(rows, seen)
     )
-    parts.append(
-        "\nRanks by the median, among the methods that ran on every problem:\n\n" + rank_table(rows, seen)
-    )
+    parts.append("\nRanks by the median, among the methods that ran on every problem:\n\n" + rank_table(rows, seen))
     if select(rows, problem=next(iter(UNSEEN)), method="alpha"):
         parts.append(
             "\nProblems that nothing was tuned on, run once at the end (`--unseen`):\n\n"
@@ -223,9 +220,7 @@ def picture(rows: list[Row], path: Path) -> None:
         axes.set_xscale("log")
         axes.set_title(problem, fontsize=9)
         axes.tick_params(labelsize=7)
-    handles = [
-        plt.Line2D([], [], marker=".", linestyle="-", color=f"C{k}", label=b) for k, b in enumerate(BASES)
-    ]
+    handles = [plt.Line2D([], [], marker=".", linestyle="-", color=f"C{k}", label=b) for k, b in enumerate(BASES)]
     figure.legend(handles=handles, loc="lower right", fontsize=8)
     figure.supxlabel("initial learning rate", fontsize=9)
     figure.supylabel("test accuracy in % or test loss; lines: tuned", fontsize=9)

@@ -102,8 +102,7 @@ def memory_table(rows: list[dict[str, Any]]) -> str:
     """Extra memory in multiples of the parameters."""
     header = ["model, optimizer, batch", "variant", "extra memory / parameters"]
     cells = [
-        [f"{row['model']}, {row['optimizer']}, {row['batch']}", row["variant"], f"{row['extra']:.2f}"]
-        for row in rows
+        [f"{row['model']}, {row['optimizer']}, {row['batch']}", row["variant"], f"{row['extra']:.2f}"] for row in rows
     ]
     return table(header, cells)
 

@@ -59,9 +59,7 @@ def compare(data: Data, model_name: str, base: str, batch: int, steps: int) -> d
         "difference_median": statistics.median(away),
         "difference_90": float(np.quantile(away, 0.9)),
         "in_errors_90": float(np.quantile([abs(s.alpha - e.alpha) / e.alpha_std for s, e in pairs], 0.9)),
-        "error_ratio": [
-            float(q) for q in np.quantile([s.alpha_std / e.alpha_std for s, e in pairs], [0.1, 0.5, 0.9])
-        ],
+        "error_ratio": [float(q) for q in np.quantile([s.alpha_std / e.alpha_std for s, e in pairs], [0.1, 0.5, 0.9])],
         "correlation": float(
             np.corrcoef(*np.transpose([(np.tanh(s.alpha), np.tanh(e.alpha)) for s, e in pairs]))[0, 1]
         ),

@@ -14,9 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:to
 
 def samples():
     generator = torch.Generator().manual_seed(0)
-    return [
-        (torch.randn(6, generator=generator), torch.randint(0, 3, (), generator=generator)) for _ in range(400)
-    ]
+    return [(torch.randn(6, generator=generator), torch.randint(0, 3, (), generator=generator)) for _ in range(400)]
 
 
 class Run:

@@ -143,9 +143,7 @@ def test_precision(precision):
     # The first steps are those of the run in full precision, up to rounding.
     first = exact.guided.alpha_history[0]
     assert history[0].loss_start == pytest.approx(first.loss_start, rel=0.02)
-    if (
-        precision != "bf16-true"
-    ):  # there most parameters are too coarse for a step this short: another direction
+    if precision != "bf16-true":  # there most parameters are too coarse for a step this short: another direction
         assert history[0].slope_start == pytest.approx(first.slope_start, rel=0.2)
 
 

@@ -62,9 +62,7 @@ def train(tmp_path, complete=False, wrapped=True, scheduled=True, resume=None, l
     return model, optimizer, trainer
 
 
-@pytest.mark.compatibility(
-    "Trainer", "optimizers=(optimizer, scheduler): alpha from slopes and their variances"
-)
+@pytest.mark.compatibility("Trainer", "optimizers=(optimizer, scheduler): alpha from slopes and their variances")
 def test_the_loss_is_hidden_and_alpha_comes_from_the_slopes(tmp_path):
     _, optimizer, trainer = train(tmp_path)
     history = optimizer.alpha_history

@@ -30,9 +30,7 @@ class Caricature:
             self.n,
             lr,
             Observation(self.samples, -1.0, 1.0, self.loss + wobble, self.variance),
-            Observation(
-                self.samples, min(0.3, math.log(lr / self.edge)), 1.0, self.loss - wobble, self.variance
-            ),
+            Observation(self.samples, min(0.3, math.log(lr / self.edge)), 1.0, self.loss - wobble, self.variance),
             (lr,),
         )
         start = measurement.loss_start

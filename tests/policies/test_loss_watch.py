@@ -221,7 +221,5 @@ def test_the_annealing_resumes_where_it_was():
     one, two = Held(), Held()
     one.feed(1.0, 0.9, 0.89, 0.95)
     two.policy.load_state_dict(one.policy.state_dict())
-    assert [one.policy.envelope(n) for n in range(200, 1000)] == [
-        two.policy.envelope(n) for n in range(200, 1000)
-    ]
+    assert [one.policy.envelope(n) for n in range(200, 1000)] == [two.policy.envelope(n) for n in range(200, 1000)]
     assert math.isfinite(two.policy.envelope(999))

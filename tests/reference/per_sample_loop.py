@@ -15,12 +15,7 @@ def gradients_of_samples(model, loss_of_one, x, y, params):
         loss = loss_of_one(model(x[i : i + 1]), y[i : i + 1], i)
         grads = torch.autograd.grad(loss, params, allow_unused=True)
         rows.append(
-            torch.cat(
-                [
-                    (torch.zeros_like(p) if g is None else g).flatten()
-                    for g, p in zip(grads, params, strict=True)
-                ]
-            )
+            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, params, strict=True)])
         )
         losses.append(loss.detach())
     return torch.stack(losses).double(), torch.stack(rows).double()

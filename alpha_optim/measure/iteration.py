@@ -1,0 +1,207 @@
+"""Everything of one iteration, from its first forward pass to its step; thrown away as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alpha_optim.measure.refresh import Role
+from alpha_optim.measure.step_ends import BatchLoss, PendingStart
+from alpha_optim.observe.backward_passes import BackwardPasses, LossCall
+from alpha_optim.observe.gradients import Gradients, LossGradients
+from alpha_optim.observe.hooks import tensors_in
+from alpha_optim.observe.losses import matches_loss
+from alpha_optim.observe.model_calls import ModelCall
+from alpha_optim.observe.numbers import Truth
+from alpha_optim.observe.some_elements import SomeElements, differ
+from alpha_optim.observe.step_direction import AlongGradient, same_tensors
+from alpha_optim.slopes.base import Backend
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an iteration is to find out.
+
+    Attributes:
+        number: The iteration.
+        starts: Whether it is the start of a pair.
+        pending: The step whose end it is; None if it is the end of none.
+        backend: How slopes of samples are found; None if it is in no pair.
+        due: At which ends of a step variances are measured anew.
+        sample_dim: Dimension along which samples lie.
+        checks: Whether losses are followed back to the outputs of the model.
+    """
+
+    number: int
+    starts: bool
+    pending: PendingStart | None
+    backend: Backend | None
+    due: frozenset[Role]
+    sample_dim: int
+    checks: bool
+
+    @property
+    def in_pair(self) -> bool:
+        """Whether anything is measured."""
+        return self.backend is not None
+
+
+class Iteration:
+    """What is seen of one iteration; the hooks on model, loss function and parameters report here."""
+
+    def __init__(self, task: Task, params: list[Tensor], gradients: Gradients, some_elements: SomeElements) -> None:
+        """Begin.
+
+        Args:
+            task: What is to be found out.
+            params: Parameters of the optimizer.
+            gradients: Takes note of the gradients.
+            some_elements: Looks at elements of the parameters.
+        """
+        self.task, self.params, self.gradients = task, params, gradients
+        self._some_elements = some_elements
+        self.passes = BackwardPasses(gradients.gone, self._discarded, self._opened)
+        self.calls: list[ModelCall] = []
+        self.interacting = False
+        self.muted = False
+        self.edited: Truth | None = None
+        self.elements: Tensor | None = None
+        self.end_product: Tensor | None = None
+        self._output_rows: set[int] = set()
+        # Of the step that is being made:
+        self.in_step = False
+        self.loss = BatchLoss(None, None, 0)
+        self.used_gradients: LossGradients | None = None
+        self.before: Tensor | list[Tensor] | None = None
+        self.lr: tuple[float | Tensor, ...] = ()
+
+    # ---------------------------------------------------------------- what the hooks ask
+
+    @property
+    def records(self) -> bool:
+        """Whether calls of the model are to be kept for a repetition."""
+        backend = self.task.backend
+        return bool(self.task.due) and backend is not None and backend.records
+
+    @property
+    def follows_losses(self) -> bool:
+        """Whether losses are followed back to the outputs of the model."""
+        return self.task.checks
+
+    @property
+    def wants_losses(self) -> bool:
+        """Whether losses of single samples are wanted."""
+        return bool(self.task.due)
+
+    def watched_outputs(self) -> list[tuple[int, int, Tensor]]:
+        """Outputs of the model's calls with their graph: number of the call, place, tensor."""
+        return [
+            (number, place, tensor)
+            for number, call in enumerate(self.calls)
+            for place, tensor in enumerate(call.outputs)
+            if tensor.requires_grad and not tensor.retains_grad
+        ]
+
+    def output_rows(self) -> set[int]:
+        """How many rows, or samples along ``sample_dim``, the outputs of the model have; empty if not called."""
+        return self._output_rows
+
+    # ---------------------------------------------------------------- what the hooks report
+
+    def model_called(self, samples: int | None, inputs: Any, shapes: list[torch.Size], call: ModelCall | None) -> None:
+        """The model was called under autograd."""
+        self.passes.forward_started(samples)
+        if self.task.due and not self.records:  # rules of layers ask where indices come from
+            self.passes.inputs |= {
+                tensor.untyped_storage().data_ptr()
+                for tensor in tensors_in(inputs)
+                if tensor.layout == torch.strided and not tensor.is_nested
+            }
+        self._output_rows |= {size for shape in shapes for size in shape[: self.task.sample_dim + 1]}
+        if call is not None:
+            self.calls.append(call)
+
+    def loss_returned(self, loss: Tensor, samples: int | None, tokens: Any) -> None:
+        """The model returned a loss; it counts if a backward pass starts there."""
+        call = LossCall(loss.detach(), None, samples, share=tokens is not None)
+        passes = self.passes
+
+        def start(gradient: Tensor) -> None:
+            passes.anchor(replace(call, gamma=gradient.detach()))
+
+        loss.register_hook(start)
+
+    def output_reached(self, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor) -> None:
+        """A backward pass has reached an output of the model."""
+        entry = self.passes.anchor(samples=samples)
+        if call is not None:
+            entry.outputs.append((call, place, gradient.detach()))
+            call.outputs.clear()
+
+    def samples_interact(self) -> None:
+        """The loss of a sample was seen to depend on another sample's output."""
+        self.interacting = True
+
+    def accumulated(self, param: Tensor, first: bool) -> None:
+        """A gradient was accumulated into a parameter; whether it is the first of its backward pass."""
+        self.gradients.accumulated(param)
+        if first:
+            self.passes.current().reached = True
+        if self.task.due and self.task.backend is not None:
+            self.task.backend.accumulated(param)
+
+    @torch.no_grad()
+    def backward_ended(self) -> None:
+        """A backward pass has ended; nobody has touched the gradients yet."""
+        self.gradients.backward_ended(look=self.task.in_pair)
+        pending = self.task.pending
+        if pending is not None and self._same_layout(pending):
+            self.end_product = pending.direction.products([param.grad for param in self.params])
+
+    def _same_layout(self, pending: PendingStart) -> bool:
+        direction = pending.direction
+        known = direction.params
+        return same_tensors(known, self.params)
+
+    def _discarded(self) -> bool:
+        """The passes so far do not count; whether a step was skipped for them."""
+        skipped = self.gradients.not_finite()
+        self.gradients.forget()
+        self.end_product = None
+        if self.task.due and self.task.backend is not None:
+            self.task.backend.discard()
+        return skipped
+
+    def _opened(self) -> None:
+        """Compare the parameters that a backward pass belongs to with what the step left."""
+        pending = self.task.pending
+        if pending is None:
+            return
+        direction = pending.direction
+        if isinstance(direction, AlongGradient):
+            uncleared = zip(direction.change_.bases, self.params, strict=False)
+            if any(base is not None and base is param.grad for base, param in uncleared):
+                direction.keep()  # the coming gradients are going to be added to those of the step
+        self.elements = self._some_elements.of(self.params)
+        edited = differ(self.elements, pending.elements)
+        self.edited = edited if self.edited is None else self.edited | edited
+
+    # ---------------------------------------------------------------- what was seen
+
+    def all_of_loss(self) -> bool:
+        """Whether the losses seen are all that reached the outputs of the model; True if not looked at."""
+        return all(matches_loss(entry, self.calls) for entry in self.passes.reached)
+
+    def was_edited(self) -> Truth:
+        """Whether the parameters were changed between the last step and the pass of this iteration."""
+        pending = self.task.pending
+        if self.edited is not None or pending is None:
+            return self.edited if self.edited is not None else False
+        return differ(self._some_elements.of(self.params), pending.elements)
+
+    def elements_now(self) -> Tensor:
+        """Some elements of the parameters, as the running backward pass found them if there was one."""
+        return self._some_elements.of(self.params) if self.elements is None else self.elements

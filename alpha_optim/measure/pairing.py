@@ -1,0 +1,366 @@
+"""Pairs the start and the end of one step, from the user's own passes.
+
+One iteration may be the end of the pair (n-1, n) and the start of the pair (n, n+1). The end is
+complete when `step` is called, the start only after it, when the direction is known. Between the two
+iterations only the direction and a few numbers are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from alpha_optim.alpha.records import DropReason
+from alpha_optim.measure.iteration import Iteration, Task
+from alpha_optim.measure.refresh import Role, Variances
+from alpha_optim.measure.step_ends import (
+    BatchLoss,
+    EndPoint,
+    PendingPair,
+    PendingStart,
+    batch_loss,
+    sample_variance,
+)
+from alpha_optim.observe.backward_passes import gamma_of
+from alpha_optim.observe.gradients import GradientHooks, Gradients, Habits
+from alpha_optim.observe.losses import LossHooks
+from alpha_optim.observe.model_calls import ModelHooks
+from alpha_optim.observe.numbers import Number, Truth, free_to_read, read
+from alpha_optim.observe.some_elements import SomeElements, differ
+from alpha_optim.observe.step_direction import (
+    AlongGradient,
+    BetweenPoints,
+    Direction,
+    copied,
+    is_plain_sgd,
+    parameters_of,
+    same_tensors,
+)
+from alpha_optim.slopes.base import Backend, Expected, SampleSlopes
+from alpha_optim.slopes.forward_mode import OTHER_TERMS
+
+TOLERANCE = 1e-2
+"""Deviation of the mean over all samples from the slope of the gradients, relative to it or to its standard error,
+at which samples count as not adding up to the gradient; rounding in float32 is 1e-6, in 16 bits 1e-3."""
+
+
+class Pairing:
+    """Hooks iterations and turns pairs of them into measurements."""
+
+    def __init__(self, model: nn.Module | None, loss_fn: nn.Module | None, sample_dim: int, sampled: bool) -> None:
+        """Prepare; nothing is hooked before `begin`.
+
+        Args:
+            model: The model, if it was given.
+            loss_fn: Loss function of the user, if it was given.
+            sample_dim: Dimension along which samples lie.
+            sampled: Whether variances are measured now and then, on few samples.
+        """
+        self._sample_dim = sample_dim
+        self.variances = Variances(sampled)
+        self.habits = Habits()
+        self.pending: PendingStart | None = None
+        self.losses = LossHooks(loss_fn, sample_dim, self._now)
+        self._model_hooks = ModelHooks(model, sample_dim, self._now)
+        self.gradient_hooks = GradientHooks(self._now)
+        self._buffer: list[Tensor] = []  # for copies of gradients, reused
+        self._before: list[Tensor] = []  # parameters before a step, reused
+        self._some_elements = SomeElements()
+        self._keep_direction = False  # the gradients of a step are written to before the next
+        nothing = Task(0, False, None, None, frozenset(), sample_dim, False)
+        self.iteration = self._new(nothing, [])
+
+    def _now(self) -> Iteration:
+        return self.iteration
+
+    def _new(self, task: Task, params: list[Tensor]) -> Iteration:
+        return Iteration(task, params, Gradients(self.habits, self._buffer), self._some_elements)
+
+    # ---------------------------------------------------------------- hooks
+
+    def begin(self, optimizer: Optimizer, backend: Backend | None, number: int, starts: bool, loss: bool) -> None:
+        """Hook what the coming iteration needs.
+
+        Args:
+            optimizer: The wrapped optimizer.
+            backend: Backend of the iteration; None if it is in no pair.
+            number: The coming iteration.
+            starts: Whether it is the start of a pair.
+            loss: Whether its loss is wanted even if it is in no pair.
+        """
+        self._close_backend()
+        params = parameters_of(optimizer)
+        if not same_tensors(params, self.iteration.params):
+            self.variances.forget()
+        due = frozenset[Role]() if backend is None else self._due(backend, number, starts)
+        checks = "start" in due and backend is not None and backend.check_due()
+        task = Task(number, starts, self.pending, backend, due, self._sample_dim, checks)
+        self.iteration = self._new(task, params)
+        if backend is not None and due:
+            end_of = None
+            if "end" in due and self.pending is not None and not backend.records:
+                end_of = self.pending.direction.change()
+            backend.begin(self.iteration.passes, end_of, "start" in due, params)
+        if backend is not None or loss:
+            self._model_hooks.attach()
+            self.gradient_hooks.attach(params)
+            self.losses.attach()
+        else:
+            self._model_hooks.detach()
+            self.gradient_hooks.detach()
+            self.losses.detach()
+
+    def _due(self, backend: Backend, number: int, starts: bool) -> frozenset[Role]:
+        """At which ends of a step variances are measured anew."""
+        roles: list[tuple[Role, bool]] = [("start", starts), ("end", self.pending is not None)]
+        cost = backend.cost(self.variances.samples)
+        return frozenset(role for role, wanted in roles if wanted and self.variances.due(role, number, cost))
+
+    def _close_backend(self) -> None:
+        task = self.iteration.task
+        if task.backend is not None and task.due:
+            task.backend.close()
+
+    def close(self) -> None:
+        """Remove every hook and forget the iteration."""
+        self._close_backend()
+        self.iteration = self._new(replace(self.iteration.task, backend=None, due=frozenset()), [])
+        self._model_hooks.detach()
+        self.gradient_hooks.detach()
+        self.losses.detach()
+
+    def mute(self) -> None:
+        """Remove every hook; what was seen stays."""
+        task = self.iteration.task
+        if task.backend is not None and task.due:
+            task.backend.mute()
+        self._model_hooks.detach()
+        self.gradient_hooks.detach()
+        self.losses.detach()
+
+    def gradients_overwritten(self) -> None:
+        """The gradients are about to be zeroed in place: keep those that are the pending direction."""
+        if self.pending is not None and isinstance(self.pending.direction, AlongGradient):
+            self.pending.direction.keep()
+
+    # ---------------------------------------------------------------- the loss
+
+    def see_loss(self, fallback: Any) -> BatchLoss:
+        """Put the loss of the iteration together, with the variance as it was the last time if not seen now."""
+        scalar = fallback if isinstance(fallback, (Tensor, float, int)) else None
+        iteration = self.iteration
+        loss = batch_loss(iteration.passes, scalar)
+        if loss.variance is not None:
+            self.variances.of_loss = loss.variance
+        elif loss.complete and loss.samples != 1:
+            loss = replace(loss, variance=self.variances.of_loss)
+        elif iteration.task.due:
+            self.variances.of_loss = None
+        iteration.loss = loss
+        return loss
+
+    # ---------------------------------------------------------------- the end of a step
+
+    def finish(self) -> PendingPair | DropReason | None:
+        """Complete the pair that ends in this iteration; called before the optimizer steps.
+
+        Returns:
+            The pair, the reason why it is dropped, or None if there is none.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return None
+        reason = self._obstacle()
+        if reason is not None:
+            return reason
+        iteration, direction = self.iteration, pending.direction
+        if not same_tensors(direction.params, iteration.params):
+            return DropReason.PARAMETERS_CHANGED
+        if not direction.intact():
+            self._keep_direction = True
+            return DropReason.DIRECTION_OVERWRITTEN
+        product = iteration.end_product
+        if product is None:  # gradients set by hand
+            product = direction.products([param.grad for param in iteration.params])
+        backend, slopes = iteration.task.backend, None
+        edited = iteration.was_edited()
+        if "end" in iteration.task.due and backend is not None and iteration.loss.samples != 1:
+            slopes = backend.end_slopes(direction)
+        point = self._observe("end", direction, product, None, False, slopes)
+        return PendingPair(
+            pending.iteration,
+            direction.length,
+            direction.moved,
+            edited,
+            pending.point,
+            point,
+            pending.lr,
+            self._doubt,
+        )
+
+    def _observe(
+        self,
+        role: Role,
+        direction: Direction,
+        product: Tensor,
+        factor: Tensor | None,
+        lost: Truth,
+        slopes: SampleSlopes | None,
+    ) -> EndPoint:
+        """One end of a step; variances as they were the last time if not measured now."""
+        iteration, loss = self.iteration, self.iteration.loss
+        passes = iteration.passes.reached
+        gamma = gamma_of(passes)
+        due = role in iteration.task.due
+        alone = loss.samples == 1 or any(entry.mixed for entry in passes)
+        loss_variance = loss.variance
+        slope_variance: Number | None = None
+        doubtful: Truth = False
+        if due and not alone:
+            if slopes is not None:
+                # Along d / |d|, so that it can stand in for other steps.
+                measured = sample_variance(slopes.values / direction.length.to(slopes.values.device))
+                slope_variance = measured
+                doubtful = self._doubtful(slopes, product, factor, gamma, lost)
+                if slopes.losses is not None:
+                    loss_variance = self.variances.of_loss = sample_variance(slopes.losses)
+            if not (free_to_read(direction.length.device) and read([direction.length])[0] == 0.0):
+                # Else nothing was learned.
+                kept = None if doubtful is True else slope_variance
+                self.variances.measured(role, iteration.task.number, kept, loss.samples)
+        elif not alone:
+            slope_variance = self.variances.of_slope(role)
+        if loss.samples == 1:
+            loss_variance = None
+        return EndPoint(product, factor, gamma, loss.mean, loss_variance, slope_variance, lost, doubtful, loss.samples)
+
+    def _doubtful(
+        self, slopes: SampleSlopes, product: Tensor, factor: Tensor | None, gamma: Tensor | None, lost: Truth
+    ) -> Truth:
+        """Whether all samples together do not give the slope of the gradients."""
+        if not slopes.complete:
+            return False
+        slope = product if factor is None else product / factor
+        slope = slope if gamma is None else slope / gamma
+        values = slopes.values
+        error = values.std() / len(values) ** 0.5
+        slope = slope.to(values.device)
+        # A sum that is not finite is told by its own status, not by this one.
+        apart = (values.mean() - slope).abs() > TOLERANCE * torch.maximum(slope.abs(), error)
+        apart = apart & ~torch.as_tensor(lost, device=values.device)
+        if free_to_read(values.device):
+            if read([apart])[0]:
+                self._doubt()
+                return True
+            return False
+        return apart
+
+    def _doubt(self) -> None:
+        """Samples did not add up to the gradient; the backend that found them is told."""
+        backend = self.iteration.task.backend
+        failed = getattr(backend, "failed", None)
+        if failed is not None:
+            failed(OTHER_TERMS)
+
+    # ---------------------------------------------------------------- the start of a step
+
+    def start_obstacle(self, params: Sequence[Tensor]) -> DropReason | None:
+        """Say why this iteration cannot start a pair of ``params``; None if it can."""
+        reason = self._obstacle()
+        if reason is not None:
+            return reason
+        iteration = self.iteration
+        as_hooked = same_tensors(params, iteration.params) and not iteration.gradients.params_edited(params)
+        return None if as_hooked else DropReason.PARAMETERS_CHANGED
+
+    def _obstacle(self) -> DropReason | None:
+        """Say why nothing was observed in this iteration, or None."""
+        iteration = self.iteration
+        if iteration.passes.skipped:
+            return DropReason.STEP_SKIPPED
+        seen = iteration.gradients.any_seen or self.gradient_hooks.fresh(iteration.params)
+        return None if seen else DropReason.NO_BACKWARD
+
+    def before_step(self, optimizer: Optimizer, kept: list[Tensor] | None, lr: tuple[float | Tensor, ...]) -> None:
+        """Keep what tells the direction after the step.
+
+        Args:
+            optimizer: The wrapped optimizer.
+            kept: A copy of the parameters that a guard keeps anyway.
+            lr: Learning rates of the step.
+        """
+        iteration = self.iteration
+        iteration.used_gradients = iteration.gradients.of_loss(iteration.params)
+        iteration.lr = lr
+        if is_plain_sgd(optimizer):
+            iteration.before = iteration.elements_now()
+        elif kept is not None:
+            self._before = []
+            iteration.before = kept
+        else:
+            self._before = copied(self._before, iteration.params)
+            iteration.before = self._before
+
+    def after_step(self, optimizer: Optimizer) -> DropReason | None:
+        """Reduce the start along the step just made and wait for its end; or the reason why it is dropped."""
+        iteration = self.iteration
+        gradients, before = iteration.used_gradients, iteration.before
+        assert gradients is not None
+        assert before is not None
+        if not gradients.intact():  # used as scratch memory by the optimizer: copied from now on
+            self.habits.keep_copies = True
+            return DropReason.GRADIENTS_MODIFIED
+        params = iteration.params
+        elements = self._some_elements.of(params)
+        direction: AlongGradient | BetweenPoints
+        if isinstance(before, Tensor):
+            direction = AlongGradient.of(optimizer, differ(elements, before))
+            product = direction.products(gradients.tensors)
+        else:
+            direction, product = BetweenPoints.of(before, params, gradients.tensors)
+        slopes, backend = None, iteration.task.backend
+        if "start" in iteration.task.due and backend is not None and iteration.loss.samples != 1:
+            slopes = backend.start_slopes(direction, gradients, self._expected(product, gradients.factor))
+        point = self._observe("start", direction, product, gradients.factor, gradients.lost, slopes)
+        if isinstance(direction, AlongGradient) and (self._keep_direction or self.gradient_hooks.reused(params)):
+            direction.keep()
+        self.pending = PendingStart(iteration.task.number, direction, point, elements, iteration.lr)
+        return None
+
+    def _expected(self, product: Tensor, factor: Tensor | None) -> Expected:
+        """What the mean over all samples at the start has to be."""
+        iteration = self.iteration
+        gamma = gamma_of(iteration.passes.reached)
+        slope = product if factor is None else product / factor
+        slope = slope if gamma is None else slope / gamma
+        gradients = iteration.used_gradients
+        lost = gradients is not None and gradients.lost
+        known = lost is False or (isinstance(lost, Tensor) and not read([lost])[0])
+        return Expected(slope if known else None, iteration.loss.mean, iteration.interacting, iteration.all_of_loss())
+
+    # ---------------------------------------------------------------- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: the pending step, variances, what was learned about the loop."""
+        habits = self.habits
+        return {
+            "habits": [habits.compare_norms, habits.keep_copies, habits.asked],
+            "keep_direction": self._keep_direction,
+            "variances": self.variances.state_dict(),
+            "pending": None if self.pending is None else self.pending.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], params: list[Tensor]) -> None:
+        """Take over a state; its tensors move to the devices of ``params``."""
+        habits = self.habits
+        habits.compare_norms, habits.keep_copies, habits.asked = map(bool, state["habits"])
+        self.variances.load_state_dict(state["variances"])
+        self._keep_direction = bool(state["keep_direction"])
+        self.iteration = self._new(self.iteration.task, params)
+        saved = state["pending"]
+        self.pending = None if saved is None else PendingStart.from_state(saved, params)

@@ -1,0 +1,247 @@
+"""Calls of the model in the training loop: how many samples, what was returned, what came back.
+
+The hook sits on the model as a whole, outside of whatever `torch.compile` or a data-parallel wrapper does
+inside, and on no layer. In most iterations it only counts samples, finds the loss among what the model
+returned, and notes when a backward pass enters through its output. When slopes of samples are due it also
+keeps what a repetition of the call needs, and the gradients that reach the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from alpha_optim.observe.hooks import Hook, inside_functorch, tensors_in, versions_of
+from alpha_optim.observe.model_inputs import detached, samples_of
+from alpha_optim.observe.random_state import RandomState
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """Whether and how autocast was on."""
+
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, device: torch.device) -> Autocast:
+        """As it is now for one kind of device."""
+        kind = device.type
+        return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    def again(self) -> torch.autocast:
+        """A context in which it is so again; casts of parameters are not kept from one pass to another."""
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+
+@dataclass(eq=False)
+class ModelCall:
+    """One call of the model, with what its repetition needs.
+
+    Attributes:
+        args: Positional arguments, detached.
+        kwargs: Keyword arguments, detached.
+        versions: Versions of the tensors among the arguments at the call.
+        samples: Number of samples N, None if no tensor tells.
+        random: State of the random number generators before the call.
+        drew: Whether the call drew random numbers.
+        autocast: Whether it ran under autocast.
+        training: Training flag of every module of the model.
+        shapes: Shapes of the tensors in its output.
+        loss: The loss among them ``[]``, detached; None if there is none.
+        loss_place: Which of the tensors it is.
+        outputs: The tensors in its output with their graph, until the backward pass begins; only where the
+            loss is to be followed back to them.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: tuple[int, ...]
+    samples: int | None
+    random: RandomState
+    drew: bool
+    autocast: Autocast
+    training: tuple[bool, ...]
+    shapes: tuple[torch.Size, ...]
+    loss: Tensor | None
+    loss_place: int | None
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def unaltered(self) -> bool:
+        """Whether nobody has written to the inputs since."""
+        return versions_of((self.args, self.kwargs)) == self.versions
+
+    @property
+    def tokens(self) -> Any:
+        """Number of targets by which the model was told to divide its loss (Transformers), or None."""
+        return self.kwargs.get("num_items_in_batch")
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The module inside wrappers: `torch.compile`'s, data-parallel ones."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module) and isinstance(
+            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def returned_loss(output: Any) -> tuple[Tensor, int] | None:
+    """The loss that a model returned with its output, and its place among the tensors; None if there is none."""
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    tensors = list(tensors_in(output))
+    if not isinstance(found, Tensor):
+        single = [tensor for tensor in tensors if tensor.dim() == 0 and tensor.requires_grad]
+        found = single[0] if len(single) == 1 and isinstance(output, (tuple, Tensor)) else None
+    if found is None or found.dim() > 0 or not found.requires_grad:
+        return None
+    places = [place for place, tensor in enumerate(tensors) if tensor is found]
+    return (found, places[0]) if places else None
+
+
+class Reports:
+    """What `ModelHooks` tells; the iteration in progress implements it."""
+
+    records: bool
+    """Whether calls are to be kept for a repetition."""
+    follows_losses: bool
+    """Whether the outputs are to be kept with their graph until the backward pass begins."""
+
+    def model_called(self, samples: int | None, inputs: Any, shapes: list[torch.Size], call: ModelCall | None) -> None:
+        """The model was called under autograd."""
+
+    def loss_returned(self, loss: Tensor, samples: int | None, tokens: Any) -> None:
+        """It returned a loss, not detached."""
+
+    def output_reached(self, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor) -> None:
+        """A backward pass has reached one of its outputs."""
+
+
+class ModelHooks:
+    """The hooks on one model."""
+
+    def __init__(self, model: nn.Module | None, sample_dim: int, iteration: Callable[[], Any]) -> None:
+        """Prepare; nothing is hooked before `attach`.
+
+        Args:
+            model: The model that the loop calls, if it was given.
+            sample_dim: Dimension along which samples lie.
+            iteration: Returns the iteration in progress, which implements `Reports`.
+        """
+        self._model, self._sample_dim, self._iteration = model, sample_dim, iteration
+        self._handles: list[RemovableHandle] = []
+        self._compiled_call: Callable[..., Any] | None = None
+        self._before: list[RandomState] = []
+        self.muted = False
+        params = [] if model is None else list(model.parameters())
+        self._device = params[0].device if params else torch.device("cpu")
+
+    @property
+    def attached(self) -> bool:
+        """Whether calls are seen."""
+        return bool(self._handles) or self._compiled_call is not None
+
+    def attach(self) -> None:
+        """Hook the model."""
+        model = self._model
+        if model is None or self.attached:
+            return
+        if model._compiled_call_impl is not None:
+            # Hooks on a module that was compiled in place would be compiled with it.
+            self._compiled_call = model._compiled_call_impl
+            model._compiled_call_impl = _CompiledCall(self, model, self._compiled_call)
+            return
+        self._handles = [
+            model.register_forward_pre_hook(Hook(self._starts, owner=model), with_kwargs=True),
+            model.register_forward_hook(Hook(self._called, owner=model), with_kwargs=True),
+        ]
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        if self._compiled_call is not None and self._model is not None:
+            self._model._compiled_call_impl = self._compiled_call
+        self._handles, self._compiled_call, self._before = [], None, []
+
+    def _starts(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._iteration().records and torch.is_grad_enabled() and not self.muted:
+            self._before.append(RandomState.now(self._device))
+
+    def _called(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        iteration: Reports = self._iteration()
+        if not torch.is_grad_enabled() or self.muted:
+            return
+        tensors = list(tensors_in(output))
+        differentiable = [(place, tensor) for place, tensor in enumerate(tensors) if tensor.requires_grad]
+        samples = samples_of(args, kwargs, self._sample_dim)
+        loss = returned_loss(output)
+        call = None
+        if iteration.records and self._before:
+            random = self._before.pop()
+            call = ModelCall(
+                detached(tuple(args)),
+                {name: detached(value) for name, value in kwargs.items()},
+                versions_of((args, kwargs)),
+                samples,
+                random,
+                random.has_moved(),
+                Autocast.now(self._device),
+                tuple(module.training for module in innermost(model).modules()),
+                tuple(tensor.shape for tensor in tensors),
+                None if loss is None else loss[0].detach(),
+                None if loss is None else loss[1],
+                tensors if iteration.follows_losses else [],
+            )
+        iteration.model_called(samples, (args, kwargs), [tensor.shape for tensor in tensors], call)
+        if loss is not None:
+            iteration.loss_returned(loss[0], samples, kwargs.get("num_items_in_batch"))
+        for place, tensor in differentiable:
+            _register_first(tensor, _arrival(self, samples, call, place))
+
+    def arrived(self, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor) -> None:
+        """A gradient has reached an output."""
+        if self.attached and not self.muted:
+            self._iteration().output_reached(samples, call, place, gradient)
+
+
+class _CompiledCall:
+    """Stands in for the compiled call of a model that was compiled in place, and sees it from outside."""
+
+    def __init__(self, hooks: ModelHooks, model: nn.Module, call: Callable[..., Any]) -> None:
+        self._hooks, self._model, self._call = hooks, model, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        aside = torch.compiler.is_compiling() or inside_functorch()
+        if not aside:
+            self._hooks._starts(self._model, args, kwargs)
+        output = self._call(*args, **kwargs)
+        if not aside:
+            self._hooks._called(self._model, args, kwargs, output)
+        return output
+
+
+def _arrival(hooks: ModelHooks, samples: int | None, call: ModelCall | None, place: int) -> Any:
+    def arrived(gradient: Tensor) -> None:
+        hooks.arrived(samples, call, place, gradient)
+
+    return arrived
+
+
+def _register_first(tensor: Tensor, hook: Any) -> None:
+    """Register a tensor hook before those that are there: a layer may have returned this very tensor."""
+    handle = tensor.register_hook(hook)
+    hooks: Any = tensor._backward_hooks
+    first, others = hooks.pop(handle.id), list(hooks.items())
+    hooks.clear()
+    hooks.update([(handle.id, first), *others])

@@ -1,0 +1,52 @@
+"""Numbers that stay on the device until somebody reads them.
+
+A measurement collects tensors of one element. Reading one from an accelerator waits for all work that is queued
+there, so all of them are read together, once, when the history is read; the arithmetic is done in floats then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor
+"""A float, or a tensor ``[]``."""
+Truth = bool | Tensor
+"""A bool, or a bool tensor ``[]``."""
+
+
+def free_to_read(device: torch.device) -> bool:
+    """Whether reading a number from a device waits for nothing."""
+    return device.type == "cpu"
+
+
+def read(values: Sequence[Number | Truth | None]) -> list[Any]:
+    """Fetch numbers in one transfer per device.
+
+    Args:
+        values: Tensors ``[]`` of any precision on any devices, numbers, and None.
+
+    Returns:
+        Floats where there were tensors; everything else as it was.
+    """
+    # tolist reads memory; item() would be counted (and on an accelerator wait) as a synchronisation.
+    found: list[Any] = [
+        value.tolist() if isinstance(value, Tensor) and free_to_read(value.device) else value for value in values
+    ]
+    waiting: dict[torch.device, list[int]] = {}
+    for place, value in enumerate(found):
+        if isinstance(value, Tensor):
+            waiting.setdefault(value.device, []).append(place)
+    for places in waiting.values():
+        together = torch.stack([found[place].detach().double() for place in places]).tolist()
+        for place, value in zip(places, together, strict=True):
+            found[place] = value
+    return found
+
+
+def saved(value: Any) -> Any:
+    """A number for a state dict: tensors become plain numbers."""
+    return read([value])[0]
