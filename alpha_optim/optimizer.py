@@ -52,7 +52,7 @@ class AlphaGuided(Optimizer):
         ...     loss_fn(model(torch.randn(8, 3)), torch.randn(8, 1)).backward()
         ...     optimizer.step()
         >>> len(optimizer.alpha_history), optimizer.alpha_history[-1].information
-        (2, 'full')
+        (2, <Information.FULL: 'full'>)
 
     References:
         Schneider, Dangel and Hennig (2021), Cockpit, https://arxiv.org/abs/2102.06604

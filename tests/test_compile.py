@@ -67,20 +67,45 @@ def test_a_compiled_model(kind, variance):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in (0, 1)  # no hook gets into the graph
 
 
-@pytest.mark.compatibility("torch.compile", "model.compile(): slopes only")
-def test_a_model_compiled_in_place_has_slopes_and_says_why():
+@pytest.mark.compatibility("torch.compile", "model.compile()")
+def test_a_model_compiled_in_place():
+    def build(wrapped):
+        torch.manual_seed(0)
+        model, loss_fn = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)), nn.CrossEntropyLoss()
+        model.compile(backend="eager")
+        call = model._compiled_call_impl
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        optimizer = AlphaGuided(optimizer, model, loss_fn) if wrapped else optimizer
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(STEPS):
+            x, y = torch.randn(12, 6, generator=generator), torch.randint(0, 3, (12,), generator=generator)
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+        if wrapped:
+            optimizer.detach()
+        assert model._compiled_call_impl is call
+        return model, optimizer
+
+    (bare, _), (model, optimizer) = build(False), build(True)
+    assert equal_states(bare.state_dict(), model.state_dict())
+    assert {m.information for m in optimizer.alpha_history} == {"full"}
+    with pytest.raises(ValueError, match="backend='cached' is impossible here: a compiled model"):
+        AlphaGuided(torch.optim.Adam(model.parameters()), model, backend="cached")
+
+
+@pytest.mark.compatibility("torch.compile", "the compiled model in the loop, the bare one given: slopes, and a warning")
+def test_the_bare_model_given_and_the_compiled_one_called():
     model, loss_fn = nn.Linear(6, 3), nn.CrossEntropyLoss()
-    model.compile(backend="eager")
-    with pytest.raises(ValueError, match=r"backend='layerwise' is impossible here: model.compile\(\) hides"):
-        AlphaGuided(torch.optim.Adam(model.parameters()), model, loss_fn, backend="layerwise")
+    net = compiled(model)
     optimizer = AlphaGuided(torch.optim.Adam(model.parameters()), model, loss_fn)
-    assert optimizer.backend == "gradients"
-    assert "torch.compile(model)" in repr(optimizer)
-    for _ in range(4):
-        optimizer.zero_grad()
-        loss_fn(model(torch.randn(8, 6)), torch.randint(0, 3, (8,))).backward()
-        optimizer.step()
+    with pytest.warns(UserWarning, match="give AlphaGuided the very module that the loop calls"):
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss_fn(net(torch.randn(8, 6)), torch.randint(0, 3, (8,))).backward()
+            optimizer.step()
     assert {m.information for m in optimizer.alpha_history} == {"slopes"}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 @pytest.mark.compatibility("torch.compile", "a compiled step (alpha's part runs as it is)")

@@ -78,7 +78,7 @@ def test_replaced_parameters():
     before = replaced.detach().clone()
     train(model, guided, steps=4)
     assert not torch.equal(before, replaced)
-    assert len(guided.alpha_history) >= count + 3
+    assert len(guided.alpha_history) >= count + 2
 
 
 @pytest.mark.compatibility("Loops", "zero_grad(set_to_none=False), model.zero_grad()")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from alpha_optim import AlphaHistory, AlphaStatus, Observation, measure_alpha
+from alpha_optim.alpha.records import DropReason
 
 
 def measurement(n, start=-1.0, end=0.2, t=1.0, **more):
@@ -48,7 +49,7 @@ def test_it_is_a_sequence_oldest_first():
 def test_numbers_stay_where_they_are_until_somebody_reads():
     history, fetched = AlphaHistory(), []
     history.append(Waiting(measurement(0), fetched))
-    history.append(Waiting("parameters_changed", fetched))
+    history.append(Waiting(DropReason.PARAMETERS_CHANGED, fetched))
     assert fetched == []
     assert len(history) == 1
     assert len(fetched) == 2
@@ -59,7 +60,7 @@ def test_the_oldest_make_room_and_are_counted():
     history = filled(250, maxlen=100)
     assert len(history) == 100
     assert history[0].iteration == 150
-    assert history.dropped == {"maxlen": 150}
+    assert history.dropped == {"evicted": 150}
 
 
 def test_subscribers_see_every_measurement_once_in_order():

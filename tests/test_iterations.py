@@ -871,7 +871,7 @@ def test_an_earlier_forward_pass_of_another_size_does_not_confuse_the_count():
     check_same(guided.alpha_history, reference.alpha_history, ("samples_start", "slope_variance_start"))
 
 
-@pytest.mark.parametrize("options", [{"backend": "cached"}, {"variance": "sampled"}], ids=str)
+@pytest.mark.parametrize("options", [{"variance": "sampled"}, {"variance": "exact"}], ids=str)
 def test_losses_of_two_forward_passes_together(options):
     histories = []
     for together in (True, False):
@@ -889,9 +889,8 @@ def test_losses_of_two_forward_passes_together(options):
             guided.step()
         histories.append(guided.alpha_history)
     assert [m.samples_start for m in histories[1]] == [19, 19]
-    if options.get("backend") == "cached":  # its layers have 12 and 7 rows
-        return
-    check_same(*histories)
+    first = 1 if options["variance"] == "exact" else 0  # the rules of layers do not fit, as is seen then
+    check_same(*(history[first:] for history in histories))
 
 
 def test_the_factor_of_a_recorded_mean_is_divided_out():

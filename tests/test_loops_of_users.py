@@ -1,9 +1,5 @@
-"""What users do to layers, gradients and parameters between steps, against one backward pass per sample.
+"""What users do to layers, gradients and parameters between steps, against one backward pass per sample."""
 
-The layers are wide, so that under plain SGD products of samples take the place of products with the step.
-"""
-
-import copy
 import io
 import warnings
 
@@ -70,7 +66,7 @@ def test_clipping_by_value_does_not_cost_the_layers():
     history = list(guided.alpha_history)
     assert len(history) == 5  # the first pair is dropped
     check(history, oracle(twin, batches, Clipped)[1:])
-    assert not guided._session.plan._built["layerwise"]._whole_model
+    assert guided._session.plan._built["layerwise"]._by_rules
 
 
 def test_a_frozen_weight_whose_gradient_is_zeroed_in_place():
@@ -82,7 +78,7 @@ def test_a_frozen_weight_whose_gradient_is_zeroed_in_place():
         loss_fn(model(x), y).backward()
         guided.step()
     assert all(m.information == "full" for m in guided.alpha_history)
-    assert not guided._session.plan._built["layerwise"]._whole_model
+    assert guided._session.plan._built["layerwise"]._by_rules
 
 
 def test_a_parameter_used_outside_its_module_in_one_iteration():
@@ -98,13 +94,12 @@ def test_a_parameter_used_outside_its_module_in_one_iteration():
     torch.manual_seed(0)
     model, batches = Sometimes().double(), make_batches(7)
     loss_fn, guided = wrap(model, "layerwise")
-    with pytest.warns(UserWarning, match=r"a\.weight: its samples do not add up"):
-        for n, (x, y) in enumerate(batches):
-            model.on = n == 3
-            guided.zero_grad()
-            loss_fn(model(x), y).backward()
-            guided.step()
-            guided.alpha_history[-1:]
+    for n, (x, y) in enumerate(batches):
+        model.on = n == 3
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+        guided.alpha_history[-1:]
     known = [m.information == "full" for m in guided.alpha_history]
     assert known == [True, True, False, False, True, True]  # neither the end nor the start of iteration 3
 
@@ -131,39 +126,23 @@ def test_inputs_overwritten_without_torchs_knowledge(backend):
         guided.zero_grad()
         loss_fn(model(memory), y).backward()
         guided.step()
-    history = list(guided.alpha_history)
-    assert history[0].information == "slopes"  # its samples did not add up; from here on without products
-    check(history[1:], oracle(twin, batches)[1:])
+    check(list(guided.alpha_history), oracle(twin, batches))
 
 
 @BACKENDS
-def test_checkpoints_hold_no_data_of_the_user(backend):
+@pytest.mark.parametrize("variance", ["exact", "sampled"])
+def test_checkpoints_hold_no_data_of_the_user(backend, variance):
     data = torch.randn(50_000, 40, dtype=torch.float64)
-    model = net()
-    loss_fn, guided = wrap(model, backend)
+    model, loss_fn = net(), nn.CrossEntropyLoss()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    guided = AlphaGuided(sgd, model, loss_fn, backend=backend, variance=variance)
     for n in range(3):
         guided.zero_grad()
         loss_fn(model(data[6 * n : 6 * n + 6]), torch.randint(3, (6,))).backward()
         guided.step()
-    state, file = guided.state_dict(), io.BytesIO()
-    torch.save(state, file)
+    file = io.BytesIO()
+    torch.save(guided.state_dict(), file)
     assert file.tell() < 100_000
-    kept = copy.deepcopy(state)
-    data.zero_()
-    learned, was = (s["alpha_guided"]["plan"]["learned"][backend]["last"] for s in (state, kept))
-    assert len(was) == 2
-    assert all(torch.equal(learned[k][0], was[k][0]) and learned[k][0].abs().sum() > 0 for k in was)
-
-
-@BACKENDS
-def test_nothing_is_kept_where_products_of_samples_are_dearer(backend):
-    model = net()
-    loss_fn, guided = wrap(model, backend)
-    for x, y in make_batches(2, samples=64):
-        guided.zero_grad()
-        loss_fn(model(x), y).backward()
-        guided.step()
-    assert guided.state_dict()["alpha_guided"]["plan"]["learned"][backend]["last"] == {}
 
 
 @pytest.mark.parametrize("backend", ["backpack", "layerwise", "cached", "gradients"])

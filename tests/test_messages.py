@@ -27,15 +27,15 @@ class OwnLoss(nn.Module):
         return (output - target).square().mean()
 
 
-class Scaled(nn.Module):
-    """Uses the weight of its layer outside the layer's call as well."""
+class Centred(nn.Module):
+    """Its samples interact: every output depends on the mean of all."""
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(4, 2)
 
     def forward(self, x):
-        return self.layer(x) + x @ self.layer.weight.t()
+        return self.layer(x - self.layer(x).mean())
 
 
 def steps(count, optimizer, model, loss_fn, scheduler=None, between=lambda n: None):
@@ -75,6 +75,11 @@ def plainly(optimizer, model, loss_fn):
     steps(3, optimizer, model, loss_fn)
 
 
+def with_adam(optimizer, model, loss_fn):
+    optimizer.detach()
+    steps(3, AlphaGuided(torch.optim.Adam(model.parameters()), model, loss_fn), model, loss_fn)
+
+
 LINEAR = (lambda: nn.Linear(4, 2), nn.MSELoss)
 
 
@@ -86,7 +91,7 @@ LINEAR = (lambda: nn.Linear(4, 2), nn.MSELoss)
         (forgotten_scheduler, *LINEAR, r"without scheduler\.step\(\)"),
         (unused_loss, *LINEAR, "none of its calls was seen"),
         (plainly, LINEAR[0], OwnLoss, "gives no losses of single samples"),
-        (plainly, Scaled, nn.MSELoss, "no slopes of single samples"),
+        (with_adam, Centred, nn.MSELoss, "no slopes of single samples .* samples interact"),
     ],
 )
 def test_every_warning_names_the_users_own_line(train, model, loss_fn, message):

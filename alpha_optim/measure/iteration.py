@@ -32,6 +32,7 @@ class Task:
         backend: How slopes of samples are found; None if it is in no pair.
         due: At which ends of a step variances are measured anew.
         sample_dim: Dimension along which samples lie.
+        guarded: Whether a guard judges its loss.
         checks: Whether losses are followed back to the outputs of the model.
     """
 
@@ -41,6 +42,7 @@ class Task:
     backend: Backend | None
     due: frozenset[Role]
     sample_dim: int
+    guarded: bool
     checks: bool
 
     @property
@@ -95,6 +97,11 @@ class Iteration:
     def wants_losses(self) -> bool:
         """Whether losses of single samples are wanted."""
         return bool(self.task.due)
+
+    @property
+    def room_for_losses(self) -> int:
+        """Elements that may be kept until the step for a closer look at the losses: no more than the parameters."""
+        return sum(param.numel() for param in self.params) if self.task.guarded else 0
 
     def watched_outputs(self) -> list[tuple[int, int, Tensor]]:
         """Outputs of the model's calls with their graph: number of the call, place, tensor."""

@@ -44,9 +44,9 @@ from alpha_optim.observe.step_direction import (
 from alpha_optim.slopes.base import Backend, Expected, SampleSlopes
 from alpha_optim.slopes.forward_mode import OTHER_TERMS
 
-TOLERANCE = 1e-2
-"""Deviation of the mean over all samples from the slope of the gradients, relative to it or to its standard error,
-at which samples count as not adding up to the gradient; rounding in float32 is 1e-6, in 16 bits 1e-3."""
+TOLERANCE, TOLERANCE_HALF = 1e-2, 5e-2
+"""Deviation of the mean over all samples from the slope of the gradients, relative to the slopes of samples, at which
+they count as not adding up to the gradient, with parameters of 32 and of 16 bits; rounding in float32 is 1e-6."""
 
 
 class Pairing:
@@ -72,7 +72,7 @@ class Pairing:
         self._before: list[Tensor] = []  # parameters before a step, reused
         self._some_elements = SomeElements()
         self._keep_direction = False  # the gradients of a step are written to before the next
-        nothing = Task(0, False, None, None, frozenset(), sample_dim, False)
+        nothing = Task(0, False, None, None, frozenset(), sample_dim, guarded=False, checks=False)
         self.iteration = self._new(nothing, [])
 
     def _now(self) -> Iteration:
@@ -83,7 +83,7 @@ class Pairing:
 
     # ---------------------------------------------------------------- hooks
 
-    def begin(self, optimizer: Optimizer, backend: Backend | None, number: int, starts: bool, loss: bool) -> None:
+    def begin(self, optimizer: Optimizer, backend: Backend | None, number: int, starts: bool, guarded: bool) -> None:
         """Hook what the coming iteration needs.
 
         Args:
@@ -91,7 +91,7 @@ class Pairing:
             backend: Backend of the iteration; None if it is in no pair.
             number: The coming iteration.
             starts: Whether it is the start of a pair.
-            loss: Whether its loss is wanted even if it is in no pair.
+            guarded: Whether a guard judges its loss, measured or not.
         """
         self._close_backend()
         params = parameters_of(optimizer)
@@ -99,14 +99,14 @@ class Pairing:
             self.variances.forget()
         due = frozenset[Role]() if backend is None else self._due(backend, number, starts)
         checks = "start" in due and backend is not None and backend.check_due()
-        task = Task(number, starts, self.pending, backend, due, self._sample_dim, checks)
+        task = Task(number, starts, self.pending, backend, due, self._sample_dim, guarded, checks)
         self.iteration = self._new(task, params)
         if backend is not None and due:
             end_of = None
             if "end" in due and self.pending is not None and not backend.records:
                 end_of = self.pending.direction.change()
             backend.begin(self.iteration.passes, end_of, "start" in due, params)
-        if backend is not None or loss:
+        if backend is not None or guarded:
             self._model_hooks.attach()
             self.gradient_hooks.attach(params)
             self.losses.attach()
@@ -164,10 +164,23 @@ class Pairing:
         iteration.loss = loss
         return loss
 
+    def look_closer(self) -> BatchLoss:
+        """The loss of the iteration with the variance of its own samples, where they can be had later."""
+        iteration = self.iteration
+        calls = [call for entry in iteration.passes.reached for call in entry.calls]
+        if len(calls) == 1 and calls[0].closer is not None:
+            individual = calls[0].closer()
+            if individual is not None:
+                iteration.loss = replace(iteration.loss, variance=sample_variance(individual))
+        return iteration.loss
+
     # ---------------------------------------------------------------- the end of a step
 
-    def finish(self) -> PendingPair | DropReason | None:
+    def finish(self, params: Sequence[Tensor]) -> PendingPair | DropReason | None:
         """Complete the pair that ends in this iteration; called before the optimizer steps.
+
+        Args:
+            params: Parameters of the optimizer as they are now.
 
         Returns:
             The pair, the reason why it is dropped, or None if there is none.
@@ -179,7 +192,7 @@ class Pairing:
         if reason is not None:
             return reason
         iteration, direction = self.iteration, pending.direction
-        if not same_tensors(direction.params, iteration.params):
+        if not same_tensors(direction.params, params):
             return DropReason.PARAMETERS_CHANGED
         if not direction.intact():
             self._keep_direction = True
@@ -224,15 +237,15 @@ class Pairing:
         if due and not alone:
             if slopes is not None:
                 # Along d / |d|, so that it can stand in for other steps.
-                measured = sample_variance(slopes.values / direction.length.to(slopes.values.device))
-                slope_variance = measured
+                slope_variance = sample_variance(slopes.values / direction.length.to(slopes.values.device))
                 doubtful = self._doubtful(slopes, product, factor, gamma, lost)
+                if doubtful is True:  # already told
+                    doubtful, slope_variance = False, None
                 if slopes.losses is not None:
                     loss_variance = self.variances.of_loss = sample_variance(slopes.losses)
             if not (free_to_read(direction.length.device) and read([direction.length])[0] == 0.0):
                 # Else nothing was learned.
-                kept = None if doubtful is True else slope_variance
-                self.variances.measured(role, iteration.task.number, kept, loss.samples)
+                self.variances.measured(role, iteration.task.number, slope_variance, loss.samples)
         elif not alone:
             slope_variance = self.variances.of_slope(role)
         if loss.samples == 1:
@@ -248,10 +261,11 @@ class Pairing:
         slope = product if factor is None else product / factor
         slope = slope if gamma is None else slope / gamma
         values = slopes.values
-        error = values.std() / len(values) ** 0.5
         slope = slope.to(values.device)
+        half = any(param.dtype in (torch.float16, torch.bfloat16) for param in self.iteration.params)
+        size = (slope.abs() + values.abs().mean()) * (TOLERANCE_HALF if half else TOLERANCE)
         # A sum that is not finite is told by its own status, not by this one.
-        apart = (values.mean() - slope).abs() > TOLERANCE * torch.maximum(slope.abs(), error)
+        apart = (values.mean() - slope).abs() > size
         apart = apart & ~torch.as_tensor(lost, device=values.device)
         if free_to_read(values.device):
             if read([apart])[0]:

@@ -31,6 +31,8 @@ class LossCall:
         complete: Whether losses of single samples can be had at all.
         subset: Whether the loss is one of some samples only, picked by a mask.
         share: Whether it is a share of one mean over all passes of the iteration, which they add up to.
+        closer: Returns the losses of the samples ``[N]`` later, where they are not wanted for a variance now; None
+            if that would keep much memory.
         seen_at_output: Gradients of ``mean`` at the outputs of the model, by place; None if not looked at.
     """
 
@@ -43,6 +45,7 @@ class LossCall:
     complete: bool = True
     subset: bool = False
     share: bool = False
+    closer: Callable[[], Tensor | None] | None = None
     seen_at_output: dict[tuple[int, int], Tensor] | None = None
 
 

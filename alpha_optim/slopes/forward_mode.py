@@ -21,8 +21,9 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -31,14 +32,15 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from alpha_optim.observe.backward_passes import BackwardPass, loss_weight, scale_of, total_samples
-from alpha_optim.observe.hooks import inside_functorch, tensors_in
+from alpha_optim.observe.hooks import inside_functorch, map_tensors, tensors_in
 from alpha_optim.observe.model_calls import ModelCall, innermost
 from alpha_optim.observe.model_inputs import CannotCutError, cut, cut_rows, folded
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.random_state import RandomState, untouched
+from alpha_optim.observe.step_direction import at_least_float32
 from alpha_optim.slopes.base import SAMPLES, Expected, Names, SampleSlopes
 from alpha_optim.slopes.inner_losses import SeesLosses
-from alpha_optim.slopes.isolation import as_in_its_call
+from alpha_optim.slopes.isolation import PROCESS_WIDE, as_in_its_call
 
 TOLERANCE, TOLERANCE_HALF = 1e-4, 3e-2
 """Deviation of a mean over samples from what is known, relative to it or to its standard error; in 16 bits."""
@@ -100,7 +102,8 @@ class Line:
         for param, value, change in zip(params, point, changes, strict=True):
             name = names.get(id(param))
             if name is not None and change is not None:
-                moving[name] = (value.detach(), change.detach().to(value.dtype))
+                wide = at_least_float32(value.detach())
+                moving[name] = (wide, change.detach().to(wide.dtype))
         return cls(
             {name: value for name, (value, _) in moving.items()},
             {name: change.to_dense() if change.is_sparse else change for name, (_, change) in moving.items()},
@@ -122,8 +125,10 @@ class ForwardMode:
         self.names = {id(param): name for name, param in innermost(model).named_parameters()}
         self.reason: str | None = None  # why nothing can be had, as the last check found
         self._whole = exact
-        self._twice = False
-        self._signature: Any = None
+        self._way = 0  # which of `_WAYS` works
+        self._half = False  # whether the model computes in 16 bits
+        self._drew = False  # whether its last call drew random numbers
+        self._signature: str | None = None
         self._refreshes = 0
         self._seed = 0
 
@@ -151,11 +156,15 @@ class ForwardMode:
             Slopes or None, and the reason for None (None if it concerns this iteration only).
         """
         try:
-            return self._slopes(passes, line, expected), None
+            with PROCESS_WIDE:
+                return self._slopes(passes, line, expected), None
         except CannotDifferentiateError as error:
             if error.passing:
                 return None, None
             self.reason = str(error)
+            return None, self.reason
+        except Exception as error:  # watching never raises into the user's loop
+            self.reason = f"its repetition failed ({type(error).__name__}: {_short(error)})"
             return None, self.reason
 
     def _slopes(self, passes: Sequence[BackwardPass], line: Line, expected: Expected | None) -> SampleSlopes | None:
@@ -204,19 +213,23 @@ class ForwardMode:
     def _checked(
         self, passes: Sequence[BackwardPass], groups: Sequence[_Calls], line: Line, expected: Expected
     ) -> SampleSlopes | None:
-        """Check everything anew, see the module docstring."""
+        """Check everything anew, see the module docstring.
+
+        Raises:
+            CannotDifferentiateError: If a check fails.
+        """
         self.reason, self._whole = None, True
         if expected.interacting:
             raise CannotDifferentiateError(INTERACT)
         if not expected.all_of_loss:
             raise CannotDifferentiateError(OTHER_TERMS)
         every = self._put_together(passes, groups, line)
-        half = any(calls.half for calls in groups) or any(
-            value.dtype in (torch.float16, torch.bfloat16) for value in line.point.values()
-        )
+        half = self._half or any(calls.half for calls in groups)
         tolerance = TOLERANCE_HALF if half else TOLERANCE
         mean, deviation = every.values.mean(), every.values.std()
         error = deviation / max(1, len(every.values)) ** 0.5
+        if half:  # rounding of the user's own pass, which is the same for all samples
+            error = every.values.abs().mean()
         if expected.slope is not None:
             slope = expected.slope.to(mean.device)
             far = (mean - slope).abs() > tolerance * torch.maximum(slope.abs(), error)
@@ -269,11 +282,8 @@ class ForwardMode:
 
     def _counted(self, entry: BackwardPass, calls: _Calls, line: Line, chosen: Tensor | None) -> tuple[_Part, bool]:
         """A part without dropout, and whether random numbers were drawn for it all the same."""
-        device = next(iter(line.point.values())).device
-        with untouched(device):
-            before = RandomState.now(device)
-            part = self._part(entry, calls, line, chosen, replay=False, without_dropout=True)
-            return part, before.has_moved()
+        part = self._part(entry, calls, line, chosen, replay=False, without_dropout=True)
+        return part, self._drew
 
     def _part(
         self,
@@ -318,26 +328,21 @@ class ForwardMode:
         if chosen is not None:
             args = cut(args, whole, chosen, self._sample_dim)
             kwargs = {name: cut(value, whole, chosen, self._sample_dim) for name, value in kwargs.items()}
-        inner = call.loss_place is not None and set(gradients) == {call.loss_place}
+        # The gradient of a loss that the model returns passes through its other outputs, too.
+        inner = call.loss_place is not None and call.loss_place in gradients
         places = [] if inner else sorted(gradients)
         device = next(iter(line.point.values())).device
 
-        def run(values: Values) -> list[Tensor]:
-            return self._outputs(call, args, kwargs, values, places, inner, samples, without_dropout)
+        def run(values: Values, wide: bool) -> list[Tensor]:
+            with _random_numbers(call, replay, seed):
+                before = RandomState.now(device)
+                outputs = self._outputs(call, args, kwargs, values, places, inner, samples, without_dropout, wide)
+                self._drew = before.has_moved()
+            return outputs
 
         self._seed += 1
-        random = call.random.replayed() if replay and call.drew else untouched(device, self._seed)
-        if without_dropout:
-            random = untouched(device)
-        try:
-            with random, as_in_its_call(innermost(self.model), call):
-                values, tangents = self._derivative(run, line)
-        except CannotDifferentiateError:
-            raise
-        except CannotCutError:
-            raise
-        except _FAILURES as error:
-            raise CannotDifferentiateError(_short(error)) from error
+        seed = None if without_dropout else self._seed
+        values, tangents = self._derivative(run, line, call)
         if inner:
             return self._of_inner_losses(values, tangents, gradients, call, samples, whole)
         return self._of_outputs(entry, call, gradients, tangents, places, whole, chosen)
@@ -352,7 +357,11 @@ class ForwardMode:
         whole: int,
         chosen: Tensor | None,
     ) -> _Part:
-        """Contract the gradients that reached the outputs with the derivatives of the outputs."""
+        """Contract the gradients that reached the outputs with the derivatives of the outputs.
+
+        Raises:
+            CannotDifferentiateError: If samples cannot be told apart in an output.
+        """
         samples = whole if chosen is None else len(chosen)
         if chosen is None and entry.samples is not None and entry.samples < whole:
             samples = entry.samples  # rows pooled inside the model
@@ -384,13 +393,17 @@ class ForwardMode:
         samples: int,
         whole: int,
     ) -> _Part:
-        """Losses of samples inside the model: values and derivatives of the returned loss, of means, of samples."""
+        """Losses of samples inside the model: values and derivatives of the returned loss, of means, of samples.
+
+        Raises:
+            CannotDifferentiateError: If the loss functions seen inside are not all of the loss.
+        """
         (loss, mean, single), (loss_along, mean_along, single_along) = values, tangents
         ratio = loss.double() / mean.double()
         apart = (loss_along.double() - ratio * mean_along.double()).abs()
         scatter = single_along.double().std() / max(1, samples) ** 0.5 if samples > 1 else loss_along.abs()
         limit = 10 * TOLERANCE * torch.maximum(loss_along.double().abs(), (ratio * scatter).abs())
-        if loss.dtype in (torch.float16, torch.bfloat16) or call.autocast.enabled:
+        if loss.dtype in (torch.float16, torch.bfloat16) or self._half:
             limit = limit * (TOLERANCE_HALF / TOLERANCE)
         if _true(apart > limit):
             raise CannotDifferentiateError(OTHER_TERMS)
@@ -410,12 +423,25 @@ class ForwardMode:
         inner: bool,
         samples: int,
         without_dropout: bool,
+        wide: bool,
     ) -> list[Tensor]:
-        """Call the model once more: the outputs wanted, or its loss, the mean and the losses of samples inside."""
+        """Call the model once more: the outputs wanted, or its loss, the mean and the losses of samples inside.
+
+        Raises:
+            CannotDifferentiateError: If there are none.
+        """
         model = innermost(self.model)
-        buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        held = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        params = dict(model.named_parameters())
+        if wide and any(param.dtype != at_least_float32(param).dtype for param in params.values()):
+            # Parameters of 16 bits: a step along which they move is lost in their rounding.
+            held = {name: at_least_float32(value.detach()) for name, value in {**params, **held}.items()}
+            args, kwargs = map_tensors(at_least_float32, args), map_tensors(at_least_float32, kwargs)
+        else:
+            values = {name: value.to(params[name].dtype) for name, value in values.items()}
         with SeesLosses(without_dropout) as seen:
-            output: Any = torch.func.functional_call(model, {**buffers, **values}, args, kwargs)
+            output: Any = torch.func.functional_call(model, {**held, **values}, args, kwargs)
+        self._half = self._half or seen.half
         tensors = list(tensors_in(output))
         if not inner:
             if places and places[-1] >= len(tensors):
@@ -434,48 +460,58 @@ class ForwardMode:
         together = torch.stack([entry for entry in single if entry is not None]).sum(0)
         return [tensors[call.loss_place], mean, together]
 
-    def _derivative(self, run: Callable[[Values], list[Tensor]], line: Line) -> tuple[list[Tensor], list[Tensor]]:
-        """Values of a function of the parameters and its derivatives along a line."""
-        if not self._twice:
-            try:
-                with torch.no_grad():
-                    return _forward(run, line)
-            except CannotDifferentiateError:
-                raise
-            except _FAILURES:
-                values = _twice_backward(run, line)
-                self._twice = True  # only if that went well
-                return values
-        return _twice_backward(run, line)
+    def _derivative(
+        self, run: Callable[..., list[Tensor]], line: Line, call: ModelCall
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Values of a function of the parameters and its derivatives along a line, in the first way that works.
 
-    def _signature_of(self, groups: Sequence[_Calls]) -> Any:
+        Raises:
+            CannotDifferentiateError: If none does.
+        """
+        failure: BaseException | None = None
+        for number, (wide, plain_kernels, derive) in list(enumerate(_WAYS))[self._way :]:
+            try:
+                with as_in_its_call(innermost(self.model), call, plain_kernels):
+                    result = derive(partial(run, wide=wide), line)
+            except _FAILURES as error:  # noqa: PERF203 - a handful of ways
+                failure = failure or error
+            else:
+                self._way = number
+                return result
+        assert failure is not None
+        raise CannotDifferentiateError(f"it cannot be differentiated along a step ({_short(failure)})") from failure
+
+    def _signature_of(self, groups: Sequence[_Calls]) -> str:
         """What has to be checked again if it changes: how the model is called, and what came back."""
-        return tuple(
-            (
-                tuple((tensor.dim(), tensor.dtype) for tensor in tensors_in((call.args, call.kwargs))),
-                call.training,
-                call.drew,
-                tuple(sorted(gradients)),
-            )
-            for call, gradients in groups[0].items
+        return str(
+            [
+                (
+                    [(tensor.dim(), tensor.dtype) for tensor in tensors_in((call.args, call.kwargs))],
+                    call.training,
+                    sorted(gradients),
+                )
+                for call, gradients in groups[0].items
+            ]
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must not find out anew."""
         return {
             "whole": self._whole,
-            "twice": self._twice,
+            "way": self._way,
             "reason": self.reason,
             "refreshes": self._refreshes,
             "seed": self._seed,
-            "known": self._signature is not None,
+            "half": self._half,
+            "signature": self._signature,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was found out; how the model is called is compared from the next call on."""
-        self._whole, self._twice = bool(state["whole"]), bool(state["twice"])
+        """Take over what was found out."""
+        self._whole, self._way = bool(state["whole"]), int(state["way"])
         self.reason, self._refreshes = state["reason"], int(state["refreshes"])
-        self._seed = int(state["seed"])
+        self._seed, self._half = int(state["seed"]), bool(state["half"])
+        self._signature = state["signature"]
 
 
 @dataclass(frozen=True)
@@ -515,15 +551,20 @@ def _calls_of(entry: BackwardPass) -> _Calls:
     if not found:
         raise CannotDifferentiateError("no gradient came through an output of the model", passing=True)
     items = list(found.values())
-    for call, gradients in items:
-        if call.loss_place in gradients and len(gradients) > 1:
-            raise CannotDifferentiateError(OTHER_TERMS)
+    for call, _ in items:
         if call.samples is None and entry.samples is None:
             raise CannotDifferentiateError("the number of samples is not known")
     calls = _Calls(items)
     if len({call.samples for call, _ in items}) > 1 and not calls.of_different_samples(entry.samples):
         raise CannotDifferentiateError("several calls of the model with different numbers of samples")
     return calls
+
+
+def _random_numbers(call: ModelCall, replay: bool, seed: int | None) -> AbstractContextManager[None]:
+    """The random numbers of a repetition: none, those of the call, or others that are nobody else's."""
+    if not call.drew:  # the generators are those of all threads
+        return nullcontext()
+    return call.random.replayed() if replay else untouched(call.random.device, seed)
 
 
 def _added(values: Sequence[Tensor]) -> Tensor:
@@ -560,7 +601,7 @@ def _load_forward_rules() -> None:
 
 def _forward(run: Callable[[Values], list[Tensor]], line: Line) -> tuple[list[Tensor], list[Tensor]]:
     _load_forward_rules()
-    with forward_ad.dual_level():
+    with torch.no_grad(), forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(value, line.tangents[name]) for name, value in line.point.items()}
         pairs = [forward_ad.unpack_dual(output) for output in run(duals)]
         values = [pair.primal.detach() for pair in pairs]
@@ -596,5 +637,13 @@ def _twice_backward(run: Callable[[Values], list[Tensor]], line: Line) -> tuple[
 
 def _short(error: BaseException) -> str:
     """First line of an error, cut."""
-    text = (str(error).strip() or type(error).__name__).split("\n")[0]
-    return f"it cannot be differentiated along a step ({text[:160]})"
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:160]
+
+
+_WAYS = tuple(
+    (wide, plain_kernels, derive)
+    for wide in (True, False)
+    for plain_kernels, derive in ((False, _forward), (True, _forward), (True, _twice_backward))
+)
+"""Ways to take a derivative, tried in this order: with parameters of 16 bits widened or not, with the kernels as they
+are set or plain ones, in forward mode or by two reverse passes."""

@@ -56,6 +56,7 @@ class SeesLosses(TorchFunctionMode):
 
     Attributes:
         calls: For every call its mean and the losses of its rows.
+        half: Whether anything ran in 16 bits.
     """
 
     def __init__(self, without_dropout: bool) -> None:
@@ -67,7 +68,7 @@ class SeesLosses(TorchFunctionMode):
         super().__init__()
         self._without_dropout = without_dropout
         self.calls: list[tuple[Tensor, Rows]] = []
-        self._inside = False
+        self.half = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Look at one call of torch."""
@@ -75,6 +76,8 @@ class SeesLosses(TorchFunctionMode):
         if self._without_dropout:
             args, kwargs = _without_dropout(func, args, kwargs)
         output = func(*args, **kwargs)
+        if isinstance(output, Tensor) and output.dtype in (torch.float16, torch.bfloat16):
+            self.half = True
         if func in _LOSSES and isinstance(output, Tensor) and output.dim() == 0:
             self._note(func, args, kwargs, output)
         return output

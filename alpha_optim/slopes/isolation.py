@@ -23,7 +23,7 @@ from torch.nn.modules import module as torch_module
 
 from alpha_optim.observe.model_calls import ModelCall
 
-_LOCK = threading.RLock()
+PROCESS_WIDE = threading.RLock()
 """Kernel flags, global hooks and the dual level are process-wide."""
 _HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = (
@@ -35,16 +35,19 @@ _GLOBAL_HOOKS = (
 
 
 @contextmanager
-def as_in_its_call(model: nn.Module, call: ModelCall) -> Iterator[None]:
+def as_in_its_call(model: nn.Module, call: ModelCall, plain_kernels: bool) -> Iterator[None]:
     """Inside, ``model`` may be called as in an earlier call, and nothing is left of it.
 
     Args:
         model: The innermost module.
         call: The earlier call: its training flags and autocast are used.
+        plain_kernels: Whether attention and recurrent layers run by plain products; that is a setting of the whole
+            process, which other threads see as well.
     """
-    with _LOCK, ExitStack() as stack:
+    with PROCESS_WIDE, ExitStack() as stack:
         stack.enter_context(_modules_as_found(model, call.training))
-        stack.enter_context(_plain_kernels())
+        if plain_kernels:
+            stack.enter_context(_plain_kernels())
         stack.enter_context(call.autocast.again())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))

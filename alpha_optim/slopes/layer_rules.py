@@ -92,7 +92,7 @@ class LayerRules:
             for call in calls:
                 try:
                     self._add(store, call, change)
-                except UnsupportedLayerError as error:
+                except UnsupportedLayerError as error:  # noqa: PERF203 - for one call of many
                     self._recorder.failed(entry, call.layer, str(error))
         self._kept = {}
         return self._combine(at_start)

@@ -132,7 +132,8 @@ class LayerwiseBackend:
     def _without_model_calls(self) -> None:
         """The model was not called in this iteration: contract its layers from now on, if they have rules."""
         wanted = set(map(id, self._params))
-        if self._rules_fit and self._layers_have_rules(wanted):
+        tried = bool(self._rules.unaccounted.reasons)
+        if not tried and self._rules_fit and self._layers_have_rules(wanted):
             self._by_rules = True
         else:
             self.unaccounted.add(

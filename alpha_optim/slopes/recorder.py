@@ -54,6 +54,7 @@ class SampleRecorder:
         """Remove the hooks and forget the passes."""
         self.mute()
         self.discard()
+        self._log = None
 
     def mute(self) -> None:
         """Remove the hooks; what was seen stays."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -108,13 +108,21 @@ class Guard:
         return losses
 
     @torch.no_grad()
-    def judge(self, iteration: int, loss: BatchLoss, params: Sequence[Tensor]) -> GuardEvent | None:
+    def judge(
+        self,
+        iteration: int,
+        loss: BatchLoss,
+        params: Sequence[Tensor],
+        look_closer: Callable[[], BatchLoss] | None = None,
+    ) -> GuardEvent | None:
         """Judge the point reached, with one small transfer from the device, and put right what is wrong.
 
         Args:
             iteration: The iteration whose step is about to be made.
             loss: Its loss.
             params: The parameters, with the gradients the optimizer is about to use.
+            look_closer: Returns the loss again with the variance of this batch's own samples; asked for where
+                the loss rose, since the variance of an earlier batch may stand in for it.
 
         Returns:
             None if the step may be made; else what was wrong and whether a point was restored.
@@ -122,6 +130,10 @@ class Guard:
         state = self._state(params)
         now = read(loss, state, [param.grad for param in params if param.grad is not None])
         reason = self._objection(now)
+        if reason == "loss_rose" and look_closer is not None:
+            closer = look_closer()
+            now = now._replace(variance=None if closer.variance is None else float(closer.variance))
+            reason = self._objection(now)
         if reason == "loss_drifted" and self._good.accept(state):
             reason = None  # the window is closed
         if self.return_wanted and self._good.tensors:

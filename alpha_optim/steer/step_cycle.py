@@ -176,7 +176,7 @@ class Session:
         iteration.in_step = True
         if iteration.task.in_pair or self.guard is not None:
             pairing.see_loss(closure_loss)
-        outcome = pairing.finish()
+        outcome = pairing.finish(params)
         if isinstance(outcome, DropReason):
             self.history.drop(outcome)
         elif outcome is not None:
@@ -197,7 +197,7 @@ class Session:
         Raises:
             SkipStepSignal: If the step must not be executed.
         """
-        event = guard.judge(self.iteration, self.pairing.iteration.loss, params)
+        event = guard.judge(self.iteration, self.pairing.iteration.loss, params, self.pairing.look_closer)
         if event is None:
             return
         if event.reason in ("loss_drifted", "policy_returned") and self._lazy_state:

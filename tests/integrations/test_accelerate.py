@@ -78,7 +78,7 @@ def test_accumulation_is_one_batch(clip):
     assert run.optimizer.iteration == 30
     assert len(history) == 29
     assert {m.samples_start for m in history} == {40}
-    assert run.optimizer._session.probe.watch.keep_copies is False
+    assert run.optimizer._session.pairing.habits.keep_copies is False
 
 
 @pytest.mark.compatibility("Accelerate", "mixed_precision='bf16'")

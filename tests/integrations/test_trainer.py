@@ -62,12 +62,12 @@ def train(tmp_path, complete=False, wrapped=True, scheduled=True, resume=None, l
     return model, optimizer, trainer
 
 
-@pytest.mark.compatibility("Trainer", "optimizers=(optimizer, scheduler): alpha from slopes and their variances")
-def test_the_loss_is_hidden_and_alpha_comes_from_the_slopes(tmp_path):
+@pytest.mark.compatibility("Trainer", "optimizers=(optimizer, scheduler), the model returns its loss: the full fit")
+def test_the_loss_that_the_model_returns_is_seen(tmp_path):
     _, optimizer, trainer = train(tmp_path)
     history = optimizer.alpha_history
     assert history.iterations.tolist() == list(range(STEPS - 1))
-    assert {m.information for m in history} == {"slopes+variances"}
+    assert {m.information for m in history} == {"full"}
     rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
     assert len(set(rates)) == len(rates) == 4
 
