@@ -121,7 +121,7 @@ class Iteration:
     def model_called(self, samples: int | None, inputs: Any, shapes: list[torch.Size], call: ModelCall | None) -> None:
         """The model was called under autograd."""
         self.passes.forward_started(samples)
-        if self.task.due and not self.records:  # rules of layers ask where indices come from
+        if self.task.due:  # rules of layers ask where indices come from
             self.passes.inputs |= {
                 tensor.untyped_storage().data_ptr()
                 for tensor in tensors_in(inputs)

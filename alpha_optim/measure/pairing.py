@@ -102,9 +102,7 @@ class Pairing:
         task = Task(number, starts, self.pending, backend, due, self._sample_dim, guarded, checks)
         self.iteration = self._new(task, params)
         if backend is not None and due:
-            end_of = None
-            if "end" in due and self.pending is not None and not backend.records:
-                end_of = self.pending.direction.change()
+            end_of = self.pending.direction if "end" in due and self.pending is not None else None
             backend.begin(self.iteration.passes, end_of, "start" in due, params)
         if backend is not None or guarded:
             self._model_hooks.attach()

@@ -181,7 +181,9 @@ class LossHooks:
             individual = None if rows is None else rows.of_samples(samples, self._sample_dim)
             complete = individual is not None
             if complete and iteration.follows_losses:
-                seen_at_output = self._followed_module(loss_fn, args, kwargs, output, samples)
+                with torch.enable_grad():
+                    whole = output if scale is None else output / scale
+                seen_at_output = self._followed_module(loss_fn, args, kwargs, whole, samples)
         if not complete and (not fits or not known_reduction(loss_fn) or iteration.wants_losses):
             self._warn_incomplete(loss_fn, subset=has_rows and not fits)
         self._calls += 1

@@ -8,7 +8,7 @@ keeps what a repetition of the call needs, and the gradients that reach the outp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from alpha_optim.observe.hooks import Hook, inside_functorch, tensors_in, versions_of
+from alpha_optim.observe.hooks import Hook, inside_functorch, map_tensors, tensors_in, versions_of
 from alpha_optim.observe.model_inputs import detached, samples_of
 from alpha_optim.observe.random_state import RandomState
 
@@ -109,6 +109,28 @@ def returned_loss(output: Any) -> tuple[Tensor, int] | None:
     return (found, places[0]) if places else None
 
 
+def apart(output: Any) -> Any:
+    """The same output with views in place of its tensors, if several of them can be differentiated; else None.
+
+    One tensor may have been made from another (what a decoder made of a code, both returned). The gradient that arrives
+    at the view of the code is what the loss alone sends there, without what comes through the decoder.
+    """
+    tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+    if len(tensors) < 2 or any(tensor.is_leaf or tensor.layout != torch.strided for tensor in tensors):
+        return None
+
+    def viewed(tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor) if tensor.requires_grad else tensor
+
+    if type(output) in (tuple, list, dict) or hasattr(output, "_fields"):
+        return map_tensors(viewed, output)
+    if isinstance(output, MutableMapping):  # an output of Transformers
+        for name, value in list(output.items()):
+            output[name] = map_tensors(viewed, value)
+        return output
+    return None
+
+
 class Reports:
     """What `ModelHooks` tells; the iteration in progress implements it."""
 
@@ -178,15 +200,18 @@ class ModelHooks:
         if self._iteration().records and torch.is_grad_enabled() and not self.muted:
             self._before.append(RandomState.now(self._device))
 
-    def _called(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _called(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         iteration: Reports = self._iteration()
         if not torch.is_grad_enabled() or self.muted:
-            return
-        tensors = list(tensors_in(output))
-        differentiable = [(place, tensor) for place, tensor in enumerate(tensors) if tensor.requires_grad]
+            return None
         samples = samples_of(args, kwargs, self._sample_dim)
         loss = returned_loss(output)
-        call = None
+        call, replaced = None, None
+        if iteration.records and self._before and loss is None:
+            replaced = apart(output)
+            output = output if replaced is None else replaced
+        tensors = list(tensors_in(output))
+        differentiable = [(place, tensor) for place, tensor in enumerate(tensors) if tensor.requires_grad]
         if iteration.records and self._before:
             random = self._before.pop()
             call = ModelCall(
@@ -208,6 +233,7 @@ class ModelHooks:
             iteration.loss_returned(loss[0], samples, kwargs.get("num_items_in_batch"))
         for place, tensor in differentiable:
             _register_first(tensor, _arrival(self, samples, call, place))
+        return replaced
 
     def arrived(self, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor) -> None:
         """A gradient has reached an output."""
@@ -226,9 +252,8 @@ class _CompiledCall:
         if not aside:
             self._hooks._starts(self._model, args, kwargs)
         output = self._call(*args, **kwargs)
-        if not aside:
-            self._hooks._called(self._model, args, kwargs, output)
-        return output
+        replaced = None if aside else self._hooks._called(self._model, args, kwargs, output)
+        return output if replaced is None else replaced
 
 
 def _arrival(hooks: ModelHooks, samples: int | None, call: ModelCall | None, place: int) -> Any:

@@ -27,13 +27,13 @@ from alpha_optim.slopes.contractions import Contraction, contraction_of
 from alpha_optim.slopes.individual import backpack_rules
 from alpha_optim.slopes.layers import KnownLayers, LayerCall, layers_of
 from alpha_optim.slopes.recorder import BySample, SampleRecorder, add_to
+from alpha_optim.slopes.verification import Verification
 
 
 class BackpackBackend:
     """Projects onto the gradient and onto the previous step while the backward pass runs."""
 
     name = "backpack"
-    records = False
 
     def __init__(self, model: nn.Module, names: Names, sample_dim: int, sampled: bool) -> None:
         """Prepare; see `SampleRecorder` for the arguments."""
@@ -41,27 +41,34 @@ class BackpackBackend:
         self._index: dict[int, int] = {}
         self._layers = KnownLayers(lambda wanted: layers_of(model, wanted))
         self._sampled = sampled
+        self._check = Verification(model, sample_dim)
         self._params: Sequence[Tensor] = ()
         self._end_of: Change | None = None
         self._start = False
         self.unaccounted = self._recorder.unaccounted
         self.discard()
 
+    @property
+    def records(self) -> bool:
+        """Whether calls of the model are to be kept for a repetition."""
+        return self._check.due()
+
     def check_due(self) -> bool:
-        """Nothing is followed back to the model's outputs: layers are seen themselves."""
-        return False
+        """Whether losses are to be followed back to the model's outputs in the coming iteration."""
+        return self._check.due()
 
     def cost(self, samples: int) -> float:
         """See `Backend`."""
         return in_pass_cost(samples, self._sampled)
 
-    def begin(self, passes: BackwardPasses, end_of: Change | None, start: bool, params: Sequence[Tensor]) -> None:
+    def begin(self, passes: BackwardPasses, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
         """Hook the layers."""
         self.discard()
         self._params, self._start = params, start
         self._index = {id(param): index for index, param in enumerate(params)}
         # Shorter than the parameters if a group was added; then the pair is dropped.
-        self._end_of = None if end_of is None or len(end_of.bases) != len(params) else end_of
+        change = None if end_of is None else end_of.change()
+        self._end_of = None if change is None or len(change.bases) != len(params) else change
         self._recorder.begin(passes, self._layers.of(params), self._called)
 
     def accumulated(self, param: Tensor) -> None:
@@ -116,7 +123,12 @@ class BackpackBackend:
         factor = 1.0 if gradients.factor is None else gradients.factor
 
         # What made the step is the gradient times what happened to it since the backward pass.
-        return self._combine(self._at_start, lambda values, key: values * rates[key] * factor)
+        slopes = self._combine(self._at_start, lambda values, key: values * rates[key] * factor)
+        reason = self._check.objection(self._recorder.passes, self._params, direction, expected, slopes)
+        if reason is not None:
+            self.unaccounted.add(["all parameters"], reason)
+            return None
+        return slopes
 
     def failed(self, reason: str) -> None:
         """What the samples gave does not add up to the gradient."""
@@ -131,11 +143,12 @@ class BackpackBackend:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: nothing is learned."""
-        return {}
+        """Return what was learned about the model."""
+        return self._check.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over nothing."""
+        """Take over what was learned."""
+        self._check.load_state_dict(state)
 
     def mute(self) -> None:
         """Remove every hook; what was collected stays."""

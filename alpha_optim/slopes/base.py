@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alpha_optim.observe.backward_passes import BackwardPasses
 from alpha_optim.observe.gradients import LossGradients
-from alpha_optim.observe.step_direction import Change, Direction
+from alpha_optim.observe.step_direction import Direction
 
 SAMPLES = 16
 """How many samples ``variance="sampled"`` uses: the relative error of a variance is then about a third."""
@@ -83,12 +83,12 @@ class Backend(Protocol):
     def cost(self, samples: int) -> float:
         """What slopes at both ends of a step cost, in training steps, at a batch of so many samples."""
 
-    def begin(self, passes: BackwardPasses, end_of: Change | None, start: bool, params: Sequence[Tensor]) -> None:
+    def begin(self, passes: BackwardPasses, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
         """Prepare the coming iteration.
 
         Args:
             passes: Where its backward passes are noted.
-            end_of: Change of the previous step if slopes along it are wanted.
+            end_of: The previous step if slopes along it are wanted.
             start: Whether slopes along the coming step are wanted.
             params: Parameters of the optimizer, in the order of changes.
         """

@@ -37,7 +37,7 @@ class CachedBackend(Silent):
         """See `Backend`; there is no hurry for a reference."""
         return in_pass_cost(samples, self._sampled)
 
-    def begin(self, passes: BackwardPasses, end_of: Change | None, start: bool, params: Sequence[Tensor]) -> None:
+    def begin(self, passes: BackwardPasses, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
         """Hook the model."""
         self._params = params
         self._gradients = {}

@@ -126,7 +126,7 @@ class ForwardMode:
         self.reason: str | None = None  # why nothing can be had, as the last check found
         self._whole = exact
         self._way = 0  # which of `_WAYS` works
-        self._half = False  # whether the model computes in 16 bits
+        self.half = False  # whether the model computes in 16 bits, as far as was seen
         self._drew = False  # whether its last call drew random numbers
         self._signature: str | None = None
         self._refreshes = 0
@@ -142,7 +142,7 @@ class ForwardMode:
         return self._signature is None or self._refreshes % CHECK_AGAIN == 0
 
     def slopes(
-        self, passes: Sequence[BackwardPass], line: Line, expected: Expected | None
+        self, passes: Sequence[BackwardPass], line: Line, expected: Expected | None, anew: bool = False
     ) -> tuple[SampleSlopes | None, str | None]:
         """Slopes of samples along a line; never raises.
 
@@ -151,13 +151,14 @@ class ForwardMode:
             line: Where, and along what.
             expected: What the mean over all samples has to be, to be checked at the start of a step; None at
                 the end of one, which takes over what was found.
+            anew: Whether to check in any case.
 
         Returns:
             Slopes or None, and the reason for None (None if it concerns this iteration only).
         """
         try:
             with PROCESS_WIDE:
-                return self._slopes(passes, line, expected), None
+                return self._slopes(passes, line, expected, anew), None
         except CannotDifferentiateError as error:
             if error.passing:
                 return None, None
@@ -167,7 +168,9 @@ class ForwardMode:
             self.reason = f"its repetition failed ({type(error).__name__}: {_short(error)})"
             return None, self.reason
 
-    def _slopes(self, passes: Sequence[BackwardPass], line: Line, expected: Expected | None) -> SampleSlopes | None:
+    def _slopes(
+        self, passes: Sequence[BackwardPass], line: Line, expected: Expected | None, anew: bool
+    ) -> SampleSlopes | None:
         if inside_functorch() or forward_ad._current_level >= 0:
             raise CannotDifferentiateError("inside a transform of torch.func", passing=True)
         if not passes:
@@ -176,7 +179,7 @@ class ForwardMode:
         signature = self._signature_of(groups)
         changed = signature != self._signature
         if expected is not None:
-            if changed or self._refreshes % CHECK_AGAIN == 0:
+            if changed or anew or self._refreshes % CHECK_AGAIN == 0:
                 self._signature = signature
                 self._refreshes = 1
                 return self._checked(passes, groups, line, expected)
@@ -224,7 +227,7 @@ class ForwardMode:
         if not expected.all_of_loss:
             raise CannotDifferentiateError(OTHER_TERMS)
         every = self._put_together(passes, groups, line)
-        half = self._half or any(calls.half for calls in groups)
+        half = self.half or any(calls.half for calls in groups)
         tolerance = TOLERANCE_HALF if half else TOLERANCE
         mean, deviation = every.values.mean(), every.values.std()
         error = deviation / max(1, len(every.values)) ** 0.5
@@ -403,7 +406,7 @@ class ForwardMode:
         apart = (loss_along.double() - ratio * mean_along.double()).abs()
         scatter = single_along.double().std() / max(1, samples) ** 0.5 if samples > 1 else loss_along.abs()
         limit = 10 * TOLERANCE * torch.maximum(loss_along.double().abs(), (ratio * scatter).abs())
-        if loss.dtype in (torch.float16, torch.bfloat16) or self._half:
+        if loss.dtype in (torch.float16, torch.bfloat16) or self.half:
             limit = limit * (TOLERANCE_HALF / TOLERANCE)
         if _true(apart > limit):
             raise CannotDifferentiateError(OTHER_TERMS)
@@ -441,7 +444,7 @@ class ForwardMode:
             values = {name: value.to(params[name].dtype) for name, value in values.items()}
         with SeesLosses(without_dropout) as seen:
             output: Any = torch.func.functional_call(model, {**held, **values}, args, kwargs)
-        self._half = self._half or seen.half
+        self.half = self.half or seen.half
         tensors = list(tensors_in(output))
         if not inner:
             if places and places[-1] >= len(tensors):
@@ -502,7 +505,7 @@ class ForwardMode:
             "reason": self.reason,
             "refreshes": self._refreshes,
             "seed": self._seed,
-            "half": self._half,
+            "half": self.half,
             "signature": self._signature,
         }
 
@@ -510,7 +513,7 @@ class ForwardMode:
         """Take over what was found out."""
         self._whole, self._way = bool(state["whole"]), int(state["way"])
         self.reason, self._refreshes = state["reason"], int(state["refreshes"])
-        self._seed, self._half = int(state["seed"]), bool(state["half"])
+        self._seed, self.half = int(state["seed"]), bool(state["half"])
         self._signature = state["signature"]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from alpha_optim.observe.backward_passes import BackwardPasses
 from alpha_optim.observe.gradients import LossGradients
-from alpha_optim.observe.step_direction import Change, Direction
+from alpha_optim.observe.step_direction import Direction
 from alpha_optim.slopes.base import Expected, SampleSlopes, Silent, Unaccounted
 
 
@@ -25,7 +25,7 @@ class GradientsBackend(Silent):
         """One more evaluation of the loss function, for the variance of the losses."""
         return 0.05
 
-    def begin(self, passes: BackwardPasses, end_of: Change | None, start: bool, params: Sequence[Tensor]) -> None:
+    def begin(self, passes: BackwardPasses, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
         """Hook nothing."""
 
     def end_slopes(self, direction: Direction) -> SampleSlopes | None:

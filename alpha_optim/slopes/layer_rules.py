@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses
-from alpha_optim.observe.step_direction import Change, common_rate
+from alpha_optim.observe.step_direction import Change, Direction, common_rate
 from alpha_optim.slopes.base import Names, SampleSlopes
 from alpha_optim.slopes.contractions import Contraction, contraction_of, has_rule
 from alpha_optim.slopes.layers import KnownLayers, Layer, LayerCall, UnsupportedLayerError, layers_of
@@ -59,13 +59,13 @@ class LayerRules:
         self.unaccounted = self._recorder.unaccounted
         self.discard()
 
-    def begin(self, passes: BackwardPasses, end_of: Change | None, start: bool, params: Sequence[Tensor]) -> None:
+    def begin(self, passes: BackwardPasses, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
         """Hook the layers."""
         self.discard()
-        self._start, self._end_of = start, end_of
+        self._start = start
         # Shorter than the parameters if a group was added; then the pair is dropped.
-        if end_of is not None and len(end_of.bases) != len(params):
-            self._end_of = None
+        change = None if end_of is None else end_of.change()
+        self._end_of = None if change is None or len(change.bases) != len(params) else change
         self._index = {id(param): index for index, param in enumerate(params)}
         self._recorder.begin(passes, self._layers.of(params), self._called)
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from alpha_optim.observe.backward_passes import BackwardPasses
 from alpha_optim.observe.gradients import LossGradients
 from alpha_optim.observe.model_calls import innermost
-from alpha_optim.observe.step_direction import Change, Direction
+from alpha_optim.observe.step_direction import Direction
 from alpha_optim.slopes.base import DERIVATIVES, SAMPLES, Expected, Names, SampleSlopes, Unaccounted, in_pass_cost
 from alpha_optim.slopes.forward_mode import ForwardMode, Line
 from alpha_optim.slopes.layer_rules import LayerRules, without_rule
+from alpha_optim.slopes.verification import Verification
 
 FORWARD_COST = 1.2
 """Forward mode of the whole batch along one direction, in training steps."""
@@ -42,6 +43,7 @@ class LayerwiseBackend:
         self._model, self._names, self._sampled = model, names, sampled
         self._forward = ForwardMode(model, sample_dim, exact=not sampled)
         self._rules = LayerRules(model, names, sampled)
+        self._check = Verification(model, sample_dim)
         self._rules_fit = sample_dim == 0 and innermost(model) is model and model._compiled_call_impl is None
         self._by_rules = not sampled and self._rules_fit and self._layers_have_rules(set(names))
         self._passes: BackwardPasses | None = None
@@ -54,11 +56,11 @@ class LayerwiseBackend:
     @property
     def records(self) -> bool:
         """Whether calls of the model are to be kept for a repetition."""
-        return not self._by_rules
+        return not self._by_rules or self._check.due()
 
     def check_due(self) -> bool:
         """Whether losses are to be followed back to the model's outputs in the coming iteration."""
-        return not self._by_rules and self._forward.check_due()
+        return self._check.due() if self._by_rules else self._forward.check_due()
 
     def cost(self, samples: int) -> float:
         """See `Backend`."""
@@ -67,7 +69,7 @@ class LayerwiseBackend:
         share = 1.0 if self._forward.takes_whole_batch else min(1.0, SAMPLES / max(samples, 1))
         return 2.0 * FORWARD_COST * share
 
-    def begin(self, passes: BackwardPasses, end_of: Change | None, start: bool, params: Sequence[Tensor]) -> None:
+    def begin(self, passes: BackwardPasses, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
         """Hook the layers, if they are what is contracted."""
         self._passes, self._params = passes, params
         if self._by_rules:
@@ -91,7 +93,13 @@ class LayerwiseBackend:
     def start_slopes(self, direction: Direction, gradients: LossGradients, expected: Expected) -> SampleSlopes | None:
         """Slopes along the step just made."""
         if self._by_rules:
-            return self._from_rules(self._rules.start_slopes(direction.change()))
+            slopes = self._from_rules(self._rules.start_slopes(direction.change()))
+            assert self._passes is not None
+            reason = self._check.objection(self._passes, self._params, direction, expected, slopes)
+            if reason is None:
+                return slopes
+            self._by_rules = False  # the model as a whole may do better
+            self._rules.close()
         return self._from_model(direction.start(), direction, expected)
 
     def failed(self, reason: str) -> None:
@@ -153,9 +161,14 @@ class LayerwiseBackend:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned about the model."""
-        return {"by_rules": self._by_rules, "forward": self._forward.state_dict()}
+        return {
+            "by_rules": self._by_rules,
+            "forward": self._forward.state_dict(),
+            "check": self._check.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what was learned about the model."""
         self._by_rules = bool(state["by_rules"])
         self._forward.load_state_dict(state["forward"])
+        self._check.load_state_dict(state["check"])

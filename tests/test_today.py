@@ -1,0 +1,68 @@
+"""Alpha in full for what people train today, and nothing of the run changed by it."""
+
+import pytest
+import torch
+
+from alpha_optim import AlphaGuided
+from tests.reference.losses_of_samples import observe
+from tests.test_transparency import equal_states
+from tests.today import CASES
+
+QUANTITIES = [
+    "step_length",
+    *(f"{name}_{end}" for name in ("loss", "loss_variance", "slope", "slope_variance") for end in ("start", "end")),
+]
+
+
+def make(case, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    model = case.build().to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return model, case.loss_fn(), lambda: case.batch(generator, dtype)
+
+
+def adamw(model, case):
+    return torch.optim.AdamW(model.parameters(), lr=case.lr, weight_decay=0.1)
+
+
+def train(case, wrapped, steps, dtype=torch.float32, **options):
+    model, loss_fn, batch = make(case, dtype)
+    optimizer = adamw(model, case)
+    if wrapped:
+        optimizer = AlphaGuided(optimizer, model, loss_fn, **{**case.options, **options})
+    torch.manual_seed(1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        case.loss(optimizer, model, loss_fn, batch())
+        optimizer.step()
+    return model, optimizer, torch.get_rng_state()
+
+
+@pytest.mark.compatibility(
+    "Models",
+    "language models in all ways of writing their loss, experts, VAE, U-Net, graphs, weight and spectral norm",
+)
+@pytest.mark.parametrize("name", CASES)
+def test_the_full_fit_without_a_trace(name):
+    case = CASES[name]
+    bare, _, random = train(case, False, 12)
+    model, guided, same_random = train(case, True, 12)  # a warning would be an error here
+    assert {m.information for m in guided.alpha_history[2:]} == {"full"}
+    assert {m.samples_start for m in guided.alpha_history} == {case.samples}
+    assert len(guided.alpha_history) == 11
+    assert equal_states(bare.state_dict(), model.state_dict())
+    assert torch.equal(random, same_random)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.of_samples is not None])
+def test_exact_variances_are_those_of_one_backward_pass_per_sample(name):
+    case = CASES[name]
+    _, guided, _ = train(case, True, 7, torch.float64, variance="exact")
+    model, _, batch = make(case, torch.float64)
+    bare = adamw(model, case)
+    expected = observe(lambda given: case.of_samples(model, given), bare, [batch() for _ in range(7)])
+    assert len(guided.alpha_history) == 6
+    for m, row in list(zip(guided.alpha_history, expected, strict=True))[2:]:
+        assert m.information == "full"
+        for quantity in QUANTITIES:
+            assert getattr(m, quantity) == pytest.approx(row[quantity], rel=1e-8, abs=1e-10), (m.iteration, quantity)
