@@ -68,7 +68,6 @@ class Iteration:
         self.passes = BackwardPasses(gradients.gone, self._discarded, self._opened)
         self.calls: list[ModelCall] = []
         self.interacting = False
-        self.muted = False
         self.edited: Truth | None = None
         self.elements: Tensor | None = None
         self.end_product: Tensor | None = None
@@ -137,12 +136,15 @@ class Iteration:
         passes = self.passes
 
         def start(gradient: Tensor) -> None:
-            passes.anchor(replace(call, gamma=gradient.detach()))
+            if not passes.muted:
+                passes.anchor(replace(call, gamma=gradient.detach()))
 
         loss.register_hook(start)
 
     def output_reached(self, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor) -> None:
         """A backward pass has reached an output of the model."""
+        if self.passes.muted:
+            return
         entry = self.passes.anchor(samples=samples)
         if call is not None:
             entry.outputs.append((call, place, gradient.detach()))

@@ -120,6 +120,7 @@ class BackwardPasses:
         self.forwards: list[int] = []  # samples of the model's calls
         self.inputs: set[int] = set()  # storages of what the model was called with
         self.skipped = False
+        self.muted = False  # while we walk a graph ourselves
 
     @property
     def reached(self) -> list[BackwardPass]:

@@ -48,7 +48,7 @@ class Rows:
         if sums is None:
             return None
         if self.reduced is not None:
-            mean = sums.mean()
+            mean = sums.detach().mean()
             return torch.where(mean == 0, sums, sums * (self.reduced.to(sums.dtype) / mean))
         if self.total is None or (isinstance(self.total, float) and self.total == samples):
             return sums
@@ -72,7 +72,6 @@ class LossHooks:
         self._removal: weakref.finalize[..., LossHooks] | None = None  # of the hook, with us at the latest
         self._warned = False
         self._calls = 0
-        self.muted = False
 
     def attach(self) -> None:
         """Hook the loss function."""
@@ -157,7 +156,7 @@ class LossHooks:
     # ---------------------------------------------------------------- calls of the loss function
 
     def _seen(self, loss_fn: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.muted or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
@@ -246,8 +245,9 @@ class LossHooks:
             )
 
     def _report(self, call: LossCall) -> None:
-        if not self.muted:
-            self._iteration().passes.anchor(call)
+        passes = self._iteration().passes
+        if not passes.muted:
+            passes.anchor(call)
 
     # ---------------------------------------------------------------- back to the outputs of the model
 
@@ -284,7 +284,7 @@ class LossHooks:
         if not fits:
             return None
         tensors = [tensor for _, _, tensor in watched]
-        self.muted = iteration.muted = True
+        iteration.passes.muted = True
         try:
             single = losses if sums else folded(losses, samples, self._sample_dim)
             assert single is not None
@@ -301,7 +301,7 @@ class LossHooks:
         except RuntimeError:  # a graph that cannot be walked twice: nothing is known, nothing is claimed
             return None
         finally:
-            self.muted = iteration.muted = False
+            iteration.passes.muted = False
         return {
             (call, place): torch.zeros_like(tensor) if gradient is None else gradient.detach()
             for (call, place, tensor), gradient in zip(watched, whole, strict=True)

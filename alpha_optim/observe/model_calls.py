@@ -53,6 +53,7 @@ class ModelCall:
         drew: Whether the call drew random numbers.
         autocast: Whether it ran under autocast.
         training: Training flag of every module of the model.
+        parameters: Versions of the model's parameters.
         shapes: Shapes of the tensors in its output.
         loss: The loss among them ``[]``, detached; None if there is none.
         loss_place: Which of the tensors it is.
@@ -68,6 +69,7 @@ class ModelCall:
     drew: bool
     autocast: Autocast
     training: tuple[bool, ...]
+    parameters: tuple[int, ...]
     shapes: tuple[torch.Size, ...]
     loss: Tensor | None
     loss_place: int | None
@@ -164,7 +166,6 @@ class ModelHooks:
         self._handles: list[RemovableHandle] = []
         self._compiled_call: Callable[..., Any] | None = None
         self._before: list[RandomState] = []
-        self.muted = False
         params = [] if model is None else list(model.parameters())
         self._device = params[0].device if params else torch.device("cpu")
 
@@ -197,12 +198,12 @@ class ModelHooks:
         self._handles, self._compiled_call, self._before = [], None, []
 
     def _starts(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._iteration().records and torch.is_grad_enabled() and not self.muted:
+        if self._iteration().records and torch.is_grad_enabled():
             self._before.append(RandomState.now(self._device))
 
     def _called(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         iteration: Reports = self._iteration()
-        if not torch.is_grad_enabled() or self.muted:
+        if not torch.is_grad_enabled():
             return None
         samples = samples_of(args, kwargs, self._sample_dim)
         loss = returned_loss(output)
@@ -223,6 +224,7 @@ class ModelHooks:
                 random.has_moved(),
                 Autocast.now(self._device),
                 tuple(module.training for module in innermost(model).modules()),
+                versions_of(list(innermost(model).parameters())),
                 tuple(tensor.shape for tensor in tensors),
                 None if loss is None else loss[0].detach(),
                 None if loss is None else loss[1],
@@ -237,7 +239,7 @@ class ModelHooks:
 
     def arrived(self, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor) -> None:
         """A gradient has reached an output."""
-        if self.attached and not self.muted:
+        if self.attached:
             self._iteration().output_reached(samples, call, place, gradient)
 
 

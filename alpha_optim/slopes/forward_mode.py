@@ -228,6 +228,9 @@ class ForwardMode:
             raise CannotDifferentiateError(OTHER_TERMS)
         every = self._put_together(passes, groups, line)
         half = self.half or any(calls.half for calls in groups)
+        if self._others_moved(groups, line):
+            self._signature = None  # nothing can be compared: check the next time
+            return every
         tolerance = TOLERANCE_HALF if half else TOLERANCE
         mean, deviation = every.values.mean(), every.values.std()
         error = deviation / max(1, len(every.values)) ** 0.5
@@ -245,6 +248,15 @@ class ForwardMode:
         if not mixes_samples(innermost(self.model)):
             self._compare_some(passes, groups, line, APART_HALF if half else APART)
         return every
+
+    def _others_moved(self, groups: Sequence[_Calls], line: Line) -> bool:
+        """Whether parameters that this step does not move were changed since the calls, by another optimizer."""
+        named = list(innermost(self.model).named_parameters())
+        for call, _ in (item for calls in groups for item in calls.items):
+            for (name, param), version in zip(named, call.parameters, strict=False):
+                if name not in line.point and param._version != version:
+                    return True
+        return False
 
     def _compare_some(
         self, passes: Sequence[BackwardPass], groups: Sequence[_Calls], line: Line, tolerance: float

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812 - the field writes it so
 from torch.overrides import TorchFunctionMode
 
@@ -76,6 +77,8 @@ class SeesLosses(TorchFunctionMode):
         if self._without_dropout:
             args, kwargs = _without_dropout(func, args, kwargs)
         output = func(*args, **kwargs)
+        if func is F.embedding:
+            output = _with_padding_at_rest(output, *args, **kwargs)
         if isinstance(output, Tensor) and output.dtype in (torch.float16, torch.bfloat16):
             self.half = True
         if func in _LOSSES and isinstance(output, Tensor) and output.dim() == 0:
@@ -108,6 +111,17 @@ class SeesLosses(TorchFunctionMode):
         if reduction == "sum" and total is not None:
             mean = output / total
         self.calls.append((mean, Rows(values, total)))
+
+
+def _with_padding_at_rest(
+    output: Tensor, tokens: Tensor, weight: Tensor, padding_idx: int | None = None, *_args: Any, **_kwargs: Any
+) -> Tensor:
+    """An embedding whose row of padding gets no gradient, whatever moves it."""
+    if padding_idx is None:
+        return output
+    at_rest = forward_ad.unpack_dual(weight).primal.detach()
+    row = padding_idx % len(at_rest)
+    return torch.where(torch.eq(tokens, row).unsqueeze(-1), at_rest[row], output)
 
 
 def _without_dropout(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -140,6 +140,8 @@ class SampleRecorder:
 
     def _called(self, call: LayerCall) -> None:
         assert self._sink is not None
+        if self.passes.muted:
+            return
         entry = self.passes.current()
         entry.creates_graph = entry.creates_graph or call.creates_graph
         if entry.samples is None:

@@ -24,8 +24,6 @@ TOLERANCE, TOLERANCE_HALF = 1e-2, 1e-1
 LATER = 64
 """The first check after the first; those that follow lie twice as far apart each time."""
 SHARES = "what flows through the rows of a sample is not the slope of its loss: samples meet in the model"
-    "its layers give what flows through a sample's rows, which is not the slope of its loss: samples meet in the model"
-)
 
 
 class Verification:
