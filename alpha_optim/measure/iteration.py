@@ -77,6 +77,7 @@ class Iteration:
         self.loss = BatchLoss(None, None, 0)
         self.used_gradients: LossGradients | None = None
         self.before: Tensor | list[Tensor] | None = None
+        self.start: list[Tensor] | None = None
         self.lr: tuple[float | Tensor, ...] = ()
 
     # ---------------------------------------------------------------- what the hooks ask

@@ -311,6 +311,8 @@ class Pairing:
         iteration.lr = lr
         if is_plain_sgd(optimizer):
             iteration.before = iteration.elements_now()
+            if iteration.records:  # differences of parameters tell nothing after a step that is too long
+                iteration.start = [param.detach().clone() for param in iteration.params] if kept is None else kept
         elif kept is not None:
             self._before = []
             iteration.before = kept
@@ -332,6 +334,7 @@ class Pairing:
         direction: AlongGradient | BetweenPoints
         if isinstance(before, Tensor):
             direction = AlongGradient.of(optimizer, differ(elements, before))
+            direction.before = iteration.start
             product = direction.products(gradients.tensors)
         else:
             direction, product = BetweenPoints.of(before, params, gradients.tensors)
@@ -339,8 +342,10 @@ class Pairing:
         if "start" in iteration.task.due and backend is not None and iteration.loss.samples != 1:
             slopes = backend.start_slopes(direction, gradients, self._expected(product, gradients.factor))
         point = self._observe("start", direction, product, gradients.factor, gradients.lost, slopes)
-        if isinstance(direction, AlongGradient) and (self._keep_direction or self.gradient_hooks.reused(params)):
-            direction.keep()
+        if isinstance(direction, AlongGradient):
+            direction.before = None
+            if self._keep_direction or self.gradient_hooks.reused(params):
+                direction.keep()
         self.pending = PendingStart(iteration.task.number, direction, point, elements, iteration.lr)
         return None
 

@@ -81,7 +81,7 @@ class Direction(Protocol):
         """Plain values and copies of tensors, from which `restored` builds it anew."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class AlongGradient:
     """The step of plain SGD.
 
@@ -92,6 +92,7 @@ class AlongGradient:
         moved: Whether any parameter changed.
         params: The parameters.
         versions: Versions of the gradients when the step was made.
+        before: A copy of the parameters before the step, as long as somebody needs it.
     """
 
     change_: Change
@@ -100,6 +101,7 @@ class AlongGradient:
     moved: Truth
     params: list[Tensor]
     versions: list[int]
+    before: list[Tensor] | None = None
 
     @classmethod
     def of(cls, optimizer: Optimizer, moved: Truth) -> AlongGradient:
@@ -142,7 +144,9 @@ class AlongGradient:
         return self.change_
 
     def start(self) -> list[Tensor]:
-        """See `Direction`; made anew, since plain SGD keeps no copy."""
+        """See `Direction`; made anew where no copy was kept, up to rounding."""
+        if self.before is not None:
+            return self.before
         changes = self.change_.tensors()
         return [
             param.detach() if change is None else param.detach() - change.to(param.dtype)
