@@ -126,7 +126,8 @@ def test_exact_variances_are_those_of_one_backward_pass_per_sample(name):
     generator = torch.Generator().manual_seed(0)
     batches = [widened(batch_of(name, generator), torch.float64) for _ in range(5)]
     expected = observe(lambda batch: losses_of_samples(name, model, batch), bare, batches)
-    tolerance = 1e-4 if name in ("llama", "lora", "t5") else 1e-8  # these normalise in float32 whatever they are
+    # Causal models compute their loss in float32 whatever they are, Llama and T5 their norms.
+    tolerance = 1e-8 if name in ("bert", "vit") else 1e-5
     for m, row in zip(guided.alpha_history, expected, strict=True):
         assert m.information == "full"
         for quantity in QUANTITIES:
