@@ -133,7 +133,7 @@ class Iteration:
 
     def loss_returned(self, loss: Tensor, samples: int | None, tokens: Any) -> None:
         """The model returned a loss; it counts if a backward pass starts there."""
-        call = LossCall(loss.detach(), None, samples, share=tokens is not None)
+        call = LossCall(loss.detach(), None, samples, returned=True, share=tokens is not None)
         passes = self.passes
 
         def start(gradient: Tensor) -> None:

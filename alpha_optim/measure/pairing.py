@@ -8,7 +8,7 @@ iterations only the direction and a few numbers are kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,21 @@ from alpha_optim.slopes.forward_mode import OTHER_TERMS
 TOLERANCE, TOLERANCE_HALF = 1e-2, 5e-2
 """Deviation of the mean over all samples from the slope of the gradients, relative to the slopes of samples, at which
 they count as not adding up to the gradient, with parameters of 32 and of 16 bits; rounding in float32 is 1e-6."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where the parameters were when `step` was called with a closure and gradients were there already.
+
+    Attributes:
+        elements: Some elements of every parameter.
+        params: A copy of the parameters.
+        edited: Whether they had been changed since the backward pass.
+    """
+
+    elements: Tensor
+    params: list[Tensor]
+    edited: bool
 
 
 class Pairing:
@@ -281,13 +296,14 @@ class Pairing:
 
     # ---------------------------------------------------------------- the start of a step
 
-    def start_obstacle(self, params: Sequence[Tensor]) -> DropReason | None:
+    def start_obstacle(self, params: Sequence[Tensor], entry: Entry | None = None) -> DropReason | None:
         """Say why this iteration cannot start a pair of ``params``; None if it can."""
         reason = self._obstacle()
         if reason is not None:
             return reason
         iteration = self.iteration
-        as_hooked = same_tensors(params, iteration.params) and not iteration.gradients.params_edited(params)
+        edited = iteration.gradients.params_edited(params) if entry is None else entry.edited
+        as_hooked = same_tensors(params, iteration.params) and not edited
         return None if as_hooked else DropReason.PARAMETERS_CHANGED
 
     def _obstacle(self) -> DropReason | None:
@@ -297,6 +313,19 @@ class Pairing:
             return DropReason.STEP_SKIPPED
         seen = iteration.gradients.any_seen or self.gradient_hooks.fresh(iteration.params)
         return None if seen else DropReason.NO_BACKWARD
+
+    def entry(self) -> Entry | None:
+        """Keep where the parameters are, if a backward pass has left gradients before `step` was called."""
+        iteration = self.iteration
+        if not iteration.task.in_pair or not iteration.gradients.any_seen:
+            return None
+        params = iteration.params
+        elements, edited = self._some_elements.of(params), iteration.gradients.params_edited(params)
+        return Entry(elements, [param.detach().clone() for param in params], edited)
+
+    def left(self, entry: Entry) -> bool:
+        """Whether the parameters are no longer where they were."""
+        return bool(read([differ(self._some_elements.of(self.iteration.params), entry.elements)])[0])
 
     def before_step(self, optimizer: Optimizer, kept: list[Tensor] | None, lr: tuple[float | Tensor, ...]) -> None:
         """Keep what tells the direction after the step.

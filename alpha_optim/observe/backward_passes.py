@@ -30,6 +30,7 @@ class LossCall:
         order: When it was called; of several terms the first sets the scale.
         complete: Whether losses of single samples can be had at all.
         subset: Whether the loss is one of some samples only, picked by a mask.
+        returned: Whether the model returned it.
         share: Whether it is a share of one mean over all passes of the iteration, which they add up to.
         closer: Returns the losses of the samples ``[N]`` later, where they are not wanted for a variance now; None
             if that would keep much memory.
@@ -44,6 +45,7 @@ class LossCall:
     order: int = 0
     complete: bool = True
     subset: bool = False
+    returned: bool = False
     share: bool = False
     closer: Callable[[], Tensor | None] | None = None
     seen_at_output: dict[tuple[int, int], Tensor] | None = None
@@ -63,6 +65,8 @@ class BackwardPass:
 
     def add(self, call: LossCall) -> None:
         """Add a term of the loss; a term that the user handed over replaces those seen."""
+        if call.returned and any(not seen.returned for seen in self.calls):
+            return  # what the loss was made from
         if call.explicit and (call.complete or not self.calls):
             self.calls = [call]
         elif not call.explicit and not any(seen.explicit and seen.complete for seen in self.calls):

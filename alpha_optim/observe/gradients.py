@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from alpha_optim.observe.hooks import versions_of, weakly
@@ -228,7 +229,8 @@ class GradientHooks:
     def attach(self, params: Sequence[Tensor]) -> None:
         """Hook every parameter that can get a gradient; leave hooks that are there where they are."""
         self._awaited = None
-        wanted = [param for param in params if param.requires_grad and param.is_leaf]
+        # Parameters of lazy layers are hooked once they exist.
+        wanted = [param for param in params if not is_lazy(param) and param.requires_grad and param.is_leaf]
         if self._handles and same_tensors(wanted, self._hooked):
             return
         self.detach()

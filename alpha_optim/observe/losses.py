@@ -145,7 +145,8 @@ class LossHooks:
     def _samples_of(self, rows: Tensor) -> tuple[int, bool]:
         """Number of samples that rows of losses belong to, and whether they fit."""
         passes: BackwardPasses = self._iteration().passes
-        fewest = rows.shape[0] if self._sample_dim == 0 or rows.dim() < 2 else rows.shape[1]
+        along = 1 if self._sample_dim == 1 and rows.dim() > 1 and rows.shape[1] in passes.forwards else 0
+        fewest = rows.shape[along]
         samples = passes.samples_for(fewest)
         if fewest < samples:  # pooled, or a subset picked by a mask
             outputs = self._iteration().output_rows()
@@ -169,7 +170,9 @@ class LossHooks:
         samples, fits = None, False
         has_rows = isinstance(first, Tensor) and first.dim() > 0
         if isinstance(first, Tensor) and first.dim() > 0:
-            samples, fits = self._samples_of(first.detach())
+            # One entry per row: the dimension of the classes is none of rows.
+            per_class = isinstance(loss_fn, _CLASSES) and first.dim() > 1
+            samples, fits = self._samples_of(first.detach().select(1, 0) if per_class else first.detach())
         scale = self._scale(loss_fn, args, kwargs, samples)
         mean = output.detach() if scale is None else output.detach() / scale
         individual, complete = None, fits and known_reduction(loss_fn)

@@ -105,10 +105,30 @@ def returned_loss(output: Any) -> tuple[Tensor, int] | None:
     if not isinstance(found, Tensor):
         single = [tensor for tensor in tensors if tensor.dim() == 0 and tensor.requires_grad]
         found = single[0] if len(single) == 1 and isinstance(output, (tuple, Tensor)) else None
+        if found is not None and not _made_from(found, [tensor for tensor in tensors if tensor.requires_grad]):
+            found = None
     if found is None or found.dim() > 0 or not found.requires_grad:
         return None
     places = [place for place, tensor in enumerate(tensors) if tensor is found]
     return (found, places[0]) if places else None
+
+
+NEAR = 200
+"""So many operations a loss lies at most above the output it is made from."""
+
+
+def _made_from(loss: Tensor, outputs: list[Tensor]) -> bool:
+    """Whether one number among several outputs is made from one of the others, as a loss is (a temperature is not)."""
+    others = {output.grad_fn for output in outputs if output is not loss and output.grad_fn is not None}
+    waiting, seen = [loss.grad_fn], {loss.grad_fn}
+    while others and waiting and len(seen) < NEAR:
+        node = waiting.pop(0)
+        if node in others:
+            return True
+        following = {entry for entry, _ in getattr(node, "next_functions", ()) if entry is not None} - seen
+        seen |= following
+        waiting.extend(following)
+    return not others
 
 
 def apart(output: Any) -> Any:

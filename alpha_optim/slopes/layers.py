@@ -198,7 +198,9 @@ class LayerHooks:
         return not self._muted and torch.is_grad_enabled()
 
     def seen(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> None:
-        """Take note of a forward call."""
+        """Take note of a forward call; one with tensors that have no plain rows is none of those that count."""
+        if any(tensor.is_nested or tensor.layout != torch.strided for tensor in tensors_in((args, kwargs, output))):
+            return
         self._on_forward()
         kept_args = map_tensors(Tensor.detach, args)
         kept_kwargs = {name: map_tensors(Tensor.detach, value) for name, value in kwargs.items()}

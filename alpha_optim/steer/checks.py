@@ -33,6 +33,12 @@ def check_scheduling(optimizer: Any, policy: Any, total_steps: Any, schedule: An
         )
     if not 0.0 <= bounds[0] <= bounds[1]:
         raise ValueError(f"expected 0 <= min_lr <= max_lr, got min_lr={bounds[0]}, max_lr={bounds[1]}")
+    own = [index for index, group in enumerate(optimizer.param_groups) if group.get("lr", 0.0) is None]
+    if own:
+        raise ValueError(
+            f"param group {own[0]} has lr=None: {type(optimizer.optimizer).__name__} finds its own learning rate; "
+            "AlphaScheduler sets rates, so give the optimizer one (for Adafactor: lr=1e-3, relative_step=False)"
+        )
     missing = [index for index, group in enumerate(optimizer.param_groups) if "lr" not in group]
     if missing:
         raise ValueError(f"param group {missing[0]} has no 'lr'; AlphaScheduler sets learning rates")

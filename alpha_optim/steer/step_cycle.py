@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.records import DropReason, GuardEvent
-from alpha_optim.measure.pairing import Pairing
+from alpha_optim.measure.pairing import Entry, Pairing
 from alpha_optim.measure.plan import Plan
 from alpha_optim.observe.checks import check_losses
 from alpha_optim.observe.step_direction import parameters_of, rates_of
@@ -140,7 +140,7 @@ class Session:
         try:
             if closure is None:
                 self._before_step(None)
-            inner = None if closure is None else self._watched(closure)
+            inner = None if closure is None else self._watched(closure, self.pairing.entry())
             result = self.optimizer.step(**_with(inner, kwargs))
         except SkipStepSignal as skip:
             self.begin()  # the step was not executed: the iteration starts anew
@@ -151,8 +151,11 @@ class Session:
         self._after_step()
         return result
 
-    def _watched(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure, its first evaluation seen as end of n-1 and start of n."""
+    def _watched(self, closure: Callable[[], Any], entry: Entry | None) -> Callable[[], Any]:
+        """The closure, its first evaluation seen as end of n-1 and start of n.
+
+        An optimizer that moves away before it evaluates the closure (SAM) steps from the point at the entry.
+        """
         calls = 0
 
         def evaluate() -> Any:
@@ -162,6 +165,10 @@ class Session:
                 if calls == 2:  # later evaluations overwrite the gradients
                     self._keep_gradients()
                 return closure()
+            if entry is not None and self.pairing.left(entry):
+                self._before_step(None, entry)
+                self.pairing.mute()
+                return closure()
             loss = closure()
             self._before_step(loss)
             return loss
@@ -169,7 +176,7 @@ class Session:
         return evaluate
 
     @torch.no_grad()
-    def _before_step(self, closure_loss: Any) -> None:
+    def _before_step(self, closure_loss: Any, entry: Entry | None = None) -> None:
         """Finish the pair that ends here, let the guard judge, prepare the pair that starts here."""
         pairing, params = self.pairing, parameters_of(self.optimizer)
         iteration = pairing.iteration
@@ -184,11 +191,12 @@ class Session:
         if self.guard is not None:
             self._judge(self.guard, params, closure_loss)
         if self._start:
-            reason = pairing.start_obstacle(params)
+            reason = pairing.start_obstacle(params, entry)
             if reason is not None:
                 self.history.drop(reason)
             else:
                 kept = None if self.guard is None else self.guard.kept_parameters(len(params))
+                kept = kept if entry is None else entry.params
                 pairing.before_step(self.optimizer, kept, rates_of(self.optimizer))
 
     def _judge(self, guard: Guard, params: list[Tensor], closure_loss: Any) -> None:
@@ -225,7 +233,8 @@ class Session:
         pairing.gradient_hooks.step_done(parameters_of(self.optimizer))
         self.iteration += 1
         saw_loss = iteration.loss.mean is not None
-        self.reminders.after_step(self.iteration, pairing.pending is not None, saw_loss)
+        measured = pairing.pending is not None and iteration.gradients.any_seen
+        self.reminders.after_step(self.iteration, measured, saw_loss)
         if self.guard is not None:
             self.guard.stepped = True
         self.begin()
