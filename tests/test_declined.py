@@ -351,7 +351,7 @@ class SAM(torch.optim.Optimizer):
         return loss
 
 
-@pytest.mark.compatibility("Third-party", "SAM: measured from the entry of step")
+@pytest.mark.compatibility("Loops", "SAM: measured from the entry of step")
 def test_sam_is_measured_from_the_entry_of_its_step():
     def run(wrapped):
         torch.manual_seed(0)

@@ -189,11 +189,12 @@ class Pairing:
 
     # ---------------------------------------------------------------- the end of a step
 
-    def finish(self, params: Sequence[Tensor]) -> PendingPair | DropReason | None:
+    def finish(self, params: Sequence[Tensor], entry: Entry | None = None) -> PendingPair | DropReason | None:
         """Complete the pair that ends in this iteration; called before the optimizer steps.
 
         Args:
             params: Parameters of the optimizer as they are now.
+            entry: Where they were when `step` was called, if the optimizer has moved away since.
 
         Returns:
             The pair, the reason why it is dropped, or None if there is none.
@@ -216,7 +217,7 @@ class Pairing:
         backend, slopes = iteration.task.backend, None
         edited = iteration.was_edited()
         if "end" in iteration.task.due and backend is not None and iteration.loss.samples != 1:
-            slopes = backend.end_slopes(direction)
+            slopes = backend.end_slopes(direction, params if entry is None else entry.params)
         point = self._observe("end", direction, product, None, False, slopes)
         return PendingPair(
             pending.iteration,

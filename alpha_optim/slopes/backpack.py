@@ -97,7 +97,7 @@ class BackpackBackend:
         self._projected: dict[BackwardPass, set[int]] = {}
         self._recorder.discard()
 
-    def end_slopes(self, direction: Direction) -> SampleSlopes | None:
+    def end_slopes(self, direction: Direction, point: Sequence[Tensor]) -> SampleSlopes | None:
         """Slopes along the previous step."""
         return self._combine(self._at_end, lambda values, key: values)
 

@@ -99,8 +99,13 @@ class Backend(Protocol):
     def discard(self) -> None:
         """Forget what the passes of this iteration left: their gradients were thrown away."""
 
-    def end_slopes(self, direction: Direction) -> SampleSlopes | None:
-        """Slopes along the previous step, asked for before the next one; None if unknown."""
+    def end_slopes(self, direction: Direction, point: Sequence[Tensor]) -> SampleSlopes | None:
+        """Slopes along the previous step, asked for before the next one; None if unknown.
+
+        Args:
+            direction: The previous step.
+            point: The parameters at its end.
+        """
 
     def start_slopes(self, direction: Direction, gradients: LossGradients, expected: Expected) -> SampleSlopes | None:
         """Slopes along the step just made, asked for after it; None if unknown.

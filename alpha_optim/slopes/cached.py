@@ -52,7 +52,7 @@ class CachedBackend(Silent):
         self._gradients = {}
         self._recorder.discard()
 
-    def end_slopes(self, direction: Direction) -> SampleSlopes | None:
+    def end_slopes(self, direction: Direction, point: Sequence[Tensor]) -> SampleSlopes | None:
         """Reduce the cached gradients along the previous step."""
         return self._reduce(direction.change())
 

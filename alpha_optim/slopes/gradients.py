@@ -28,7 +28,7 @@ class GradientsBackend(Silent):
     def begin(self, passes: BackwardPasses, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
         """Hook nothing."""
 
-    def end_slopes(self, direction: Direction) -> SampleSlopes | None:
+    def end_slopes(self, direction: Direction, point: Sequence[Tensor]) -> SampleSlopes | None:
         """Return None: not known."""
         return None
 

@@ -84,11 +84,11 @@ class LayerwiseBackend:
         """Forget the passes so far."""
         self._rules.discard()
 
-    def end_slopes(self, direction: Direction) -> SampleSlopes | None:
+    def end_slopes(self, direction: Direction, point: Sequence[Tensor]) -> SampleSlopes | None:
         """Slopes along the previous step."""
         if self._by_rules:
             return self._from_rules(self._rules.end_slopes())
-        return self._from_model(self._params, direction, None)
+        return self._from_model(point, direction, None)
 
     def start_slopes(self, direction: Direction, gradients: LossGradients, expected: Expected) -> SampleSlopes | None:
         """Slopes along the step just made."""

@@ -183,7 +183,7 @@ class Session:
         iteration.in_step = True
         if iteration.task.in_pair or self.guard is not None:
             pairing.see_loss(closure_loss)
-        outcome = pairing.finish(params)
+        outcome = pairing.finish(params, entry)
         if isinstance(outcome, DropReason):
             self.history.drop(outcome)
         elif outcome is not None:
