@@ -68,8 +68,8 @@ class Direction(Protocol):
     def products(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """<d, gradient> over all parameters, float64 ``[]``; None counts as zero."""
 
-    def change(self) -> Change:
-        """The change as tensors."""
+    def change(self, end: Sequence[Tensor] | None = None) -> Change:
+        """The change as tensors; ``end`` are the parameters after the step where they have moved on since."""
 
     def start(self) -> list[Tensor]:
         """The parameters before the step."""
@@ -139,7 +139,7 @@ class AlongGradient:
         ]
         return scaled(stacked(values, device), self.change_.rates).sum()
 
-    def change(self) -> Change:
+    def change(self, end: Sequence[Tensor] | None = None) -> Change:
         """See `Direction`."""
         return self.change_
 
@@ -226,9 +226,10 @@ class BetweenPoints:
         ]
         return _sum(values, self.params[0].device)
 
-    def change(self) -> Change:
+    def change(self, end: Sequence[Tensor] | None = None) -> Change:
         """See `Direction`; as much memory as the parameters."""
-        bases: list[Tensor | None] = [now.detach() - old for old, now in zip(self.before, self.params, strict=True)]
+        after = self.params if end is None else end
+        bases: list[Tensor | None] = [now.detach() - old for old, now in zip(self.before, after, strict=True)]
         return Change(bases, [1.0] * len(bases), False)
 
     def start(self) -> list[Tensor]:

@@ -129,7 +129,8 @@ class LayerwiseBackend:
         if not self._passes.forwards and passes:
             self._without_model_calls()
             return None
-        line = Line.along(self._forward.names, self._params, point, direction.change().tensors())
+        change = direction.change(point if expected is None else None)
+        line = Line.along(self._forward.names, self._params, point, change.tensors())
         if not line.point:
             return None
         slopes, reason = self._forward.slopes(passes, line, expected)
