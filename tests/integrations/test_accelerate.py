@@ -8,6 +8,7 @@ accelerate = pytest.importorskip("accelerate", reason="Accelerate is not install
 
 from alpha_optim import AlphaGuided, AlphaScheduler  # noqa: E402
 from tests.test_transparency import equal_states  # noqa: E402
+from tests.today import GPT, T, V  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.cpu.amp.autocast")
 
@@ -87,6 +88,36 @@ def test_mixed_precision():
     history = Run(precision="bf16").epochs(1).optimizer.alpha_history
     assert {m.information for m in history} == {"full"}
     assert history[0].slope_start == pytest.approx(first.slope_start, rel=0.1)
+
+
+@pytest.mark.compatibility("Accelerate", "a language model, accumulation and bf16 together")
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_a_language_model_with_accumulation(precision):
+    def run(wrapped):
+        accelerate.state.AcceleratorState._reset_state(True)
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
+        torch.manual_seed(0)
+        model, loss_fn = GPT(dropout=0.1), nn.CrossEntropyLoss()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = AlphaGuided(optimizer, model, loss_fn) if wrapped else optimizer
+        generator = torch.Generator().manual_seed(0)
+        data = [torch.randint(0, V, (2, T), generator=generator) for _ in range(160)]
+        net, loader, stepper = accelerator.prepare(model, torch.utils.data.DataLoader(data, batch_size=10), optimizer)
+        for batch in loader:
+            x, y = batch.unbind(1)
+            with accelerator.accumulate(net):
+                accelerator.backward(loss_fn(net(x).view(-1, V), y.reshape(-1)))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(net.parameters(), 1.0)
+                stepper.step()
+                stepper.zero_grad()
+        return model, optimizer
+
+    (bare, _), (model, guided) = run(False), run(True)
+    assert equal_states(bare.state_dict(), model.state_dict())
+    assert len(guided.alpha_history) == 7
+    assert {m.information for m in guided.alpha_history[2:]} == {"full"}
+    assert {m.samples_start for m in guided.alpha_history} == {20}
 
 
 @pytest.mark.compatibility("Accelerate", "save_state, load_state: bit for bit")

@@ -11,6 +11,7 @@ lightning = pytest.importorskip("lightning", reason="Lightning is not installed"
 from alpha_optim import AlphaGuided, AlphaScheduler  # noqa: E402
 from alpha_optim.integrations.lightning import AlphaMonitor  # noqa: E402
 from tests.test_transparency import equal_states  # noqa: E402
+from tests.today import GPT, T, V  # noqa: E402
 
 BATCHES, TOTAL = 30, 60
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -173,3 +174,39 @@ def test_the_monitor_logs_alpha_over_the_steps_since_the_last_time(tmp_path):
     history = module.guided.alpha_history
     assert float(table[-1]["alpha_optim/alpha"]) == pytest.approx(history.windowed(20).alpha)
     assert float(table[-1]["alpha_optim/lr"]) == pytest.approx(history[-1].lr[0])
+
+
+class Language(lightning.LightningModule):
+    def __init__(self, wrapped):
+        super().__init__()
+        self.net, self.loss_fn, self.wrapped = GPT(dropout=0.1), nn.CrossEntropyLoss(), wrapped
+
+    def training_step(self, batch, index):
+        x, y = batch
+        return self.loss_fn(self.net(x).view(-1, V), y.view(-1))
+
+    def configure_optimizers(self):
+        base = torch.optim.AdamW(self.net.parameters(), lr=1e-2)
+        return AlphaGuided(base, self.net, self.loss_fn) if self.wrapped else base
+
+
+@pytest.mark.compatibility("Lightning", "a language model, accumulate_grad_batches, bf16-mixed")
+@pytest.mark.parametrize(("accumulate", "precision"), [(1, "32-true"), (2, "32-true"), (1, "bf16-mixed")])
+def test_a_language_model(tmp_path, accumulate, precision):
+    def run(wrapped):
+        torch.manual_seed(0)
+        module, generator = Language(wrapped), torch.Generator().manual_seed(0)
+        data = [tuple(torch.randint(0, V, (20, T), generator=generator) for _ in range(2)) for _ in range(16)]
+        trainer = lightning.Trainer(
+            max_epochs=1, accelerator="cpu", precision=precision, accumulate_grad_batches=accumulate, logger=False,
+            gradient_clip_val=1.0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
+        return module.net, trainer.optimizers[0]
+
+    (bare, _), (model, guided) = run(False), run(True)
+    assert equal_states(bare.state_dict(), model.state_dict())
+    assert len(guided.alpha_history) == 16 // accumulate - 1
+    assert {m.information for m in guided.alpha_history[2:]} == {"full"}
+    assert {m.samples_start for m in guided.alpha_history} == {20 * accumulate}

@@ -90,13 +90,20 @@ def test_without_a_scheduler_nothing_is_changed(tmp_path):
     ("options", "samples"),
     [({"gradient_accumulation_steps": 2}, 16), ({"bf16": True}, 8), ({"checkpointing": True}, 8)],
 )
-def test_ways_of_training(tmp_path, options, samples):
-    if options.pop("checkpointing", False):
+@pytest.mark.parametrize("complete", [True, False])
+def test_ways_of_training(tmp_path, options, samples, complete):
+    if options.get("checkpointing"):
         options = {"gradient_checkpointing": True}
-    _, optimizer, _ = train(tmp_path, complete=True, **options)
+    _, optimizer, trainer = train(tmp_path, complete=complete, logged=True, **options)
     history = optimizer.alpha_history
-    assert {m.information for m in history} == {"full"}
+    assert {m.information for m in history[2:]} == {"full"}
     assert {m.samples_start for m in history} == {samples}
+    # The loss is that of the whole batch, whatever the micro-batches were divided by.
+    logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    first = [m.loss_start for m in history if m.iteration < 5]
+    # This loss function does not divide by num_items_in_batch, and the Trainer adds its micro-batches up.
+    passes = samples // 8 if complete else 1
+    assert sum(first) / len(first) == pytest.approx(logged[0] / passes, rel=2e-2)
 
 
 @pytest.mark.compatibility("Trainer", "its checkpoint resumes bit for bit")
