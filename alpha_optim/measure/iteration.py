@@ -155,13 +155,9 @@ class Iteration:
         """The loss of a sample was seen to depend on another sample's output."""
         self.interacting = True
 
-    def accumulated(self, param: Tensor, first: bool) -> None:
-        """A gradient was accumulated into a parameter; whether it is the first of its backward pass."""
-        self.gradients.accumulated(param)
-        if first:
-            self.passes.current().reached = True
-        if self.task.due and self.task.backend is not None:
-            self.task.backend.accumulated(param)
+    def backward_reached(self) -> None:
+        """A backward pass has reached its first parameter."""
+        self.passes.current().reached = True
 
     @torch.no_grad()
     def backward_ended(self) -> None:

@@ -119,9 +119,12 @@ class Pairing:
         if backend is not None and due:
             end_of = self.pending.direction if "end" in due and self.pending is not None else None
             backend.begin(self.iteration.passes, end_of, "start" in due, params)
+        if backend is not None:
+            self.gradient_hooks.step_done(params)
         if backend is not None or guarded:
             self._model_hooks.attach()
-            self.gradient_hooks.attach(params)
+            each = backend.accumulated if backend is not None and due else None
+            self.gradient_hooks.attach(params, self.iteration.gradients, each)
             self.losses.attach()
         else:
             self._model_hooks.detach()
@@ -367,7 +370,9 @@ class Pairing:
             direction.before = iteration.start
             product = direction.products(gradients.tensors)
         else:
-            direction, product = BetweenPoints.of(before, params, gradients.tensors)
+            # Where slopes of samples are due the point itself is needed, too.
+            overwrite = before is self._before and "start" not in iteration.task.due
+            direction, product = BetweenPoints.of(before, params, gradients.tensors, overwrite)
         slopes, backend = None, iteration.task.backend
         if "start" in iteration.task.due and backend is not None and iteration.loss.samples != 1:
             slopes = backend.start_slopes(direction, gradients, self._expected(product, gradients.factor))

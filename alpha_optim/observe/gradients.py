@@ -21,7 +21,7 @@ from torch.autograd import Variable
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from alpha_optim.observe.hooks import versions_of, weakly
+from alpha_optim.observe.hooks import weakly
 from alpha_optim.observe.numbers import Truth
 from alpha_optim.observe.some_elements import factor_between, stays_view, together, view_of
 from alpha_optim.observe.step_direction import copied, same_tensors
@@ -49,11 +49,11 @@ class LossGradients:
 
     def __post_init__(self) -> None:
         """Note what the tensors are like now."""
-        self.versions[:] = versions_of(self.tensors)
+        self.versions[:] = [-1 if tensor is None else tensor._version for tensor in self.tensors]
 
     def intact(self) -> bool:
         """Whether nobody has written to them since: some optimizers use gradients as scratch memory."""
-        return self.versions == list(versions_of(self.tensors))
+        return self.versions == [-1 if tensor is None else tensor._version for tensor in self.tensors]
 
     def kept(self) -> LossGradients:
         """The same in tensors that nobody else holds."""
@@ -105,17 +105,14 @@ class Gradients:
             buffer: Memory for copies, shared as well.
         """
         self._habits, self._buffer = habits, buffer
-        self._params: dict[int, Tensor] = {}
+        self._params: dict[int, Tensor] = {}  # that got a gradient, by id; `GradientHooks` writes it
         self._seen: list[_Seen] = []
         self._left: _Left | None = None
 
-    def accumulated(self, param: Tensor) -> None:
-        """A gradient was accumulated."""
-        self._params[id(param)] = param
-
     def forget(self) -> None:
         """Forget the gradients seen so far: they were thrown away."""
-        self._params, self._seen, self._left = {}, [], None
+        self._params.clear()
+        self._seen, self._left = [], None
 
     def backward_ended(self, look: bool) -> None:
         """Take note of the gradients while nobody has touched them.
@@ -217,18 +214,26 @@ class GradientHooks:
         """Prepare; nothing is hooked before `attach`.
 
         Args:
-            iteration: Returns the iteration in progress: its ``accumulated(param)`` is called for the first
-                gradient of a backward pass and wherever every gradient is wanted, ``backward_ended()`` at the end.
+            iteration: Returns the iteration in progress: its ``backward_reached()`` is called at the first gradient
+                of a backward pass, ``accumulated(param)`` at each if they are wanted, ``backward_ended()`` at the end.
         """
         self._iteration = iteration
         self._handles: list[RemovableHandle] = []
         self._hooked: list[Tensor] = []
         self._awaited: int | None = None  # backward pass at whose end we look
+        self._params: dict[int, Tensor] = {}
+        self._each: Callable[[Tensor], None] | None = None
         self._used: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
-    def attach(self, params: Sequence[Tensor]) -> None:
-        """Hook every parameter that can get a gradient; leave hooks that are there where they are."""
-        self._awaited = None
+    def attach(self, params: Sequence[Tensor], gradients: Gradients, each: Callable[[Tensor], None] | None) -> None:
+        """Hook every parameter that can get a gradient; leave hooks that are there where they are.
+
+        Args:
+            params: The parameters.
+            gradients: Takes note of those that get one.
+            each: Called with each of them inside the backward pass, if that is wanted.
+        """
+        self._awaited, self._params, self._each = None, gradients._params, each
         # Parameters of lazy layers are hooked once they exist.
         wanted = [param for param in params if not is_lazy(param) and param.requires_grad and param.is_leaf]
         if self._handles and same_tensors(wanted, self._hooked):
@@ -246,13 +251,15 @@ class GradientHooks:
         self._handles, self._hooked = [], []
 
     def _accumulated(self, param: Tensor) -> None:
+        self._params[id(param)] = param
         task = torch._C._current_graph_task_id()
-        first = task != self._awaited
-        if first:
+        if task != self._awaited:
             self._awaited = task
             engine: Any = Variable._execution_engine
             engine.queue_callback(self._ended)
-        self._iteration().accumulated(param, first)
+            self._iteration().backward_reached()
+        if self._each is not None:
+            self._each(param)
 
     def _ended(self) -> None:
         self._awaited = None

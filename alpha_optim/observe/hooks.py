@@ -93,7 +93,5 @@ def version_of(tensor: Tensor) -> int:
 
 
 def versions_of(tensors: Any) -> tuple[int, ...]:
-    """Versions of the tensors in a nested value; -1 for None in a plain sequence."""
-    if isinstance(tensors, list) and any(tensor is None for tensor in tensors):
-        return tuple(-1 if tensor is None else version_of(tensor) for tensor in tensors)
+    """Versions of the tensors in a nested value."""
     return tuple(map(version_of, tensors_in(tensors)))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses, LossCall
 from alpha_optim.observe.hooks import Hook, tensors_in, weakly
 from alpha_optim.observe.model_calls import ModelCall
-from alpha_optim.observe.model_inputs import detached, folded
+from alpha_optim.observe.model_inputs import detached, fits, folded
 from alpha_optim.observe.module_copy import stand_in
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.random_state import untouched
@@ -111,16 +111,16 @@ class LossHooks:
         values = losses.detach()
         self._calls += 1
         order, sample_dim = self._calls, self._sample_dim
-        samples, fits = self._samples_of(values)
+        samples, fitting = self._samples_of(values.shape)
         self._followed(losses, None)
 
         def weighted(weights: Tensor) -> None:
             total = weights.sum()
             products = weights * values
-            individual = folded(products, samples, sample_dim) if fits else None
+            individual = folded(products, samples, sample_dim) if fitting else None
             if individual is not None:
                 individual = individual * (samples / total)
-            call = LossCall(products.sum() / total, individual, samples, total, explicit, order, fits, not fits)
+            call = LossCall(products.sum() / total, individual, samples, total, explicit, order, fitting, not fitting)
             self._report(call)
 
         losses.register_hook(weighted)
@@ -128,8 +128,8 @@ class LossHooks:
     def _call_of(self, losses: Tensor, mean: Tensor, gamma: Tensor | None, explicit: bool) -> LossCall:
         """Losses in which every entry weighs the same, as a call."""
         values = losses.detach()
-        samples, fits = self._samples_of(values)
-        individual = folded(values, samples, self._sample_dim) if fits else None
+        samples, fitting = self._samples_of(values.shape)
+        individual = folded(values, samples, self._sample_dim) if fitting else None
         if individual is not None and values.numel() != samples:
             individual = individual * (samples / values.numel())
         return LossCall(
@@ -142,17 +142,15 @@ class LossHooks:
             subset=individual is None,
         )
 
-    def _samples_of(self, rows: Tensor) -> tuple[int, bool]:
-        """Number of samples that rows of losses belong to, and whether they fit."""
+    def _samples_of(self, rows: torch.Size) -> tuple[int, bool]:
+        """Number of samples that rows of losses of a shape belong to, and whether they fit."""
         passes: BackwardPasses = self._iteration().passes
-        along = 1 if self._sample_dim == 1 and rows.dim() > 1 and rows.shape[1] in passes.forwards else 0
-        fewest = rows.shape[along]
+        fewest = rows[1 if self._sample_dim == 1 and len(rows) > 1 and rows[1] in passes.forwards else 0]
         samples = passes.samples_for(fewest)
         if fewest < samples:  # pooled, or a subset picked by a mask
             outputs = self._iteration().output_rows()
             return (fewest, True) if not outputs or fewest in outputs else (samples, False)
-        fits = folded(rows[..., :1] if rows.dim() > 2 else rows, samples, self._sample_dim) is not None
-        return samples, fits
+        return samples, fits(rows, samples, self._sample_dim)
 
     # ---------------------------------------------------------------- calls of the loss function
 
@@ -167,15 +165,16 @@ class LossHooks:
             self.watch(output, explicit=False)
             return
         first = args[0] if args else next(iter(kwargs.values()), None)
-        samples, fits = None, False
+        samples, fitting = None, False
         has_rows = isinstance(first, Tensor) and first.dim() > 0
         if isinstance(first, Tensor) and first.dim() > 0:
             # One entry per row: the dimension of the classes is none of rows.
             per_class = isinstance(loss_fn, _CLASSES) and first.dim() > 1
-            samples, fits = self._samples_of(first.detach().select(1, 0) if per_class else first.detach())
+            shape = first.shape
+            samples, fitting = self._samples_of(torch.Size((shape[0], *shape[2:])) if per_class else shape)
         scale = self._scale(loss_fn, args, kwargs, samples)
         mean = output.detach() if scale is None else output.detach() / scale
-        individual, complete = None, fits and known_reduction(loss_fn)
+        individual, complete = None, fitting and known_reduction(loss_fn)
         seen_at_output = None
         if complete and (iteration.wants_losses or iteration.follows_losses):
             assert samples is not None
@@ -186,8 +185,8 @@ class LossHooks:
                 with torch.enable_grad():
                     whole = output if scale is None else output / scale
                 seen_at_output = self._followed_module(loss_fn, args, kwargs, whole, samples)
-        if not complete and (not fits or not known_reduction(loss_fn) or iteration.wants_losses):
-            self._warn_incomplete(loss_fn, subset=has_rows and not fits)
+        if not complete and (not fitting or not known_reduction(loss_fn) or iteration.wants_losses):
+            self._warn_incomplete(loss_fn, subset=has_rows and not fitting)
         self._calls += 1
         call = LossCall(
             mean,
@@ -195,7 +194,7 @@ class LossHooks:
             samples,
             order=self._calls,
             complete=complete,
-            subset=bool(has_rows and not fits),
+            subset=bool(has_rows and not fitting),
             closer=self._closer(loss_fn, args, kwargs, mean, samples) if complete and individual is None else None,
             seen_at_output=seen_at_output,
         )
@@ -283,8 +282,8 @@ class LossHooks:
         watched: list[tuple[int, int, Tensor]] = iteration.watched_outputs() if iteration.follows_losses else []
         if not watched or not losses.requires_grad:
             return None
-        samples, fits = (losses.shape[0], True) if sums else self._samples_of(losses.detach())
-        if not fits:
+        samples, fitting = (losses.shape[0], True) if sums else self._samples_of(losses.shape)
+        if not fitting:
             return None
         tensors = [tensor for _, _, tensor in watched]
         iteration.passes.muted = True

@@ -100,6 +100,8 @@ def innermost(model: nn.Module) -> nn.Module:
 
 def returned_loss(output: Any) -> tuple[Tensor, int] | None:
     """The loss that a model returned with its output, and its place among the tensors; None if there is none."""
+    if isinstance(output, Tensor) and output.dim() > 0:
+        return None
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     tensors = list(tensors_in(output))
     if not isinstance(found, Tensor):

@@ -28,6 +28,9 @@ def samples_of(args: Any, kwargs: Mapping[str, Any], sample_dim: int) -> int | N
         kwargs: Keyword arguments of the call.
         sample_dim: Dimension along which samples lie.
     """
+    first = args[0] if args else None
+    if type(first) is Tensor and first.layout == torch.strided and not first.is_nested and first.dim() > sample_dim:
+        return first.shape[sample_dim]
     return _samples_in([*args, *kwargs.values()], sample_dim, nested=True)
 
 
@@ -74,6 +77,15 @@ def folded(rows: Tensor, samples: int, sample_dim: int) -> Tensor | None:
     if sample_dim == 0:
         return rows.reshape(samples, -1).sum(1)
     return rows.reshape(count // samples, samples, -1).sum((0, 2))
+
+
+def fits(shape: torch.Size, samples: int, sample_dim: int) -> bool:
+    """Whether rows of a shape can be folded to samples, see `folded`."""
+    if not shape or samples == 0:
+        return False
+    if sample_dim == 1 and len(shape) > 1 and shape[1] == samples:
+        return shape[0] != samples
+    return shape[0] % samples == 0
 
 
 def cut(value: Any, samples: int, chosen: Tensor, sample_dim: int) -> Any:

@@ -33,9 +33,7 @@ def read(values: Sequence[Number | Truth | None]) -> list[Any]:
         Floats where there were tensors; everything else as it was.
     """
     # tolist reads memory; item() would be counted (and on an accelerator wait) as a synchronisation.
-    found: list[Any] = [
-        value.tolist() if isinstance(value, Tensor) and free_to_read(value.device) else value for value in values
-    ]
+    found: list[Any] = [value.tolist() if isinstance(value, Tensor) and value.is_cpu else value for value in values]
     waiting: dict[torch.device, list[int]] = {}
     for place, value in enumerate(found):
         if isinstance(value, Tensor):

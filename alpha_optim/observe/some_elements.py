@@ -55,7 +55,8 @@ def together(views: Sequence[Tensor]) -> Tensor:
     if not views:
         return torch.empty(0)
     first = views[0]
-    if any(view.dtype != first.dtype or view.device != first.device for view in views):
+    dtype, place = first.dtype, first.get_device()
+    if any(view.dtype is not dtype or view.get_device() != place for view in views):
         views = [view.to(first.device, torch.float64) for view in views]
     # Runs of many tensors in one go: a reshape each would be most of the work.
     short = [view for view in views if view.dim() == 1]

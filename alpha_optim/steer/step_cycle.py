@@ -230,7 +230,6 @@ class Session:
                 self.history.drop(reason)
             self.plan.saw_step(len(iteration.passes.reached), pairing.habits.keep_copies)
             self.plan.warn_unaccounted()
-        pairing.gradient_hooks.step_done(parameters_of(self.optimizer))
         self.iteration += 1
         saw_loss = iteration.loss.mean is not None
         measured = pairing.pending is not None and iteration.gradients.any_seen
