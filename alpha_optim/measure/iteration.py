@@ -80,6 +80,11 @@ class Iteration:
         self.start: list[Tensor] | None = None
         self.lr: tuple[float | Tensor, ...] = ()
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is measured or judged, so that there are no hooks."""
+        return not self.task.in_pair and not self.task.guarded
+
     # ---------------------------------------------------------------- what the hooks ask
 
     @property

@@ -108,6 +108,8 @@ class Pairing:
             starts: Whether it is the start of a pair.
             guarded: Whether a guard judges its loss, measured or not.
         """
+        if backend is None and not guarded and self.iteration.idle:
+            return  # nor was there anything to see in the last one
         self._close_backend()
         params = parameters_of(optimizer)
         if not same_tensors(params, self.iteration.params):

@@ -137,6 +137,12 @@ class Session:
         if not self.active:
             self.iteration += 1
             return self.optimizer.step(**_with(closure, kwargs))
+        if self.pairing.iteration.idle:
+            result = self.optimizer.step(**_with(closure, kwargs))
+            self.iteration += 1
+            self.reminders.after_step(self.iteration, measured=False, saw_loss=False)
+            self.begin()
+            return result
         try:
             if closure is None:
                 self._before_step(None)
