@@ -16,7 +16,7 @@ Role = Literal["start", "end"]
 
 SHARE = 0.01
 """Share of the training time that variances may take."""
-LONGEST = 256
+LONGEST = 512
 """Iterations after which variances are measured anew in any case."""
 
 

@@ -1,10 +1,10 @@
-"""What alpha costs: training steps with and without it, interleaved in one process, as ratios.
+"""What alpha costs: training steps with and without it, in turn, in one process, as ratios.
 
-A few steps of the plain loop and a few of a variant take turns; a ratio is that of the sums over a block, and
-the median over all blocks is reported. A block is as long as variances of slopes stay, so that each has its
-share of measuring them anew. Beside the ratio stands a floor: multiplications that a variant adds to
-those of a plain step, plus the time that its passes over the parameters take at the memory bandwidth of this
-machine.
+Steps of several kinds make a run: those in which variances over samples stand, those in which they are measured anew,
+those in which that is checked, and with `every` those that are not measured. Each kind is timed beside plain steps; the
+medians are put together by how often each kind comes in a long run ("default", ...) and in its first 100 steps. Beside
+the ratio stands a floor: multiplications that a variant adds to those of a plain step, plus the time that its passes
+over the parameters take at the memory bandwidth of this machine.
 
     python -m examples.benchmarks.cost              # a table on the screen
     python -m examples.benchmarks.cost --models ResNet --optimizers momentum    # other cases
@@ -34,33 +34,49 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from alpha_optim import AlphaGuided, AlphaScheduler, Hold
-from alpha_optim.measure.refresh import interval
+from alpha_optim.measure.refresh import SHARE, interval
 from alpha_optim.policies.calibrate.calibrate_then_anneal import SPARSE
+from alpha_optim.slopes.forward_mode import CHECK_AGAIN
 from examples.benchmarks import report
 from examples.benchmarks.models import MODELS, OPTIMIZERS
 from examples.benchmarks.tables import RESULTS
 
 Step = Callable[[Tensor, Tensor], None]
 OURS: dict[str, dict[str, Any]] = {
-    "gradients": {"backend": "gradients"},
     "default": {},
+    "gradients": {"backend": "gradients"},
     "every=10": {"every": 10},
     "steered": {"every": None, "steered": True},
     "exact": {"variance": "exact"},
     "layerwise": {"backend": "layerwise"},
 }
 REFERENCES = ("cached", "Cockpit", "vmap")
-SECONDS = 0.15
-"""How long plain and measured steps take turns, in seconds of plain steps."""
-WARM_UP = 200
-"""Steps before anything is timed, with batches of two."""
-SLOW = 0.3
-"""Plain steps of so many seconds are timed in three pairs of blocks."""
-PASSES = {"SGD": 3, "momentum": 5, "AdamW": 10}
-"""How often the numbers of a parameter are read or written for a measured step: a product with the previous
-gradient and a norm; with the buffer at both ends and a norm; a copy, a difference, a norm, two products."""
+SECONDS = 1.5
+"""How long each kind of step is timed, in seconds of plain steps."""
+FEWEST, MOST = 3, 200
+"""Steps of one kind that are timed."""
+SLOW, SKIPPED = 0.4, ("gradients", "every=10", "steered")
+"""Plain steps of so many seconds are timed with these variants left out: they add less than the default."""
+FIRST = 100
+"""The first steps of a run, in which variances are measured more often."""
+PASSES = {"SGD": 3, "momentum": 9, "AdamW": 9}
+"""How often the numbers of a parameter are read or written for a measured step: a product with the previous gradient
+and a norm; a copy, a difference and two products with it from the cache, one product at the end."""
 GUARD_PASSES = 4
 """The same for the guard at every step: norms of gradients and parameters, a copy."""
+
+
+ALL = [
+    *itertools.product(("MLP", "CNN"), ("SGD", "momentum", "AdamW"), (128, 32)),
+    *itertools.product(("MLP 1500-700",), ("SGD", "momentum", "AdamW"), (96,)),
+    *itertools.product(("small",), ("SGD", "AdamW"), (32,)),
+    *itertools.product(("ResNet",), ("SGD", "momentum", "AdamW"), (32,)),
+    *itertools.product(("transformer",), ("SGD", "AdamW"), (32,)),
+    ("ViT", "AdamW", 32),
+    ("GPT", "AdamW", 8),
+    ("GPT", "AdamW", 32),
+]
+"""The cases of docs/benchmarks.md."""
 
 
 class Calibrated(Hold):
@@ -71,26 +87,23 @@ class Calibrated(Hold):
 
 
 def plain(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Step:
-    """A training step; with options that of `AlphaGuided`."""
+    """A training step; with options that of `AlphaGuided`, which is its attribute ``optimizer``."""
     loss_fn, scheduler = nn.CrossEntropyLoss(), None
     steered = options.pop("steered", False)
     if options.pop("guided", False):
         optimizer = AlphaGuided(optimizer, model, loss_fn, **options)
-
-    made = 0
+        if steered:
+            scheduler = AlphaScheduler(optimizer, Calibrated())
 
     def step(x: Tensor, y: Tensor) -> None:
-        nonlocal scheduler, made
-        made += 1
-        if steered and made == WARM_UP + 1:
-            # Not before: its guard would see the loss of other batches, and take steps back for ever.
-            scheduler = AlphaScheduler(optimizer, Calibrated())
         optimizer.zero_grad()
-        loss_fn(model(x), y).backward()
+        output = model(x)
+        loss_fn(output.flatten(0, y.dim() - 1), y.flatten()).backward()
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
 
+    step.optimizer = optimizer  # type: ignore[attr-defined] # - for those who want to know
     return step
 
 
@@ -161,71 +174,111 @@ def runs(variant: str, model: str, optimizer: str) -> bool:
     return model in ("MLP", "CNN") if variant in REFERENCES else True
 
 
-def warm_up(step: Step, model: str, batch: int) -> None:
-    """Pass the first iterations, in which variances are measured more often, with batches of two."""
-    x, y = MODELS[model].batch(2)
-    for _ in range(WARM_UP):
-        step(x, y)
-    x, y = MODELS[model].batch(batch)
-    for _ in range(2):
-        step(x, y)
-
-
-def seconds(step: Step, x: Tensor, y: Tensor, count: int) -> float:
-    """Time of one step, averaged over a block."""
+def seconds(step: Step, x: Tensor, y: Tensor) -> float:
+    """Time of one step."""
     begin = time.perf_counter()
-    for _ in range(count):
+    step(x, y)
+    return time.perf_counter() - begin
+
+
+def kind_of(optimizer: AlphaGuided) -> str:
+    """What the coming step is going to do."""
+    task = optimizer._session.pairing.iteration.task
+    if task.due:
+        return "check" if task.checks else "due"
+    return "pair" if task.in_pair else "free"
+
+
+def measure_anew(optimizer: AlphaGuided, check: bool) -> None:
+    """Have variances measured at both ends of the next step, and checked."""
+    session = optimizer._session
+    session.pairing.variances._last.clear()
+    backend = session.plan._built.get(session.plan.choice.name)
+    for known in (getattr(backend, "_forward", None), getattr(getattr(backend, "_check", None), "_forward", None)):
+        if known is not None and check:
+            known._signature = None
+    session.begin()
+
+
+def kinds(base: Step, step: Step, x: Tensor, y: Tensor, exact: bool) -> tuple[dict[str, float], float]:
+    """Ratio of every kind of step to plain ones, and seconds of a plain step."""
+    optimizer: AlphaGuided = step.optimizer  # type: ignore[attr-defined] # - see `plain`
+    times: dict[str, list[float]] = {}
+    alone: list[float] = []
+
+    def both() -> None:
+        kind = kind_of(optimizer)
+        alone.append(seconds(base, x, y))
+        times.setdefault(kind, []).append(seconds(step, x, y))
+
+    for _ in range(2):
+        base(x, y)
+    for _ in range(3):  # the first is a check and loads what it needs
         step(x, y)
-    return (time.perf_counter() - begin) / count
+    once = min(seconds(base, x, y) for _ in range(3))
+    count = max(FEWEST, min(MOST, round(SECONDS / once)))
+    variances = optimizer._session.pairing.variances
+    variances._counts = dict.fromkeys(("start", "end"), 99)  # as in a long run
+    block = min(8, count)
+    for round_ in range(max(2, count // 8)):
+        for _ in range(block):
+            both()
+        if not exact:
+            measure_anew(optimizer, check=round_ % 4 == 0)
+            for _ in range(2 if optimizer._session.plan.every == 1 else 12):
+                both()
+            variances._counts = dict.fromkeys(("start", "end"), 99)
+    plain_seconds = statistics.median(alone)
+    return {kind: statistics.median(values) / plain_seconds for kind, values in times.items()}, plain_seconds
 
 
-def measure(model: str, optimizer: str, batch: int, rounds: int, references: bool) -> dict[str, Any]:
+def put_together(variant: str, ratio: dict[str, float], optimizer: AlphaGuided) -> tuple[float, float]:
+    """Ratio of a long run and of its first steps, from those of its kinds of steps."""
+    session = optimizer._session
+    variances, backend = session.pairing.variances, session.plan.backend()
+    gap = interval(backend.cost(variances.samples))
+    hot, due = ratio.get("pair", ratio.get("due", 1.0)), ratio.get("due", ratio.get("check", 1.0))
+    check = ratio.get("check", due)
+    if variant == "exact":
+        return due, due
+    every = 10 if variant in ("every=10", "steered") else 1
+    gap = every * math.ceil(gap / every)
+    measured = 2.0 / every if every > 1 else 1.0
+    usual = measured * hot + (1.0 - measured) * ratio.get("free", 1.0)
+    long = usual + 2.0 / gap * (due - hot) + (check - due) / (CHECK_AGAIN * gap)
+    refreshes = sum(1 for k in range(FIRST) if k in itertools.accumulate(min(2**n, gap) for n in range(FIRST)))
+    first = usual + ((2.0 * refreshes + 2.0) * (due - hot) + check - due) / FIRST
+    return long, first
+
+
+def measure(model: str, optimizer: str, batch: int, references: bool) -> dict[str, Any]:
     """Ratios to the plain step of every variant, and floors of ours."""
     x, y = MODELS[model].batch(batch)
     base = make("plain", model, optimizer)
-    warm_up(base, model, batch)
     names = [*OURS, *(REFERENCES if references else ())]
     result: dict[str, Any] = {"model": model, "optimizer": optimizer, "batch": batch, "ratio": {}, "floor": {}}
-    label = f"{model}, {optimizer}, batch {batch}"
     times: list[float] = []
-    for name in tqdm(names, desc=label, leave=False, disable=None):
-        if not runs(name, model, optimizer):
+    for name in tqdm(names, desc=f"{model}, {optimizer}, batch {batch}", leave=False, disable=None):
+        if not runs(name, model, optimizer) or (name in SKIPPED and times and statistics.median(times) > SLOW):
             continue
-        ours = name in OURS
         step = make(name, model, optimizer)
-        if ours:
-            warm_up(step, model, batch)
-        once = seconds(base, x, y, 3)
-        count, ratios = block(name, batch, once), []
-        for _ in range((rounds if once < SLOW else 3) if ours else 2):
-            alone, measured = side_by_side(base, step, x, y, count, max(1, math.ceil(SECONDS / once)))
-            ratios.append(measured / alone)
-            times.append(alone / count)
-        result["ratio"][name] = statistics.median(ratios)
+        if name in OURS:
+            ratio, once = kinds(base, step, x, y, name == "exact")
+            guided: AlphaGuided = step.optimizer  # type: ignore[attr-defined] # - see `plain`
+            result["ratio"][name], first = put_together(name, ratio, guided)
+            if name == "default":
+                result["ratio"]["first 100"] = first
+                result["kinds"] = ratio
+                result["information"] = str(guided.alpha_history[-1].information)
+            times.append(once)
+        else:
+            step(x, y)
+            pairs = [(seconds(base, x, y), seconds(step, x, y)) for _ in range(FEWEST)]
+            result["ratio"][name] = statistics.median(measured / alone for alone, measured in pairs)
         del step
     result["plain_ms"] = 1e3 * statistics.median(times)
     result["floor"] = floors(model, optimizer, batch, result["plain_ms"] / 1e3)
     return result
-
-
-def side_by_side(base: Step, step: Step, x: Tensor, y: Tensor, count: int, at_a_time: int) -> tuple[float, float]:
-    """Seconds of a block without and with alpha, a few steps of each in turn: what disturbs, disturbs both."""
-    alone = measured = 0.0
-    for begin in range(0, count, at_a_time):
-        few = min(at_a_time, count - begin)
-        alone += few * seconds(base, x, y, few)
-        measured += few * seconds(step, x, y, few)
-    return alone, measured
-
-
-def block(variant: str, batch: int, plain_seconds: float) -> int:
-    """Steps in a block: enough for a steady figure and for its share of measuring variances anew."""
-    if variant in REFERENCES:
-        return 1
-    if variant in ("default", "layerwise"):
-        return interval(batch)
-    steps = min(interval(batch), math.ceil(4.0 * SECONDS / plain_seconds))
-    return 10 * math.ceil(steps / 10) if variant in ("every=10", "steered") else max(2, steps)
 
 
 def multiplications(step: Step, x: Tensor, y: Tensor) -> int:
@@ -239,23 +292,18 @@ def floors(model: str, optimizer: str, batch: int, plain_seconds: float) -> dict
     """What must be paid for: counted multiplications and bytes."""
     x, y = MODELS[model].batch(batch)
     alone = multiplications(make("plain", model, optimizer), x, y)
-    exact = make("exact", model, optimizer)
-    exact(x, y)
-    exact(x, y)
-    all_samples = multiplications(exact, x, y) - alone
     size = sum(param.numel() for param in MODELS[model].build().parameters())
     one_pass = 4.0 * size / bandwidth() / plain_seconds
     passes = PASSES[optimizer] * one_pass
-    share = min(1.0, 16 / batch) / interval(batch)
-    sampled = make("default", model, optimizer)
-    sampled(x, y)
-    sampled(x, y)
-    few = (multiplications(sampled, x, y) - alone) / interval(batch)
-    few = min(few, share * all_samples) if optimizer != "SGD" else few
+    few = SHARE  # by construction
+    exact = make("exact", model, optimizer)
+    for _ in range(2):
+        exact(x, y)
+    all_samples = multiplications(exact, x, y) - alone
     return {
         "gradients": 1.0 + passes,
-        "default": 1.0 + passes + few / alone,
-        "steered": 1.0 + GUARD_PASSES * one_pass + (passes + few / alone) / SPARSE,
+        "default": 1.0 + passes + few,
+        "steered": 1.0 + GUARD_PASSES * one_pass + (passes + few) / SPARSE,
         "exact": 1.0 + passes + all_samples / alone,
     }
 
@@ -309,7 +357,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["MLP", "CNN"], choices=list(MODELS))
     parser.add_argument("--optimizers", nargs="+", default=["SGD", "AdamW"], choices=list(OPTIMIZERS))
     parser.add_argument("--batch", nargs="+", type=int, default=[128])
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of blocks per variant")
     parser.add_argument("--references", action="store_true", help="also Cockpit, cached and vmap")
     parser.add_argument("--all", action="store_true", help="every case, kept; then peak memory and the report")
     parser.add_argument("--peak", nargs=4, metavar=("VARIANT", "MODEL", "OPTIMIZER", "BATCH"), help=argparse.SUPPRESS)
@@ -319,15 +366,15 @@ def main() -> None:
     if args.peak:
         report_peak(args.peak[0], args.peak[1], args.peak[2], int(args.peak[3]))
         return
+    cases = list(itertools.product(args.models, args.optimizers, args.batch))
     if args.all:
-        args.models, args.optimizers, args.batch = list(MODELS), list(OPTIMIZERS), [128, 32]
-        args.references = True
-    columns = [*OURS, *(REFERENCES if args.references else ())]
+        cases, args.references = ALL, True
+    columns = [*OURS, "first 100", *(REFERENCES if args.references else ())]
     print("time of a training step as a multiple of the plain step (in brackets: the floor), one CPU thread")
     print(f"{'':32}{'plain':>9} " + "".join(f"{name:>16}" for name in columns))
-    for case in itertools.product(args.models, args.optimizers, args.batch):  # the last result of a case counts
-        result = measure(*case, args.rounds, args.references)
-        print(f"{'{}, {}, batch {}'.format(*case):32}{result['plain_ms']:6.0f} ms " + row(result, columns))
+    for case in cases:  # the last result of a case counts
+        result = measure(*case, args.references)
+        print(f"{'{}, {}, batch {}'.format(*case):32}{result['plain_ms']:6.1f} ms " + row(result, columns))
         sys.stdout.flush()
         if args.all:
             append(RESULTS / "cost.jsonl", result)

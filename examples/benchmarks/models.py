@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Predicts the next token; the logits are ``[N, vocabulary, T]``, as cross entropy takes them."""
+    """Predicts the next token; the logits are ``[N, T, vocabulary]``."""
 
     def __init__(self, vocabulary: int = 128, length: int = 64, width: int = 256, layers: int = 4) -> None:
         super().__init__()
@@ -50,7 +50,42 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.norm(self.blocks(self.positions(self.embedding(x)))))
-        return logits.transpose(1, 2)
+        return logits
+
+
+class GPT(nn.Module):
+    """Ten million parameters; embedding and head are tied, positions are looked up, logits ``[N, T, vocabulary]``."""
+
+    def __init__(self, vocabulary: int = 8192, length: int = 128, width: int = 320, layers: int = 6) -> None:
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*[Block(width, 5) for _ in range(layers)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embedding(x) + self.positions(torch.arange(x.shape[1], device=x.device))
+        logits: Tensor = self.head(self.norm(self.blocks(h)))
+        return logits
+
+
+class ViT(nn.Module):
+    """Patches of an image behind a class token, both with bare positions."""
+
+    def __init__(self, width: int = 192, layers: int = 6, classes: int = 10) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 65, width))
+        layer = nn.TransformerEncoderLayer(width, 3, 4 * width, 0.0, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        h = torch.cat([self.token.expand(len(x), -1, -1), patches], 1) + self.positions
+        logits: Tensor = self.head(self.blocks(h)[:, 0])
+        return logits
 
 
 class Residual(nn.Module):
@@ -70,6 +105,15 @@ class Residual(nn.Module):
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+
+
+def mlp_1500_700() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 1500), nn.ReLU(), nn.Linear(1500, 700), nn.ReLU(), nn.Linear(700, 10))
+
+
+def small() -> nn.Module:
+    """A step of half a millisecond."""
+    return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def cnn() -> nn.Module:
@@ -111,6 +155,10 @@ MODELS = {
     "CNN": Case(cnn, (1, 28, 28), 10),
     "ResNet": Case(resnet, (3, 32, 32), 10),
     "transformer": Case(Transformer, (64,), 128, tokens=True),
+    "MLP 1500-700": Case(mlp_1500_700, (784,), 10),
+    "GPT": Case(GPT, (128,), 8192, tokens=True),
+    "ViT": Case(ViT, (3, 32, 32), 10),
+    "small": Case(small, (20,), 10),
 }
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.01),

@@ -8,8 +8,9 @@ from typing import Any
 from examples.benchmarks import rate_free, rate_report
 from examples.benchmarks.tables import load, table
 
+REFERENCES = ("cached", "Cockpit", "vmap")
 DOCS = Path(__file__).parents[2] / "docs"
-COLUMNS = ("gradients", "default", "every=10", "steered", "exact", "layerwise", "cached", "Cockpit", "vmap")
+COLUMNS = ("gradients", "default", "first 100", "every=10", "steered", "exact", "layerwise", *REFERENCES)
 COLOURS = {"default": "tab:blue", "exact": "tab:orange", "cached": "tab:gray", "Cockpit": "tab:red"}
 
 HEAD = """# What alpha costs, and what it gives
@@ -63,7 +64,7 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
     """Ratios with floors in brackets."""
     cells = []
     for row in rows:
-        line = [f"{row['model']}, {row['optimizer']}, {row['batch']}", f"{row['plain_ms']:.0f} ms"]
+        line = [f"{row['model']}, {row['optimizer']}, {row['batch']}", f"{row['plain_ms']:.3g} ms"]
         for name in COLUMNS:
             ratio, floor = row["ratio"].get(name), row["floor"].get(name)
             text = "" if ratio is None else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
@@ -107,21 +108,6 @@ def memory_table(rows: list[dict[str, Any]]) -> str:
     return table(header, cells)
 
 
-def profile_tables(results: list[dict[str, Any]]) -> str:
-    """Operations that take more or less time in a measured step, one table per case."""
-    parts = []
-    for result in results:
-        plain = result["plain_ms"]
-        case = f"{result['model']}, {result['optimizer']}, batch {result['batch']}, {result['variant']}"
-        parts.append(f"\n{case} (plain step under the profiler: {plain:.1f} ms):\n\n")
-        lines = [
-            [name, f"{ms:+.2f} ms", f"{100 * ms / plain:+.1f} %", f"{calls:+.1f}"]
-            for name, ms, calls in result["added"]
-        ]
-        parts.append(table(["operation", "added per step", "of the plain step", "calls"], lines))
-    return "".join(parts)
-
-
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
     """Overheads on a log scale."""
     import matplotlib as mpl
@@ -157,13 +143,6 @@ def write() -> None:
     processor = f"{platform.machine()} CPU"
     parts = [HEAD.format(torch=torch.__version__, cpu=processor), cost_table(costs)]
     parts.append("\n![overhead in per cent of a plain step, on a log scale](cost.png)\n" + WHY)
-    profiles = load("profile.jsonl")
-    if profiles:
-        parts.append(
-            "What the measured step takes beyond the plain one, operation by operation, the median over five "
-            "rounds under torch's profiler, which makes every operation longer "
-            "(`python -m examples.benchmarks.profile_step --save`):\n" + profile_tables(profiles) + "\n"
-        )
     parts.append(
         "## What sampling the variances changes\n\nThe same runs measured twice, with sampled and with exact "
         "variances (`python -m examples.benchmarks.sampled --save`), step by step. Means of slopes and losses "
