@@ -1,9 +1,8 @@
 """Transformers' Trainer: hand over the wrapped optimizer and the scheduler with ``optimizers=``.
 
-A small Llama with random weights learns the characters of Python's own library. Models of Transformers compute
-their loss themselves, where nobody sees the losses of single samples; ``compute_loss_func`` is the one line
-that makes alpha complete (without it alpha comes from the slopes). Needs ``pip install transformers
-accelerate``.
+A small Llama with random weights learns the characters of Python's own library. Models of Transformers return their
+loss, and the losses of single samples are seen where the model computes it, so nothing else is needed. Needs ``pip
+install transformers accelerate``.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from alpha_optim import AlphaGuided, AlphaScheduler
@@ -42,13 +40,8 @@ def main() -> None:
     config = LlamaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
     )
-    model, loss_fn = LlamaForCausalLM(config), nn.CrossEntropyLoss()
-
-    def loss_of(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        loss: Tensor = loss_fn(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:])
-        return loss
-
-    optimizer = AlphaGuided(torch.optim.AdamW(model.parameters(), lr=1e-6), model, loss_fn)
+    model = LlamaForCausalLM(config)
+    optimizer = AlphaGuided(torch.optim.AdamW(model.parameters(), lr=1e-6), model)
     scheduler = AlphaScheduler(optimizer, total_steps=args.steps)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -66,7 +59,6 @@ def main() -> None:
             args=arguments,
             train_dataset=characters(2000),
             optimizers=(optimizer, scheduler),
-            compute_loss_func=loss_of,
             callbacks=[AlphaCallback(optimizer)],
         )
         trainer.train()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from alpha_optim import AlphaGuided, AlphaScheduler
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -29,6 +31,27 @@ def test_the_readmes_code_runs(capsys):
     exec(code, names)
     assert len(names["optimizer"].alpha_history) == 15
     assert "over 15 steps" in capsys.readouterr().out
+
+
+def test_the_readmes_language_model_runs():
+    transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    torch.manual_seed(0)
+    x = torch.randint(0, 32, (12, 8))
+    names = {
+        "torch": torch,
+        "transformers": transformers,
+        "config": transformers.LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ),
+        "AlphaGuided": AlphaGuided,
+        "AlphaScheduler": AlphaScheduler,
+        "loader": [{"input_ids": x, "labels": x}] * 20,
+        "epochs": 2,
+    }
+    with pytest.warns(UserWarning, match="total_steps=40 is too short"):
+        exec(code, names)
+    assert {m.information for m in names["optimizer"].alpha_history} == {"full"}
 
 
 def test_the_tutorial_runs_as_it_stands(capsys, tmp_path, monkeypatch):

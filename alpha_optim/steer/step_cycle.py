@@ -283,9 +283,12 @@ class Session:
         else:
             self.iteration = int(state["iteration"])
             self.history.load_state_dict(state["history"])
-            self.pairing.load_state_dict(state["pairing"], parameters_of(self.optimizer))
             self._saved_guard = state["guard"]
-            self.plan.load_state_dict(state["plan"])
+            if int(state["version"]) == VERSION:
+                self.pairing.load_state_dict(state["pairing"], parameters_of(self.optimizer))
+                self.plan.load_state_dict(state["plan"])
+            else:  # an older one: the pending measurement is dropped, what was learned is learned anew
+                self.plan.load_state_dict(None)
             self.reminders.resumed(self.iteration)
             self.events = [GuardEvent(**event) for event in state["events"]]
         if self.guard is not None:
