@@ -114,7 +114,10 @@ class Iteration:
             (number, place, tensor)
             for number, call in enumerate(self.calls)
             for place, tensor in enumerate(call.outputs)
-            if tensor.requires_grad and not tensor.retains_grad
+            if tensor.requires_grad
+            and not tensor.retains_grad
+            and len(tensor._backward_hooks or ()) <= 1  # ours; another would run
+            and tensor._version == call.output_versions[place]
         ]
 
     def output_rows(self) -> set[int]:

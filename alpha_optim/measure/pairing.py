@@ -267,7 +267,9 @@ class Pairing:
                 self.variances.measured(role, iteration.task.number, slope_variance, loss.samples)
         elif not alone:
             slope_variance = self.variances.of_slope(role)
-        if loss.samples == 1:
+        backend = iteration.task.backend
+        told = backend is not None and backend.unaccounted.reasons and slope_variance is None
+        if loss.samples == 1 or told:  # where samples interact their losses say no more than their slopes
             loss_variance = None
         return EndPoint(product, factor, gamma, loss.mean, loss_variance, slope_variance, lost, doubtful, loss.samples)
 

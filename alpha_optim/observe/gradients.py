@@ -159,10 +159,6 @@ class Gradients:
         """Whether a backward pass has left gradients in this iteration."""
         return bool(self._params)
 
-    def as_left(self, params: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients that the last backward pass has just left, in the order of ``params``."""
-        return [param.grad for param in params]
-
     def of_loss(self, params: Sequence[Tensor]) -> LossGradients:
         """Gradients as the backward passes left them, in the order of ``params``."""
         left = self._left

@@ -8,7 +8,8 @@ are needed for a variance only now and then; they come from evaluating a copy of
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from alpha_optim.observe.model_inputs import detached, fits, folded
 from alpha_optim.observe.module_copy import stand_in
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.random_state import untouched
+from alpha_optim.observe.snapshot import Snapshot, other_random_numbers_untouched
 from alpha_optim.observe.step_direction import at_least_float32
 from alpha_optim.user_warning import warn_user
 
@@ -70,7 +72,7 @@ class LossHooks:
         """
         self._loss_fn, self._sample_dim, self._iteration = loss_fn, sample_dim, iteration
         self._removal: weakref.finalize[..., LossHooks] | None = None  # of the hook, with us at the latest
-        self._warned = False
+        self._warned = self._uneven = False
         self._calls = 0
 
     def attach(self) -> None:
@@ -120,10 +122,29 @@ class LossHooks:
             individual = folded(products, samples, sample_dim) if fitting else None
             if individual is not None:
                 individual = individual * (samples / total)
+            if not explicit and not self._evenly(weights):
+                return  # a function of the losses is sent backward, which nobody has seen
             call = LossCall(products.sum() / total, individual, samples, total, explicit, order, fitting, not fitting)
             self._report(call)
 
         losses.register_hook(weighted)
+
+    def _evenly(self, weights: Tensor) -> bool:
+        """Whether the losses that count weigh the same in what is sent backward; read where that waits for nothing."""
+        if not weights.is_cpu and not self._iteration().wants_losses:
+            return not self._uneven
+        size = weights.abs()
+        uneven = ((size > 0) & ((size - size.max()).abs() > 1e-5 * size.max())).any() | (weights.sum() == 0)
+        if read([uneven])[0]:
+            if not self._uneven:
+                self._uneven = True
+                warn_user(
+                    "losses of reduction 'none' do not weigh the same in what is sent backward, so alpha uses the "
+                    "slopes only. For weights of samples hand the weighted losses over: optimizer.backward(w * losses)."
+                )
+            return False
+        self._uneven = False
+        return True
 
     def _call_of(self, losses: Tensor, mean: Tensor, gamma: Tensor | None, explicit: bool) -> LossCall:
         """Losses in which every entry weighs the same, as a call."""
@@ -180,6 +201,10 @@ class LossHooks:
             assert samples is not None
             rows = rows_of(loss_fn, args, kwargs, mean)
             individual = None if rows is None else rows.of_samples(samples, self._sample_dim)
+            if individual is not None and not _same(
+                [individual.mean().to(mean.dtype).nan_to_num()], [mean.nan_to_num()]
+            ):
+                individual = None  # a mean of another kind, by the lengths of targets, say
             complete = individual is not None
             if complete and iteration.follows_losses:
                 with torch.enable_grad():
@@ -280,7 +305,7 @@ class LossHooks:
         """
         iteration = self._iteration()
         watched: list[tuple[int, int, Tensor]] = iteration.watched_outputs() if iteration.follows_losses else []
-        if not watched or not losses.requires_grad:
+        if not watched or not losses.requires_grad or not _may_be_walked(losses, mean):
             return None
         samples, fitting = (losses.shape[0], True) if sums else self._samples_of(losses.shape)
         if not fitting:
@@ -300,7 +325,11 @@ class LossHooks:
             if mean is None:
                 return None
             whole = torch.autograd.grad(mean, tensors, retain_graph=True, allow_unused=True)
-        except RuntimeError:  # a graph that cannot be walked twice: nothing is known, nothing is claimed
+            if sums:
+                together = torch.autograd.grad(losses.mean(), tensors, retain_graph=True, allow_unused=True)
+                if not _same(whole, together):  # their mean is not the loss, whatever it is scaled to
+                    iteration.samples_interact()
+        except Exception:  # a graph that cannot be walked twice: nothing is known, nothing is claimed
             return None
         finally:
             iteration.passes.muted = False
@@ -308,6 +337,40 @@ class LossHooks:
             (call, place): torch.zeros_like(tensor) if gradient is None else gradient.detach()
             for (call, place, tensor), gradient in zip(watched, whole, strict=True)
         }
+
+
+def _may_be_walked(losses: Tensor, mean: Tensor | None) -> bool:
+    """Whether a walk through the graph of a loss leaves no trace: no functions and no hooks of the user's in it."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return False
+    if any(tensor is not None and (tensor.retains_grad or tensor._backward_hooks) for tensor in (losses, mean)):
+        return False
+    waiting: list[Any] = [tensor.grad_fn for tensor in (losses, mean) if tensor is not None]
+    seen: set[Any] = set()
+    while waiting and len(seen) < 1000:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return False
+        if len(seen) < 50:  # the loss itself and what lies between it and the model's output
+            waiting.extend(entry for entry, _ in node.next_functions)
+    return True
+
+
+def _same(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
+    """Whether two lists of gradients are the same up to rounding."""
+    for one, other in zip(first, second, strict=True):
+        if one is None or other is None:
+            if one is not other:
+                return False
+            continue
+        size = torch.maximum(one.abs().max(), other.abs().max())
+        half = one.dtype in (torch.float16, torch.bfloat16)
+        if not read([(one - other).abs().max() <= (3e-2 if half else 1e-3) * size])[0]:
+            return False
+    return True
 
 
 def _only_at(gradients: Sequence[Tensor | None], chosen: Tensor, sample_dim: int) -> bool:
@@ -333,6 +396,8 @@ def matches_loss(entry: BackwardPass, calls: list[ModelCall]) -> bool:
     numbers = {id(call): number for number, call in enumerate(calls)}
     for call, place, gradient in entry.outputs:
         key = (numbers.get(id(call), -1), place)
+        if not any(key in (loss.seen_at_output or {}) for loss in seen):
+            continue  # not looked at
         expected = torch.zeros_like(gradient)
         for loss in seen:
             assert loss.seen_at_output is not None
@@ -375,7 +440,13 @@ def rows_of(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tensor, graph: 
     try:
         with torch.set_grad_enabled(graph):
             if ours:
-                with untouched(first.device):
+                snapshot = Snapshot()
+                for module in single.modules():
+                    snapshot.keep_class(type(module))
+                    snapshot.keep(
+                        [value for name, value in module.__dict__.items() if name not in ("_parameters", "_modules")]
+                    )
+                with untouched(first.device), other_random_numbers_untouched(), _put_back(snapshot):
                     values = single.forward(*args, **kwargs)
             else:
                 values = single.forward(*args, **kwargs)  # torch's own losses draw no random numbers
@@ -393,6 +464,14 @@ def rows_of(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tensor, graph: 
     if not ours:
         return Rows(values, float(values.numel()))
     return Rows(values, float(values.numel()), reduced)
+
+
+@contextmanager
+def _put_back(snapshot: Snapshot) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        snapshot.restore()
 
 
 def _unreduced(loss_fn: nn.Module) -> nn.Module:

@@ -53,12 +53,14 @@ class ModelCall:
         drew: Whether the call drew random numbers.
         autocast: Whether it ran under autocast.
         training: Training flag of every module of the model.
-        parameters: Versions of the model's parameters.
+        parameters: Versions of the model's parameters before the call.
+        writes: Whether the call wrote to parameters.
         shapes: Shapes of the tensors in its output.
         loss: The loss among them ``[]``, detached; None if there is none.
         loss_place: Which of the tensors it is.
         outputs: The tensors in its output with their graph, until the backward pass begins; only where the
             loss is to be followed back to them.
+        output_versions: Their versions when they were returned.
     """
 
     args: tuple[Any, ...]
@@ -70,19 +72,25 @@ class ModelCall:
     autocast: Autocast
     training: tuple[bool, ...]
     parameters: tuple[int, ...]
+    writes: bool
     shapes: tuple[torch.Size, ...]
     loss: Tensor | None
     loss_place: int | None
     outputs: list[Tensor] = field(default_factory=list)
+    output_versions: list[int] = field(default_factory=list)
 
     def unaltered(self) -> bool:
-        """Whether nobody has written to the inputs since."""
+        """Whether nobody has written to the inputs since the call began."""
         return versions_of((self.args, self.kwargs)) == self.versions
 
     @property
     def tokens(self) -> Any:
         """Number of targets by which the model was told to divide its loss (Transformers), or None."""
         return self.kwargs.get("num_items_in_batch")
+
+
+def _parameter_versions(model: nn.Module) -> tuple[int, ...]:
+    return tuple(param._version for param in innermost(model).parameters())
 
 
 def innermost(model: nn.Module) -> nn.Module:
@@ -149,8 +157,11 @@ def apart(output: Any) -> Any:
     if type(output) in (tuple, list, dict) or hasattr(output, "_fields"):
         return map_tensors(viewed, output)
     if isinstance(output, MutableMapping):  # an output of Transformers
-        for name, value in list(output.items()):
-            output[name] = map_tensors(viewed, value)
+        try:
+            for name, value in list(output.items()):
+                output[name] = map_tensors(viewed, value)
+        except Exception:  # it does not let itself be changed
+            return None
         return output
     return None
 
@@ -187,7 +198,7 @@ class ModelHooks:
         self._model, self._sample_dim, self._iteration = model, sample_dim, iteration
         self._handles: list[RemovableHandle] = []
         self._compiled_call: Callable[..., Any] | None = None
-        self._before: list[RandomState] = []
+        self._before: list[tuple[RandomState, tuple[int, ...], tuple[int, ...]]] = []
         params = [] if model is None else list(model.parameters())
         self._device = params[0].device if params else torch.device("cpu")
 
@@ -199,7 +210,7 @@ class ModelHooks:
     def attach(self) -> None:
         """Hook the model."""
         model = self._model
-        if model is None or self.attached:
+        if model is None or self.attached or isinstance(model, torch.jit.ScriptModule):
             return
         if model._compiled_call_impl is not None:
             # Hooks on a module that was compiled in place would be compiled with it.
@@ -221,7 +232,8 @@ class ModelHooks:
 
     def _starts(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if self._iteration().records and torch.is_grad_enabled():
-            self._before.append(RandomState.now(self._device))
+            inputs = versions_of((args, kwargs))
+            self._before.append((RandomState.now(self._device), inputs, _parameter_versions(model)))
 
     def _called(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         iteration: Reports = self._iteration()
@@ -236,21 +248,23 @@ class ModelHooks:
         tensors = list(tensors_in(output))
         differentiable = [(place, tensor) for place, tensor in enumerate(tensors) if tensor.requires_grad]
         if iteration.records and self._before:
-            random = self._before.pop()
+            random, inputs, parameters = self._before.pop()
             call = ModelCall(
                 detached(tuple(args)),
                 {name: detached(value) for name, value in kwargs.items()},
-                versions_of((args, kwargs)),
+                inputs,
                 samples,
                 random,
                 random.has_moved(),
                 Autocast.now(self._device),
                 tuple(module.training for module in innermost(model).modules()),
-                versions_of(list(innermost(model).parameters())),
+                parameters,
+                parameters != _parameter_versions(model),
                 tuple(tensor.shape for tensor in tensors),
                 None if loss is None else loss[0].detach(),
                 None if loss is None else loss[1],
                 tensors if iteration.follows_losses else [],
+                [tensor._version for tensor in tensors] if iteration.follows_losses else [],
             )
         iteration.model_called(samples, (args, kwargs), [tensor.shape for tensor in tensors], call)
         if loss is not None:

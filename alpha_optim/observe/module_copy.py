@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 
 def stand_in(module: nn.Module) -> nn.Module:
@@ -29,27 +28,3 @@ def reparametrised(module: nn.Module) -> bool:
     The type of the module stays what it was, but its rules would look for parameters that are not there.
     """
     return "weight_g" in module._parameters or "weight_orig" in module._parameters
-
-
-def compiled(module: nn.Module) -> nn.Module | None:
-    """What a `torch.compile`d module was made of; None for any other module.
-
-    Inside a compiled call hooks on layers may or may not run; those on the compiled module itself do.
-    """
-    original = getattr(module, "_orig_mod", None)
-    return original if isinstance(original, nn.Module) else None
-
-
-def without_running_statistics(module: nn.Module) -> None:
-    """Keep the normalisation layers of a stand-in that use the batch's statistics from updating their own."""
-    for child in module.modules():
-        if isinstance(child, _NormBase) and child.training:
-            child._buffers = dict.fromkeys(child._buffers)
-
-
-def mixes_samples(module: nn.Module) -> bool:
-    """Whether a sample's output depends on the others: BatchNorm on the batch's statistics."""
-    return any(
-        isinstance(child, nn.modules.batchnorm._BatchNorm) and (child.training or child.running_mean is None)
-        for child in module.modules()
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -74,6 +75,8 @@ def obstacle(name: str, optimizer: Optimizer, model: nn.Module | None, sample_di
         return None
     if model is None:
         return "it needs the model: AlphaGuided(optimizer, model, loss_fn)"
+    if isinstance(model, torch.jit.ScriptModule):
+        return "a scripted model takes no hooks"
     if name == "layerwise":
         return None
     if model._compiled_call_impl is not None or hasattr(model, "_orig_mod"):

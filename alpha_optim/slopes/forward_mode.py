@@ -53,7 +53,8 @@ _FAILURES = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexErro
 Values = dict[str, Tensor]
 
 OTHER_TERMS = (
-    "the loss that was seen is not all of the loss that is sent backward (a penalty, a balance loss, a second loss)"
+    "the loss that was seen is not all of the loss that is sent backward (a penalty, a balance loss, a second loss), "
+    "or the model keeps state that another run does not repeat"
 )
 INTERACT = (
     "samples interact (a contrastive loss?) or do not lie along sample_dim; models that are fed time first take "
@@ -122,7 +123,6 @@ class ForwardMode:
             exact: Whether all samples are wanted every time.
         """
         self.model, self._sample_dim, self._exact = model, sample_dim, exact
-        self.names = {id(param): name for name, param in innermost(model).named_parameters()}
         self.reason: str | None = None  # why nothing can be had, as the last check found
         self._whole = exact
         self._way = 0  # which of `_WAYS` works
@@ -131,6 +131,11 @@ class ForwardMode:
         self._signature: str | None = None
         self._refreshes = 0
         self._seed = 0
+
+    @property
+    def names(self) -> Names:
+        """Names of the parameters, which may have been added or replaced since."""
+        return {id(param): name for name, param in innermost(self.model).named_parameters()}
 
     @property
     def takes_whole_batch(self) -> bool:
@@ -336,7 +341,9 @@ class ForwardMode:
         without_dropout: bool,
     ) -> _Part:
         if not call.unaltered():
-            raise CannotDifferentiateError("its input was changed in place after the call", passing=True)
+            raise CannotDifferentiateError("its input was changed in place", passing=True)
+        if call.writes:
+            raise CannotDifferentiateError("the model writes to its parameters in its forward pass")
         whole = call.samples or entry.samples or 0
         samples = whole if chosen is None else len(chosen)
         args, kwargs = call.args, call.kwargs
@@ -450,10 +457,13 @@ class ForwardMode:
         params = dict(model.named_parameters())
         if wide and any(param.dtype != at_least_float32(param).dtype for param in params.values()):
             # Parameters of 16 bits: a step along which they move is lost in their rounding.
-            held = {name: at_least_float32(value.detach()) for name, value in {**params, **held}.items()}
+            held = {**{name: param.detach() for name, param in params.items()}, **held}
+            held = {name: at_least_float32(value) for name, value in held.items()}
             args, kwargs = map_tensors(at_least_float32, args), map_tensors(at_least_float32, kwargs)
         else:
             values = {name: value.to(params[name].dtype) for name, value in values.items()}
+            # Not the parameters themselves, to which something else could be assigned.
+            held = {**{name: param.detach() for name, param in params.items()}, **held}
         with SeesLosses(without_dropout) as seen:
             output: Any = torch.func.functional_call(model, {**held, **values}, args, kwargs)
         self.half = self.half or seen.half
@@ -501,13 +511,22 @@ class ForwardMode:
         return str(
             [
                 (
-                    [(tensor.dim(), tensor.dtype) for tensor in tensors_in((call.args, call.kwargs))],
+                    [
+                        (tensor.dim(), tensor.dtype, self._cut_along(tensor, call.samples))
+                        for tensor in tensors_in((call.args, call.kwargs))
+                    ],
                     call.training,
                     sorted(gradients),
                 )
                 for call, gradients in groups[0].items
             ]
         )
+
+    def _cut_along(self, tensor: Tensor, samples: int | None) -> list[int]:
+        """Dimensions along which an input could be cut to some samples; none where the whole batch is run."""
+        if self._exact or tensor.is_nested:
+            return []
+        return [dim for dim, size in enumerate(tensor.shape) if size == samples]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must not find out anew."""
@@ -564,7 +583,7 @@ def _calls_of(entry: BackwardPass) -> _Calls:
     if any(call.subset for call in entry.calls):
         raise CannotDifferentiateError("the loss is one of some samples only, picked by a mask")
     if not found:
-        raise CannotDifferentiateError("no gradient came through an output of the model", passing=True)
+        raise CannotDifferentiateError("no gradient came through a tensor that the model returned", passing=True)
     items = list(found.values())
     for call, _ in items:
         if call.samples is None and entry.samples is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,9 +22,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as torch_module
 
 from alpha_optim.observe.model_calls import ModelCall
+from alpha_optim.observe.snapshot import Snapshot, other_random_numbers_untouched
 
 PROCESS_WIDE = threading.RLock()
 """Kernel flags, global hooks and the dual level are process-wide."""
+_OWN = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+    "_is_full_backward_hook",
+    "_compiled_call_impl",
+    "forward",
+    "_flat_weights",
+    "_flat_weight_refs",
+)
+"""What torch keeps on a module; it is put back as a whole, or is no state."""
 _HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
@@ -45,7 +69,8 @@ def as_in_its_call(model: nn.Module, call: ModelCall, plain_kernels: bool) -> It
             process, which other threads see as well.
     """
     with PROCESS_WIDE, ExitStack() as stack:
-        stack.enter_context(_modules_as_found(model, call.training))
+        stack.enter_context(other_random_numbers_untouched())
+        stack.enter_context(_modules_as_found(model, call))
         if plain_kernels:
             stack.enter_context(_plain_kernels())
         stack.enter_context(call.autocast.again())
@@ -57,23 +82,43 @@ def as_in_its_call(model: nn.Module, call: ModelCall, plain_kernels: bool) -> It
 
 
 @contextmanager
-def _modules_as_found(model: nn.Module, training: tuple[bool, ...]) -> Iterator[None]:
+def _modules_as_found(model: nn.Module, call: ModelCall) -> Iterator[None]:
     modules = list(model.modules())
-    found = [dict(module.__dict__) for module in modules]
-    contents = [_contents(attributes) for attributes in found]
+    snapshot = Snapshot()
+    for module in modules:
+        snapshot._seen.add(id(module))
+    snapshot.keep((call.args, call.kwargs))
+    found: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def keep(module: nn.Module) -> None:
+        attributes = dict(module.__dict__)
+        found.append((module, attributes))
+        snapshot.keep_class(type(module))
+        for name, value in attributes.items():
+            if name not in _OWN and not isinstance(value, Tensor):
+                snapshot.keep(value)
+
+    for module in modules:
+        keep(module)
+    for module in snapshot.modules:  # held without being registered; the list grows
+        for inner in module.modules():
+            if all(inner is not known for known, _ in found):
+                keep(inner)
+                snapshot.keep([*inner._parameters.values(), *inner._buffers.values()])
     hooks = {name: getattr(torch_module, name) for name in _GLOBAL_HOOKS}
     kept = {name: list(hook.items()) for name, hook in hooks.items()}
     try:
         for name in _GLOBAL_HOOKS:
             hooks[name].clear()
-        for module, flag in zip(modules, training, strict=len(training) == len(modules)):
-            _prepare(module, flag)
+        training = dict(zip(map(id, modules), call.training, strict=len(call.training) == len(modules)))
+        for module, _ in found:
+            _prepare(module, training.get(id(module), module.training))
         yield
     finally:
-        for module, attributes, values in zip(modules, found, contents, strict=True):
+        for module, attributes in found:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            _restore(values)
+        snapshot.restore()
         for name in _GLOBAL_HOOKS:
             hooks[name].clear()
             hooks[name].update(kept[name])
@@ -104,27 +149,6 @@ def makes_parameters(hook: Any) -> bool:
         kind.__module__.startswith(("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm"))
         or kind.__module__ == "torch.nn.utils.prune"
     )
-
-
-def _contents(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """Containers among the attributes of a module, each with a copy of what it holds."""
-    return [
-        (value, (dict if isinstance(value, dict) else set if isinstance(value, set) else list)(value))
-        for name, value in attributes.items()
-        if isinstance(value, (list, dict, set, deque)) and name not in ("_parameters", "_buffers", "_modules")
-    ]
-
-
-def _restore(values: list[tuple[Any, Any]]) -> None:
-    for container, copy in values:
-        if isinstance(container, list):
-            container[:] = copy
-        elif isinstance(container, deque):
-            container.clear()
-            container.extend(copy)
-        else:
-            container.clear()
-            container.update(copy)
 
 
 @contextmanager
