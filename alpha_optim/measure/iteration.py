@@ -12,7 +12,7 @@ from alpha_optim.measure.refresh import Role
 from alpha_optim.measure.step_ends import BatchLoss, PendingStart
 from alpha_optim.observe.backward_passes import BackwardPasses, LossCall
 from alpha_optim.observe.gradients import Gradients, LossGradients
-from alpha_optim.observe.hooks import tensors_in
+from alpha_optim.observe.hooks import ours, tensors_in
 from alpha_optim.observe.losses import matches_loss
 from alpha_optim.observe.model_calls import ModelCall
 from alpha_optim.observe.numbers import Truth
@@ -116,7 +116,8 @@ class Iteration:
             for place, tensor in enumerate(call.outputs)
             if tensor.requires_grad
             and not tensor.retains_grad
-            and len(tensor._backward_hooks or ()) <= 1  # ours; another would run
+            # Another hook than ours would run.
+            and all(ours(hook) for hook in (tensor._backward_hooks or {}).values())
             and tensor._version == call.output_versions[place]
         ]
 

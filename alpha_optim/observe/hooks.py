@@ -63,6 +63,11 @@ def inside_functorch() -> bool:
     return bool(torch._C._functorch.peek_interpreter_stack() is not None)
 
 
+def ours(hook: Any) -> bool:
+    """Whether a hook on a tensor is one of this package's."""
+    return str(getattr(hook, "__module__", "")).split(".")[0] == __name__.split(".")[0]
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors of a nested value, in order; those of a mapping in its order."""
     if isinstance(value, Tensor):

@@ -78,10 +78,11 @@ class Snapshot:
     def _keep_tensor(self, tensor: Tensor) -> None:
         if tensor.is_inference() or tensor.layout != torch.strided or tensor.is_nested:
             return
-        version, copy = tensor._version, tensor.detach().clone()
+        copy = tensor.detach().clone()
 
         def undo() -> None:
-            if tensor._version != version:
+            # Not by versions: batch normalisation updates its statistics without counting.
+            if not torch.equal(tensor, copy):
                 with torch.no_grad():
                     tensor.detach().copy_(copy)
 
@@ -109,6 +110,11 @@ class Snapshot:
             values = dict(held)
             self._undo.append(lambda: _update(held, values))
             found += values.values()
+        return found + self.keep_slots(entry)
+
+    def keep_slots(self, entry: Any) -> list[Any]:
+        """Keep the slots of an object; returns what they hold."""
+        found: list[Any] = []
         for name in _slots_of(type(entry)):
             if hasattr(entry, name):
                 value = getattr(entry, name)

@@ -94,6 +94,7 @@ def _modules_as_found(model: nn.Module, call: ModelCall) -> Iterator[None]:
         attributes = dict(module.__dict__)
         found.append((module, attributes))
         snapshot.keep_class(type(module))
+        snapshot.keep(snapshot.keep_slots(module))
         for name, value in attributes.items():
             if name not in _OWN and not isinstance(value, Tensor):
                 snapshot.keep(value)

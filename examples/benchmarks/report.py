@@ -15,47 +15,42 @@ COLOURS = {"default": "tab:blue", "exact": "tab:orange", "cached": "tab:gray", "
 
 HEAD = """# What alpha costs, and what it gives
 
-Written by `python -m examples.benchmarks.report` from the raw results in `examples/benchmarks/results/`
-(torch {torch}, {cpu}, one thread). `python -m examples.benchmarks.cost --all` measures every case of cost and
-memory and writes this page; `--models`, `--optimizers`, `--batch`, `--references` pick some for the screen.
-No GPU was at hand: the same table there was not run.
+Written by `python -m examples.benchmarks.report` from the raw results in `examples/benchmarks/results/` (torch
+{torch}, {cpu}, one thread). `python -m examples.benchmarks.cost --all` measures every case of cost and memory and
+writes this page; `--models`, `--optimizers`, `--batch`, `--references` pick some for the screen. No GPU was at
+hand: the same table there was not run.
 
-Time of a training step as a multiple of the plain step; plain and measured steps take turns in one process,
-and the median over blocks is shown. **default** is `AlphaGuided(optimizer, model, loss_fn)`: alpha of every
-step, variances of slopes from 16 samples now and then. **exact** takes all samples at every step.
-**gradients** has slopes only. *steered* has an `AlphaScheduler` past its calibration, with its guard, and
-`every=None`. In brackets the floor: counted multiplications beyond those of the plain step, and the bytes of
-the passes over parameters at the memory bandwidth of the machine. *layerwise* is that backend where the
-default is `backpack` (plain SGD); *cached* our own reference backend with all samples, *Cockpit* the original
-implementation, *vmap* the plain step beside gradients of single samples by `torch.func.vmap`. The machine is
+Time of a training step as a multiple of the plain step; every kind of step (measured, with variances anew, not
+measured) is timed beside plain ones in one process, and the medians are put together by how often each kind comes.
+**default** is `AlphaGuided(optimizer, model, loss_fn)`: alpha of every step, variances of slopes from 16 samples
+now and then, in a long run; **first 100** the same over the first 100 steps, in which variances are measured more
+often. **exact** takes all samples at every step. **gradients** has slopes only. *steered* has an `AlphaScheduler`
+past its calibration, with its guard, and `every=None`. In brackets the floor: counted multiplications beyond those
+of the plain step, and the bytes of the passes over parameters at the memory bandwidth of the machine. *layerwise*
+is that backend where the default is `backpack` (plain SGD); *cached* our own reference backend with all samples,
+*Cockpit* the original implementation, *vmap* the plain step beside gradients of single samples by
+`torch.func.vmap`. Steps of 0.4 s and more are timed with the default and with all samples only. The machine is
 shared: figures scatter by about 0.05.
 
 """
 WHY = """
 ## Where the floor is out of reach
 
-A step of the MLP takes 10 to 14 ms and is three matrix products; beside it everything counts. A third of what
-the default adds under plain SGD are the inner product with the previous gradient and the norm of this one,
-which is the floor. A tenth comes from the previous gradients being kept, so that less of the next ones is
-found in the cache. The rest are some sixty small operations and the Python around them: 0.4 ms on their own,
-and more than twice as much right after a matrix product that has emptied the caches. On every other model
-these are 1 or 2 % of a step. At batch 32 they are the same and the step is shorter.
+A step of an MLP is three matrix products; beside it everything counts. Under plain SGD the default adds the inner
+product with the previous gradient and the norm of this one, which is the floor; any other optimizer adds a copy of
+the parameters, a difference and three products with it. On top come some sixty small operations and the Python
+around them: half a millisecond to one, the same whatever the model. That is all there is to the figures of steps of
+half a millisecond, and half of what steps of 25 ms (the CNN at batch 32) pay; from 100 ms on it is 1 %. `every=10`
+pays a tenth of it.
 
-Steered, nine steps of ten are not measured, but the guard looks at every one: a copy of the parameters to go
-back to, the norms of parameters and gradients, which tell whether everything is finite, and the losses of the
-samples, which tell how much a loss scatters. Where a step is little more than a few passes over the parameters
-this cannot be less than 3 %; `AlphaScheduler(..., guard=False)` does without. Elsewhere it is about a
-millisecond, of Python for the most part, and the allocator's share: with the two variables named below the
-ResNet with momentum takes 1.03 times as long.
+Steered, nine steps of ten are not measured, but the guard looks at every one: a copy of the parameters to go back
+to, and the norms of parameters and gradients, which tell whether everything is finite.
 
-With all samples a convolution or a linear layer on tokens pays for two more forward passes, one for each end
-of a step, so that the floor itself is 1.6 to 1.7 wherever such layers make the step: 1.5 is out of reach
-there for any method that applies the layer to the direction. The MLP also pays for its layers' hooks and,
-under plain SGD, for inner products of samples, whose small matrices run at half the speed of the large ones.
-Networks with BatchNorm on batch statistics pay for those statistics once more. The C library's allocator
-takes its share: it hands memory back to the system and gets it again page by page, the more often the more
-tensors are alive; `MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000` in the environment
-stops that.
+With all samples (`exact`) a convolution or a linear layer pays for two more forward passes, one for each end of a
+step, so that the floor itself is 1.6 to 1.9 where layers have rules. Elsewhere the whole model is differentiated
+forward with all samples at both ends, which costs more than a plain step each. The C library's allocator takes its
+share: it hands memory back to the system and gets it again page by page, the more often the more tensors are alive;
+`MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000` in the environment stops that.
 
 """
 
@@ -151,9 +146,10 @@ def write() -> None:
     parts.append(
         "\n## Memory\n\nPeak memory of the process beyond that of the plain run, in multiples of parameters "
         "(7 MB the MLP, 13 MB the transformer), each case in a process of its own, batch 32 "
-        "(`python -m examples.benchmarks.cost --all`). Besides the direction (one) it holds inputs and "
-        "output gradients of the watched samples until the step is made, what the C library does not give "
-        "back, and under SGD 12 MB of imported BackPACK.\n\n" + memory_table(memory)
+        "(`python -m examples.benchmarks.cost --all`). The peak is reached in the first steps, when the checks "
+        "run all samples at once, forward and backward, beside the step; later an optimizer holds the direction "
+        "(one), and as much again while variances are measured. Included are what the C library does not "
+        "give back and, under SGD, 12 MB of imported BackPACK.\n\n" + memory_table(memory)
     )
     rates = rate_free.kept()
     if rates:
