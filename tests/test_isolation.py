@@ -244,7 +244,6 @@ def test_a_cache_handed_over_grows_by_one_entry_a_call():
         assert len(cache.states) == 1
 
 
-@pytest.mark.filterwarnings("ignore:loss_fn .* was given, but none of its calls was seen")  # follows from the first
 def test_losses_weighed_by_themselves_are_not_taken_for_weighted_samples():
     """In a focal loss the weight of a sample has a gradient too: the slope holds it, and no variance is claimed."""
     torch.manual_seed(0)

@@ -68,6 +68,7 @@ class Iteration:
         self.passes = BackwardPasses(gradients.gone, self._discarded, self._opened)
         self.calls: list[ModelCall] = []
         self.interacting = False
+        self.losses_declined = False  # a call of the loss function was seen, but its losses are of no use
         self.edited: Truth | None = None
         self.elements: Tensor | None = None
         self.end_product: Tensor | None = None

@@ -68,7 +68,8 @@ class LossHooks:
             loss_fn: The loss function, or None if losses are only handed over.
             sample_dim: Dimension along which samples lie.
             iteration: Returns the iteration in progress: its ``passes`` take the calls, ``wants_losses`` says
-                whether losses of single samples are wanted, ``watched_outputs()`` gives outputs of the model.
+                whether losses of single samples are wanted, ``watched_outputs()`` gives outputs of the model,
+                ``losses_declined`` is set where a call was seen and not used.
         """
         self._loss_fn, self._sample_dim, self._iteration = loss_fn, sample_dim, iteration
         self._removal: weakref.finalize[..., LossHooks] | None = None  # of the hook, with us at the latest
@@ -123,7 +124,8 @@ class LossHooks:
             if individual is not None:
                 individual = individual * (samples / total)
             if not explicit and not self._evenly(weights):
-                return  # a function of the losses is sent backward, which nobody has seen
+                self._iteration().losses_declined = True  # what is sent backward is a function of them nobody has seen
+                return
             call = LossCall(products.sum() / total, individual, samples, total, explicit, order, fitting, not fitting)
             self._report(call)
 

@@ -237,7 +237,7 @@ class Session:
             self.plan.saw_step(len(iteration.passes.reached), pairing.habits.keep_copies)
             self.plan.warn_unaccounted()
         self.iteration += 1
-        saw_loss = iteration.loss.mean is not None
+        saw_loss = iteration.loss.mean is not None or iteration.losses_declined
         measured = pairing.pending is not None and iteration.gradients.any_seen
         self.reminders.after_step(self.iteration, measured, saw_loss)
         if self.guard is not None:

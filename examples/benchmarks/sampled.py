@@ -1,7 +1,7 @@
 """How far alpha from sampled variances lies from alpha of all samples, step by step, on real runs.
 
 Measuring changes nothing, so a run made twice is the same run: once with variance="sampled" (16 samples, now
-and then), once with variance="exact" (all samples, every step). Fashion-MNIST if it is there, else digits.
+and then), once with variance="exact" (all samples, every step). The models take the images of Fashion-MNIST.
 """
 
 from __future__ import annotations
@@ -68,12 +68,14 @@ def compare(data: Data, model_name: str, base: str, batch: int, steps: int) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="folder with the Fashion-MNIST files, or 'digits'")
+    parser.add_argument("--data", help="folder with the Fashion-MNIST files, if not where Debian puts them")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--save", action="store_true", help="write results/sampled.jsonl for the report")
     args = parser.parse_args()
     torch.set_num_threads(1)
     data, rows = load(args.data), []
+    if data.name != "Fashion-MNIST":
+        raise SystemExit("Fashion-MNIST was not found: apt install dataset-fashion-mnist, or --data FOLDER")
     print(f"{data.name}, {args.steps} steps: alpha from sampled variances against alpha from all samples")
     print(f"{'':34} median |difference|, 90 %, in standard errors (90 %), ratio of errors (10, 50, 90 %)")
     for model_name in MODELS:
