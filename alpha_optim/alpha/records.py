@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class AlphaStatus(str, Enum):
+class Code(str, Enum):
+    """A string out of a few, equal to and printed as that string."""
+
+    def __str__(self) -> str:
+        """Return the plain value, e.g. ``"measured"``."""
+        return str(self.value)
+
+
+class AlphaStatus(Code):
     """What a measured alpha means; the first that applies, in this order."""
 
     NOT_FINITE = "not_finite"
@@ -18,10 +26,6 @@ class AlphaStatus(str, Enum):
     CONCAVE = "concave"
     ASCENT = "ascent"
     MEASURED = "measured"
-
-    def __str__(self) -> str:
-        """Return the plain value, e.g. ``"measured"``."""
-        return self.value
 
     @property
     def explanation(self) -> str:
@@ -39,19 +43,15 @@ _EXPLANATIONS = {
 }
 
 
-class Information(str, Enum):
+class Information(Code):
     """What alpha was computed from."""
 
     SLOPES = "slopes"
     WITH_VARIANCES = "slopes+variances"
     FULL = "full"
 
-    def __str__(self) -> str:
-        """Return the plain value."""
-        return self.value
 
-
-class DropReason(str, Enum):
+class DropReason(Code):
     """Why a pair of iterations was not measured."""
 
     PARAMETERS_CHANGED = "parameters_changed"
@@ -61,10 +61,6 @@ class DropReason(str, Enum):
     NO_BACKWARD = "no_backward"
     EXCEPTION = "exception"
     EVICTED = "evicted"
-
-    def __str__(self) -> str:
-        """Return the plain value."""
-        return self.value
 
 
 @dataclass(frozen=True)

@@ -19,34 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses
+from alpha_optim.observe.backward_passes import BackwardPass
 from alpha_optim.observe.gradients import LossGradients
-from alpha_optim.observe.step_direction import Change, Direction, at_least_float32, same_tensors
+from alpha_optim.observe.step_direction import Direction, at_least_float32, same_tensors
 from alpha_optim.slopes.base import Expected, Names, SampleSlopes, in_pass_cost
 from alpha_optim.slopes.contractions import Contraction, contraction_of
+from alpha_optim.slopes.in_pass import InPass
 from alpha_optim.slopes.individual import backpack_rules
-from alpha_optim.slopes.layers import KnownLayers, LayerCall, layers_of
-from alpha_optim.slopes.recorder import BySample, SampleRecorder, add_to
+from alpha_optim.slopes.layers import LayerCall
+from alpha_optim.slopes.recorder import BySample, add_to, by_sample
 from alpha_optim.slopes.verification import Verification
 
 
-class BackpackBackend:
+class BackpackBackend(InPass):
     """Projects onto the gradient and onto the previous step while the backward pass runs."""
 
     name = "backpack"
 
     def __init__(self, model: nn.Module, names: Names, sample_dim: int, sampled: bool) -> None:
         """Prepare; see `SampleRecorder` for the arguments."""
-        self._recorder = SampleRecorder(names, sampled)
-        self._index: dict[int, int] = {}
-        self._layers = KnownLayers(lambda wanted: layers_of(model, wanted))
+        super().__init__(model, names, sampled)
         self._sampled = sampled
         self._check = Verification(model, sample_dim)
-        self._params: Sequence[Tensor] = ()
-        self._end_of: Change | None = None
-        self._start = False
-        self.unaccounted = self._recorder.unaccounted
-        self.discard()
 
     @property
     def records(self) -> bool:
@@ -60,16 +54,6 @@ class BackpackBackend:
     def cost(self, samples: int) -> float:
         """See `Backend`."""
         return in_pass_cost(samples, self._sampled)
-
-    def begin(self, passes: BackwardPasses, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
-        """Hook the layers."""
-        self.discard()
-        self._params, self._start = params, start
-        self._index = {id(param): index for index, param in enumerate(params)}
-        # Shorter than the parameters if a group was added; then the pair is dropped.
-        change = None if end_of is None else end_of.change()
-        self._end_of = None if change is None or len(change.bases) != len(params) else change
-        self._recorder.begin(passes, self._layers.of(params), self._called)
 
     def accumulated(self, param: Tensor) -> None:
         """Project and let go what waits for a parameter whose gradient is complete."""
@@ -130,10 +114,6 @@ class BackpackBackend:
             return None
         return slopes
 
-    def failed(self, reason: str) -> None:
-        """What the samples gave does not add up to the gradient."""
-        self.unaccounted.add(["all parameters"], reason)
-
     def _combine(self, store: BySample, scaled: Callable[[Tensor, int], Tensor]) -> SampleSlopes | None:
         by_parameter = {
             entry: {key: scaled(values, key) for key, values in groups.items()} for entry, groups in store.items()
@@ -149,16 +129,6 @@ class BackpackBackend:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what was learned."""
         self._check.load_state_dict(state)
-
-    def mute(self) -> None:
-        """Remove every hook; what was collected stays."""
-        self._recorder.mute()
-
-    def close(self) -> None:
-        """Remove every hook and free the numbers."""
-        self.discard()
-        self._end_of = None
-        self._recorder.close()
 
     def _missing(self, entry: BackwardPass) -> bool:
         """Whether a parameter has no projections, or was not watched (unfrozen after the step)."""
@@ -187,8 +157,7 @@ class _Waiting:
 
     def along(self, change: Tensor) -> Tensor:
         """Contract with a change of the parameter, one number per sample."""
-        rows = self.contraction.along({self.name: change})
-        return rows if self.per_sample == 1 else rows.reshape(-1, self.per_sample).sum(1)
+        return by_sample(self.contraction.along({self.name: change}), self.per_sample)
 
 
 class BackpackProduct:

@@ -7,18 +7,18 @@ output gradients of the samples in question are kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses
-from alpha_optim.observe.step_direction import Change, Direction, common_rate
+from alpha_optim.observe.backward_passes import BackwardPass
+from alpha_optim.observe.step_direction import Change, common_rate
 from alpha_optim.slopes.base import Names, SampleSlopes
 from alpha_optim.slopes.contractions import Contraction, contraction_of, has_rule
-from alpha_optim.slopes.layers import KnownLayers, Layer, LayerCall, UnsupportedLayerError, layers_of
-from alpha_optim.slopes.recorder import BySample, SampleRecorder, add_to
+from alpha_optim.slopes.in_pass import InPass
+from alpha_optim.slopes.layers import Layer, LayerCall, UnsupportedLayerError, layers_of
+from alpha_optim.slopes.recorder import BySample, add_to, by_sample
 
 
 @dataclass(frozen=True)
@@ -46,28 +46,8 @@ def without_rule(model: nn.Module, wanted: set[int], names: Names) -> list[str]:
     ]
 
 
-class LayerRules:
+class LayerRules(InPass):
     """Contracts every layer's call with the change of its parameters."""
-
-    def __init__(self, model: nn.Module, names: Names, sampled: bool) -> None:
-        """Prepare; see `SampleRecorder` for the arguments."""
-        self._recorder = SampleRecorder(names, sampled)
-        self._layers = KnownLayers(lambda wanted: layers_of(model, wanted))
-        self._end_of: Change | None = None
-        self._start = False
-        self._index: dict[int, int] = {}
-        self.unaccounted = self._recorder.unaccounted
-        self.discard()
-
-    def begin(self, passes: BackwardPasses, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
-        """Hook the layers."""
-        self.discard()
-        self._start = start
-        # Shorter than the parameters if a group was added; then the pair is dropped.
-        change = None if end_of is None else end_of.change()
-        self._end_of = None if change is None or len(change.bases) != len(params) else change
-        self._index = {id(param): index for index, param in enumerate(params)}
-        self._recorder.begin(passes, self._layers.of(params), self._called)
 
     def accumulated(self, param: Tensor) -> None:
         """Note that the pass reached a parameter."""
@@ -97,16 +77,6 @@ class LayerRules:
         self._kept = {}
         return self._combine(at_start)
 
-    def mute(self) -> None:
-        """Remove every hook; what was collected stays."""
-        self._recorder.mute()
-
-    def close(self) -> None:
-        """Remove every hook and free what was collected."""
-        self.discard()
-        self._end_of = None
-        self._recorder.close()
-
     # ---------------------------------------------------------------- inside the backward pass
 
     def _called(self, entry: BackwardPass, call: LayerCall, samples: int) -> None:
@@ -125,8 +95,7 @@ class LayerRules:
         changes, rate = self._changes(call.layer, change)
         if changes:
             rows = call.contraction.along(changes) * rate
-            values = rows if call.per_sample == 1 else rows.reshape(-1, call.per_sample).sum(1)
-            add_to(store, id(call.layer.module), values)
+            add_to(store, id(call.layer.module), by_sample(rows, call.per_sample))
 
     def _changes(self, layer: Layer, change: Change) -> tuple[dict[str, Tensor], Any]:
         """Changes of a layer's parameters by local name, up to one common rate."""

@@ -104,15 +104,6 @@ class LayerwiseBackend:
             self._rules.close()
         return self._from_model(direction.start(), direction, expected)
 
-    def failed(self, reason: str) -> None:
-        """What the layers gave does not add up to the gradient: differentiate the model as a whole instead."""
-        if self._by_rules:
-            self._by_rules = False
-            self._rules.close()
-        else:
-            self._forward.reason = reason
-            self.unaccounted.add(["all parameters"], reason)
-
     def _from_rules(self, slopes: SampleSlopes | None) -> SampleSlopes | None:
         """What the layers gave; where they could not, the model as a whole is tried from the next iteration on."""
         if self._rules.unaccounted.reasons:

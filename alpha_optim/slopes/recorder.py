@@ -18,6 +18,11 @@ Sink = Callable[[BackwardPass, LayerCall, int], None]
 """Takes the pass, a layer's call and the number of samples wanted of it; may raise UnsupportedLayerError."""
 
 
+def by_sample(rows: Tensor, per_sample: int) -> Tensor:
+    """Sums ``[N]`` of the rows ``[N * per_sample]`` that belong to each sample."""
+    return rows if per_sample == 1 else rows.reshape(-1, per_sample).sum(1)
+
+
 class SampleRecorder:
     """Calls of layers in the watched iteration, one by one as the backward pass goes."""
 

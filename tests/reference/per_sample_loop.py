@@ -33,6 +33,11 @@ def observe_run(model, loss_of_one, mean_loss, optimizer, batches):
         optimizer.step()
         after = torch.cat([p.detach().flatten() for p in params]).double()
         seen.append((losses, rows, after - before))
+    return rows_of_pairs(seen)
+
+
+def rows_of_pairs(seen):
+    """The nine observed quantities per pair of iterations, from losses [N], gradients [N, P] and step [P] of each."""
     pairs = []
     for (losses0, rows0, d), (losses1, rows1, _) in itertools.pairwise(seen):
         t = float(d.norm())
