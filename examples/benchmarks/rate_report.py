@@ -172,6 +172,9 @@ a millisecond or two (the MLPs, regression, quadratic) it is Python that costs. 
 points (3 % of the loss) of tuned's worst seed of three, or, in brackets, only of its worst of 15 (`--further`:
 as many as there are runs of ours); median within 0.2 points (3 %) of tuned's mean.
 
+These runs were made before slopes of samples came from the model as a whole, and have not been made again since: the
+samples behind the variances, and with them the rates found, differ somewhat today.
+
 """
 
 
