@@ -142,7 +142,7 @@ def rank_table(rows: list[Row], problems: list[str]) -> str:
         problem: {name: statistics.median(figures(runs)) for name, runs in by_method(rows, problem).items()}
         for problem in problems
     }
-    names = set.intersection(*(set(found) for found in by_problem.values()))
+    names = sorted(set.intersection(*(set(found) for found in by_problem.values())))  # methods that tie keep an order
     ranks: dict[str, list[int]] = {name: [] for name in names}
     for problem, found in by_problem.items():
         order = sorted(names, key=found.__getitem__, reverse=ALL[problem].accuracy)
