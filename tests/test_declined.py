@@ -205,6 +205,47 @@ def test_time_first_with_sample_dim_is_full(variance):
     assert {m.samples_start for m in guided.alpha_history} == {40}
 
 
+def clamped(losses, y):
+    return losses.clamp(max=float(losses.detach().median())).mean()
+
+
+def hardest(losses, y):
+    return losses.topk(len(losses) // 2).values.mean()
+
+
+def masked_by_product(losses, y):
+    counts = (y != 0).float()
+    return (losses * counts).sum() / counts.sum()
+
+
+@pytest.mark.parametrize("reduce", [clamped, hardest, masked_by_product])
+def test_losses_of_reduction_none_that_are_left_out(reduce):
+    """A mask leaves out losses of any size; what leaves them out by size is no mean over samples."""
+    torch.manual_seed(0)
+    model, loss_fn, generator = linear(), nn.CrossEntropyLoss(reduction="none"), torch.Generator().manual_seed(1)
+    guided = AlphaGuided(torch.optim.AdamW(model.parameters(), lr=0.01), model, loss_fn)
+    sent = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(12):
+            x, _, y = data(N, generator)
+            guided.zero_grad()
+            loss = reduce(loss_fn(model(x), y), y)
+            loss.backward()
+            sent.append(loss.item())
+            guided.step()
+    said = [str(warning.message) for warning in caught]
+    seen = {m.information for m in guided.alpha_history if m.iteration > 2}
+    if reduce is masked_by_product:
+        assert not said
+        assert seen == {"full"}
+        losses = [m.loss_start for m in guided.alpha_history][2:]
+        assert losses == pytest.approx(sent[2:-1], rel=1e-5)
+    else:
+        assert [text for text in said if "clamped" in text], said
+        assert "full" not in seen
+
+
 # ------------------------------------------------------------------ situations from public reports
 
 

@@ -28,6 +28,8 @@ from alpha_optim.observe.step_direction import at_least_float32
 from alpha_optim.user_warning import warn_user
 
 _CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
+UNLIKELY = 5
+"""So many batches in a row whose losses are left out by size, by chance, are not expected of a mask."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class LossHooks:
         self._loss_fn, self._sample_dim, self._iteration = loss_fn, sample_dim, iteration
         self._removal: weakref.finalize[..., LossHooks] | None = None  # of the hook, with us at the latest
         self._warned = self._uneven = False
+        self._mask_seen, self._by_size = False, 0  # see `_evenly`
         self._calls = 0
 
     def attach(self) -> None:
@@ -123,7 +126,7 @@ class LossHooks:
             individual = folded(products, samples, sample_dim) if fitting else None
             if individual is not None:
                 individual = individual * (samples / total)
-            if not explicit and not self._evenly(weights):
+            if not explicit and not self._evenly(weights, values):
                 self._iteration().losses_declined = True  # what is sent backward is a function of them nobody has seen
                 return
             call = LossCall(products.sum() / total, individual, samples, total, explicit, order, fitting, not fitting)
@@ -131,22 +134,28 @@ class LossHooks:
 
         losses.register_hook(weighted)
 
-    def _evenly(self, weights: Tensor) -> bool:
-        """Whether the losses that count weigh the same in what is sent backward; read where that waits for nothing."""
+    def _evenly(self, weights: Tensor, values: Tensor) -> bool:
+        """Whether what is sent backward is a mean over the losses that count; read where that waits for nothing.
+
+        What leaves out losses by their size (see `_left_out`) is taken for a clamp until a batch shows a mask.
+        """
         if not weights.is_cpu and not self._iteration().wants_losses:
             return not self._uneven
         size = weights.abs()
         uneven = ((size > 0) & ((size - size.max()).abs() > 1e-5 * size.max())).any() | (weights.sum() == 0)
-        if read([uneven])[0]:
-            if not self._uneven:
-                self._uneven = True
-                warn_user(
-                    "losses of reduction 'none' do not weigh the same in what is sent backward, so alpha uses the "
-                    "slopes only. For weights of samples hand the weighted losses over: optimizer.backward(w * losses)."
-                )
-            return False
-        self._uneven = False
-        return True
+        uneven_, left_out, at_a_level = map(bool, read([uneven, *_left_out(weights, values)]))
+        self._mask_seen = self._mask_seen or (left_out and not at_a_level)
+        by_size = left_out and not self._mask_seen
+        self._by_size = self._by_size + 1 if by_size else 0
+        if (uneven_ or self._by_size == UNLIKELY) and not self._uneven:
+            self._uneven = True
+            warn_user(
+                "losses of reduction 'none' do not weigh the same in what is sent backward, or only those below "
+                "or above some level count (clamped, or the hardest picked), so alpha uses the slopes only. For "
+                "weights of samples hand the weighted losses over: optimizer.backward(w * losses)."
+            )
+        self._uneven = self._uneven and (uneven_ or by_size)
+        return not (uneven_ or by_size)
 
     def _call_of(self, losses: Tensor, mean: Tensor, gamma: Tensor | None, explicit: bool) -> LossCall:
         """Losses in which every entry weighs the same, as a call."""
@@ -507,3 +516,16 @@ def total_weight(args: Any, kwargs: Any, ignore_index: Any, weight: Any, element
     if not isinstance(weight, Tensor):
         return kept.sum()
     return (weight[target.clamp_min(0).clamp_max(len(weight) - 1)] * kept).sum()
+
+
+def _left_out(weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether losses have no weight, and whether those are just the ones above or below some level; truths ``[]``.
+
+    A mask leaves out losses of any size. A clamp, or picking the hardest samples, leaves out losses by their size:
+    then what is sent backward is no mean over samples. Losses of 0 tell nothing about it.
+    """
+    out, kept = (weights == 0) & (values != 0), weights != 0
+    limit = torch.finfo(values.dtype).max
+    lowest_out, highest_out = values.masked_fill(~out, limit).amin(), values.masked_fill(~out, -limit).amax()
+    lowest_kept, highest_kept = values.masked_fill(~kept, limit).amin(), values.masked_fill(~kept, -limit).amax()
+    return out.any(), (lowest_out >= highest_kept) | (highest_out <= lowest_kept)
