@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from alpha_optim.alpha.diagnosis import Diagnosis, diagnose
 from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.records import GuardEvent
 from alpha_optim.measure.plan import Every, Plan
 from alpha_optim.observe.checks import check_arguments, check_membership
+from alpha_optim.several import HOOKS, Several, make_hooks
 from alpha_optim.steer.step_cycle import VERSION, Session
 
 KEY = "alpha_guided"
 """Key of everything of ours in a state dict."""
-
-_HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
 
 
 class AlphaGuided(Optimizer):
@@ -60,7 +53,7 @@ class AlphaGuided(Optimizer):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         model: nn.Module | None = None,
         loss_fn: nn.Module | None = None,
         *,
@@ -72,7 +65,8 @@ class AlphaGuided(Optimizer):
         """Wrap ``optimizer``.
 
         Args:
-            optimizer: Any `torch.optim.Optimizer`.
+            optimizer: Any `torch.optim.Optimizer`, or a list of several of one model (Muon for matrices and
+                AdamW for the rest): a step is all their steps.
             model: The model it trains; gives slopes of single samples.
             loss_fn: The loss function as a module; its own calls give the losses of single samples.
                 Functional losses go through `backward` or `record_losses`.
@@ -94,6 +88,9 @@ class AlphaGuided(Optimizer):
             raise ValueError(
                 "this optimizer is already wrapped in AlphaGuided; wrap the bare one (its .optimizer) once"
             )
+        if isinstance(optimizer, (list, tuple)):
+            optimizer = Several(optimizer)
+        assert not isinstance(optimizer, Sequence)  # - Optimizer is none
         check_arguments(optimizer, model, loss_fn, every, variance, sample_dim)
         self.optimizer = optimizer
         self._make_hooks()
@@ -101,8 +98,8 @@ class AlphaGuided(Optimizer):
 
     def _make_hooks(self) -> None:
         """What torch's own constructor makes, but for groups and state: those are the wrapped one's."""
-        for name in _HOOKS:
-            setattr(self, name, OrderedDict())
+        make_hooks(self)
+        self._accepted_hooks: OrderedDict[int, Callable[[AlphaGuided], Any]] = OrderedDict()
 
     # ---------------------------------------------------------------- the wrapped optimizer's own
 
@@ -140,7 +137,7 @@ class AlphaGuided(Optimizer):
             AttributeError: If that lacks it too.
         """
         # By this flag GradScaler would hand its scale to the wrapper, where no fused kernel looks.
-        hidden = name == "_step_supports_amp_scaling" or name in ("optimizer", "_session", *_HOOKS)
+        hidden = name == "_step_supports_amp_scaling" or name in ("optimizer", "_session", "_accepted_hooks", *HOOKS)
         if hidden or not hasattr(self.optimizer, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.optimizer, name)
@@ -177,10 +174,32 @@ class AlphaGuided(Optimizer):
             changed = pre_hook(self, (self, closure), kwargs)
             if changed is not None:
                 (_, closure), kwargs = changed
-        result = self._session.step(closure, kwargs)
+        accepted = self._tell_accepted if self._accepted_hooks else None
+        result = self._session.step(closure, kwargs, accepted)
         for post_hook in tuple(self._optimizer_step_post_hooks.values()):
             post_hook(self, (self, closure), kwargs)
         return result
+
+    def register_accepted_hook(self, hook: Callable[[AlphaGuided], Any]) -> RemovableHandle:
+        """Call ``hook(optimizer)`` inside `step` when the point reached is accepted, before the next step is made.
+
+        That is the place for averages of weights and for checkpoints: a point that is taken back is not seen. A
+        checkpoint written there resumes with the batch at hand, fed again. Without a guard every point is accepted;
+        while an `AlphaScheduler` searches the rate, hooks sleep.
+
+        Args:
+            hook: Called with this optimizer.
+
+        Returns:
+            A handle whose ``remove()`` removes it.
+        """
+        handle = RemovableHandle(self._accepted_hooks)
+        self._accepted_hooks[handle.id] = hook
+        return handle
+
+    def _tell_accepted(self) -> None:
+        for hook in tuple(self._accepted_hooks.values()):
+            hook(self)
 
     # torch wraps `step` of every class to run hooks; the wrapped one's runs the global ones.
     step.hooked = True  # type: ignore[attr-defined] # - the mark torch looks for

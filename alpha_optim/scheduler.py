@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,23 +21,32 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from alpha_optim.alpha.measurement import AlphaMeasurement
-from alpha_optim.alpha.records import GuardEvent
+from alpha_optim.alpha.records import GuardEvent, GuardReason
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
 from alpha_optim.steer.checks import check_scheduler_state, check_scheduling
 from alpha_optim.steer.guard import KEPT, Guard
 from alpha_optim.steer.rates import clamped, peak_of, ratios, taken_over
+from alpha_optim.steer.step_cycle import Session
 from alpha_optim.user_warning import warn_user
 
 LOG = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2
 LOWER_ONCE = 0.5
 LOWER_AGAIN = 0.1
 SOON = 10
-"""A step taken back lowers the scale by `LOWER_ONCE`; within `SOON` iterations of the last, or after a
-return to the last good point, by `LOWER_AGAIN`."""
+"""A step taken back lowers the rates by `LOWER_ONCE`; within `SOON` iterations of the last, or after a
+return to the best point of a search, by `LOWER_AGAIN`."""
 LAG = 1
 """On an accelerator policies see a measurement so many steps later, when it no longer has to be waited for."""
+OWNER = 3
+"""After so many calls in a row in which somebody else wrote a rate the rates are theirs."""
+SPARSE = 3
+"""A search needs a call per step: with so many steps or more between two calls it waits, ..."""
+PATIENT = 3
+"""... and after so many such calls the rate given is kept."""
+RECOVERY = 1.3
+"""Where the loop owns the rates, what the guard cut grows back by this factor per step."""
 
 
 class AlphaScheduler(LRScheduler):
@@ -59,7 +71,7 @@ class AlphaScheduler(LRScheduler):
         schedule: LRScheduler | ReduceLROnPlateau | None = None,
         min_lr: float = 0.0,
         max_lr: float = math.inf,
-        guard: bool = True,
+        guard: bool | str = True,
     ) -> None:
         """Take over the learning rates of ``optimizer``.
 
@@ -72,8 +84,9 @@ class AlphaScheduler(LRScheduler):
                 found the highest rate of its param groups stands in for it.
             min_lr: No rate falls below it; groups keep their ratios.
             max_lr: No rate rises above it; wins over ``min_lr``.
-            guard: Take a step back when the loss after it is not finite or has risen beyond its noise,
-                and skip steps with a gradient that is not finite.
+            guard: Skip batches that are not finite, and take back steps after which the loss is not finite
+                or rose far beyond what losses of this run differ by; ``"cpu"``: and keep the copies that this
+                needs in the memory of the CPU.
 
         Raises:
             TypeError: If an argument has the wrong type.
@@ -93,21 +106,32 @@ class AlphaScheduler(LRScheduler):
         self.policy, self.schedule = policy, schedule
         self.min_lr, self.max_lr = float(min_lr), float(max_lr)
         self.scale = 1.0
-        self._warned_foreign = False
         self._last_event = -SOON - 1
+        self._last_cut = 1.0  # by what the last step taken back has lowered the rates
+        self._foreign = 0  # calls in a row before which somebody else wrote a rate
+        self._said: set[str] = set()
+        self._cut: float | None = None  # of the rates of a loop that owns them; None: they are ours
+        self._sparse = 0  # calls after several steps, during a search
+        self._cooling: tuple[int, int] | None = None  # progress at which `cool_down` began, and its steps
         self._scheduled = [float(group["lr"]) for group in optimizer.param_groups]
         self._written = list(self._scheduled)
         self._peaks = [peak_of(group) for group in optimizer.param_groups]
+        self._seen_progress = optimizer._session.progress
         self._seen_iteration = optimizer.iteration
         self._seen_measurement = optimizer.iteration - 1
         self._guarded = guard
         super().__init__(optimizer)
         self._steer()
 
+    @property
+    def _session(self) -> Session:
+        session: Session = self.optimizer._session  # type: ignore[attr-defined] # - an AlphaGuided
+        return session
+
     def _steer(self) -> None:
         """Tell the optimizer who decides what is measured, and who hears of the guard."""
-        session = self.optimizer._session  # type: ignore[attr-defined] # - an AlphaGuided
-        session.steered(base.wants_of(self.policy), self._guarded, self._guard_acted)
+        self._session.steered(_Listener(self), self._guarded)
+        self._tell_guard()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the copied or unpickled optimizer over."""
@@ -116,12 +140,14 @@ class AlphaScheduler(LRScheduler):
 
     def __repr__(self) -> str:
         """Say what the rates are and what the policy is doing."""
-        return f"AlphaScheduler(learning rate {self._written}, scale {self.scale:.3g}, {self.policy!r})"
+        rates = ", ".join(f"{rate:.3g}" for rate in self._written)
+        owner = "" if self._cut is None else ", written by the training loop"
+        return f"AlphaScheduler(learning rate {rates}{owner}, {self.policy!r})"
 
     def _initial_step(self) -> None:
         """Write the first effective rates; torch's constructor calls this."""
         self._step_count = 1
-        self.last_epoch = self.optimizer.iteration  # type: ignore[attr-defined] # - an AlphaGuided
+        self.last_epoch = self._session.progress
         self._write()
 
     # ---------------------------------------------------------------- stepping
@@ -131,23 +157,97 @@ class AlphaScheduler(LRScheduler):
 
         Args:
             metrics: What `ReduceLROnPlateau` wants to see, if that is the schedule.
+
+        Raises:
+            TypeError: If the schedule is a `ReduceLROnPlateau` and there is no metric.
         """
-        optimizer = self.optimizer
+        if isinstance(self.schedule, ReduceLROnPlateau) and metrics is None:
+            raise TypeError("schedule=ReduceLROnPlateau needs its metric at every call: scheduler.step(metric)")
+        optimizer, session = self.optimizer, self._session
         assert isinstance(optimizer, AlphaGuided)
         self._step_count += 1
-        optimizer._session.reminders.scheduler_stepped(optimizer.iteration)
+        session.scheduler_stepped()
         self._take_over_foreign_rates()
-        guard = optimizer._session.guard
-        self.scale = min(1e30, max(1e-30, self.scale * self._factor(optimizer, guard)))
-        return_wanted, trusted = base.return_wanted_by(self.policy), base.point_trusted_by(self.policy)
-        if guard is not None:
-            guard.return_wanted, guard.point_trusted = guard.return_wanted or return_wanted, trusted
-        if optimizer.iteration != self._seen_iteration:  # a skipped step is not progress
-            self._seen_iteration = optimizer.iteration
-            if self.schedule is not None:
+        if self._cut is not None:
+            self._cut = min(1.0, self._cut * RECOVERY)
+            self._skip_to_now(optimizer)
+        elif self._too_sparse(optimizer):
+            self._skip_to_now(optimizer)
+            if self._sparse >= PATIENT:
+                self.scale *= base.given_up(self.policy, optimizer.iteration)
+        else:
+            factor = self._factor(optimizer, session.guard)
+            self.scale = min(1e30, max(1e-30, self.scale * factor))
+        self._tell_guard()
+        if session.progress != self._seen_progress:
+            self._seen_progress = session.progress
+            if self.schedule is not None and self._cut is None:
                 self._advance_schedule(self.schedule, metrics)
-        self.last_epoch = optimizer.iteration
+        self._seen_iteration = optimizer.iteration
+        self.last_epoch = session.progress
         self._write()
+
+    def finish(self, loss: float | Tensor | None = None) -> None:
+        """Judge the point that the last step reached, which no batch follows; call it once, after the last step.
+
+        Args:
+            loss: A loss at that point, of a batch as those of training; None: only whether everything is
+                finite is looked at.
+        """
+        self._session.finish(None if loss is None else float(loss))
+
+    def cool_down(self, steps: int) -> None:
+        """Anneal the rates linearly to 0 over the coming steps, whatever the policy says; for runs without a horizon.
+
+        Args:
+            steps: Number of optimizer steps until 0, at least 1.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if steps < 1:
+            raise ValueError(f"cool_down needs at least 1 step to anneal over, got {steps}")
+        self._cooling = (self._session.progress, int(steps))
+        self._write()
+
+    def _cooled(self) -> float:
+        """What `cool_down` multiplies the rates by."""
+        if self._cooling is None:
+            return 1.0
+        begin, steps = self._cooling
+        return max(0.0, 1.0 - (self._session.progress - begin) / steps)
+
+    def _tell_guard(self) -> None:
+        """Tell the guard what the policy wants of it."""
+        session, policy = self._session, self.policy
+        session.searching = base.searches(policy, session.iteration) and self._cut is None and not self._sparse
+        if session.guard is not None:
+            session.guard.return_wanted = session.guard.return_wanted or base.return_wanted_by(policy)
+            session.guard.point_trusted = base.point_trusted_by(policy)
+            session.guard.searching = session.searching or base.keeps_best_point(policy)
+
+    def _too_sparse(self, optimizer: AlphaGuided) -> bool:
+        """Whether a search goes on, but the scheduler is stepped after several steps only."""
+        if not base.searches(self.policy, optimizer.iteration):
+            self._sparse = 0
+        elif optimizer.iteration - self._seen_iteration >= SPARSE:
+            self._sparse += 1
+            self._say(
+                "AlphaScheduler is stepped once per several optimizer steps. The search for the learning rate needs "
+                "a call of scheduler.step() after every optimizer.step(); it waits, and the rate given is used."
+            )
+        else:
+            self._sparse = 0
+        return self._sparse > 0
+
+    def _skip_to_now(self, optimizer: AlphaGuided) -> None:
+        """Do not tell the policy of what was measured so far."""
+        self._seen_measurement = max(self._seen_measurement, optimizer.iteration - 1)
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warn_user(text)
 
     def _factor(self, optimizer: AlphaGuided, guard: Guard | None) -> float:
         """Product of the policy's answers to what is new: measurements, and steps made."""
@@ -172,8 +272,7 @@ class AlphaScheduler(LRScheduler):
         self._set_rates(self._scheduled)
         try:
             if isinstance(schedule, ReduceLROnPlateau):
-                if metrics is not None:
-                    schedule.step(metrics)
+                schedule.step(metrics)
             else:
                 schedule.step()
             self._scheduled = self._rates()
@@ -181,62 +280,132 @@ class AlphaScheduler(LRScheduler):
             self._set_rates(self._written)
 
     def _take_over_foreign_rates(self) -> None:
-        """A rate changed by someone else since is taken over as a ratio."""
+        """A rate changed by someone else since is taken over as a ratio; one changed at every call is theirs."""
         now = self._rates()
-        if len(self._written) != len(now):  # a group was added: its rate is a scheduled one
-            added = now[len(self._written) :]
-            for rates in (self._scheduled, self._peaks, self._written):
-                rates += added
-            return
+        if len(self._written) < len(now):  # the rate given with an added group is the one it gets now
+            added, factor = now[len(self._written) :], self._written_factor()
+            self._written += added
+            for rates in (self._scheduled, self._peaks):
+                rates += [rate / factor for rate in added]
         factors = ratios(now, self._written)
         if all(factor == 1.0 for factor in factors):
+            self._foreign = 0
             return
+        self._foreign += 1
         self._scheduled = taken_over(self._scheduled, factors, now)
         self._peaks = taken_over(self._peaks, factors, now)
-        if not self._warned_foreign:
-            self._warned_foreign = True
-            warn_user(
+        self._written = list(now)
+        if self._cut is None and self._foreign >= OWNER:
+            self._cut, self.scale = 1.0, 1.0
+            self._say(
+                f"a learning rate was changed outside AlphaScheduler {OWNER} times in a row: the rates are the "
+                "training loop's from here on, and the policy rests. To combine the curve with it, pass it as "
+                "AlphaScheduler(..., schedule=...) and do not write the rate yourself."
+            )
+        elif self._cut is None:
+            self._say(
                 "a learning rate was changed outside AlphaScheduler; the change is taken over as a ratio. "
                 "A scheduler that should work together with it belongs into AlphaScheduler(schedule=...)."
             )
+        if self._cut is not None:
+            self._scheduled, self._peaks = list(now), list(now)
+
+    def _written_factor(self) -> float:
+        """What the first rate written is a multiple of its scheduled one by; 1 where that says nothing."""
+        pairs = zip(self._written, self._base_rates(), strict=True)
+        return next((written / rate for written, rate in pairs if rate > 0.0 and written > 0.0), 1.0)
 
     def _guard_acted(self, event: GuardEvent) -> GuardEvent:
-        """Lower the scale after a step that was taken back; returns the event with what was done."""
+        """Lower the rates after a step that was taken back, or give back what was taken; returns the whole event."""
         self._take_over_foreign_rates()
-        if event.restored and event.reason != "policy_returned":
-            again = event.iteration - self._last_event <= SOON or event.reason == "loss_drifted"
+        factor = 1.0
+        if event.reason is GuardReason.NO_EFFECT:
+            factor = 1.0 / self._last_cut
+            self._last_event, self._last_cut = -SOON - 1, 1.0
+        elif event.restored and event.reason is not GuardReason.POLICY_RETURNED:
+            again = event.iteration - self._last_event <= SOON or event.reason is GuardReason.LOSS_DRIFTED
             self._last_event = event.iteration
-            event = replace(event, scale_factor=LOWER_AGAIN if again else LOWER_ONCE)
-            self.scale *= event.scale_factor
-            self._write()
+            factor = self._last_cut = LOWER_AGAIN if again else LOWER_ONCE
+        event = replace(event, scale_factor=factor)
+        if factor != 1.0:
+            if self._cut is not None:
+                self._cut = min(1.0, self._cut * factor)
+            else:
+                self.scale *= factor
+                self._write()
         LOG.info("%s", event)
         base.tell_event(self.policy, event)
         return event
 
+    def _not_stepped(self) -> None:
+        """Several steps were made since the last call: a search waits, at the rate given."""
+        if base.searches(self.policy, self._session.iteration) and self._cut is None:
+            self._sparse = max(1, self._sparse)
+            self._write()
+
+    def _reached_by_others(self) -> None:
+        """Two networks that play against each other have no rate at which the loss falls fastest."""
+        if base.searches(self.policy, self._session.iteration):
+            self.scale *= base.given_up(self.policy, self._session.iteration)
+            self._write()
+        self._say(
+            "backward passes of another network come through the parameters of "
+            f"{type(self._session.optimizer).__name__} (a GAN?). A loss that another network pushes up tells nothing "
+            "about the learning rate, so no rate is searched: the one given is used. Watching works as ever; consider "
+            "guard=False."
+        )
+
+    @contextmanager
+    def _around_step(self) -> Iterator[None]:
+        """Apply the guard's cut to rates that the training loop owns, inside the step only."""
+        if self._cut is None or self._cut == 1.0:
+            yield
+            return
+        rates = self._rates()
+        self._set_rates([rate * self._cut for rate in rates])
+        try:
+            yield
+        finally:
+            self._set_rates(rates)
+
     # ---------------------------------------------------------------- writing
 
+    def _base_rates(self) -> list[float]:
+        """What scale and envelope multiply: the scheduled rates, or their peaks while those are searched."""
+        searching = self.schedule is not None and base.searches(self.policy, self._session.iteration)
+        return self._peaks if searching else self._scheduled
+
     def _write(self) -> None:
-        iteration = self.optimizer.iteration  # type: ignore[attr-defined] # - an AlphaGuided
-        envelope = base.envelope_of(self.policy, iteration)
-        if not 0.0 <= envelope < math.inf:
-            raise ValueError(
-                f"policy {type(self.policy).__name__} returned envelope({iteration}) = {envelope!r}; "
-                "expected a finite number >= 0"
-            )
-        searching = self.schedule is not None and base.searches(self.policy, iteration)
-        scheduled = self._peaks if searching else self._scheduled
-        largest, scale = max(scheduled) * self.scale, self.scale
-        if largest > self.max_lr and base.keeps_scale(self.policy):
-            scale *= self.max_lr / largest  # cut before the envelope, which still anneals it
-        elif self.schedule is None and largest > self.max_lr:
-            self.scale = scale = scale * self.max_lr / largest  # it must not wind up against the bound
-        wanted = [rate * scale * envelope for rate in scheduled]
-        self._set_rates(clamped(wanted, self.min_lr, self.max_lr))
+        if self._cut is None:
+            self._set_rates(self._wanted())
         self._written = self._rates()
         self._last_lr = [
             group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
             for group in self.optimizer.param_groups
         ]
+
+    def _wanted(self) -> list[float]:
+        """Scheduled rate x scale x envelope, within the bounds.
+
+        Raises:
+            ValueError: If the policy's envelope is not a number >= 0.
+        """
+        if self._sparse:  # the search waits
+            return clamped(self._scheduled, self.min_lr, self.max_lr)
+        progress = self._session.progress
+        envelope = base.envelope_of(self.policy, progress) * self._cooled()
+        if not 0.0 <= envelope < math.inf:
+            raise ValueError(
+                f"policy {type(self.policy).__name__} returned envelope({progress}) = {envelope!r}; "
+                "expected a finite number >= 0"
+            )
+        scheduled = self._base_rates()
+        largest, scale = max(scheduled) * self.scale, self.scale
+        if largest > self.max_lr and base.keeps_scale(self.policy):
+            scale *= self.max_lr / largest  # cut before the envelope, which still anneals it
+        elif self.schedule is None and largest > self.max_lr:
+            self.scale = scale = scale * self.max_lr / largest  # it must not wind up against the bound
+        return clamped([rate * scale * envelope for rate in scheduled], self.min_lr, self.max_lr)
 
     def _rates(self) -> list[float]:
         return [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -258,11 +427,17 @@ class AlphaScheduler(LRScheduler):
             "scheduled": list(self._scheduled),
             "peaks": list(self._peaks),
             "written": list(self._written),
+            "seen_progress": self._seen_progress,
             "seen_iteration": self._seen_iteration,
             "seen_measurement": self._seen_measurement,
             "last_event": self._last_event,
+            "last_cut": self._last_cut,
             "step_count": self._step_count,
-            "warned_foreign": self._warned_foreign,
+            "foreign": self._foreign,
+            "cut": self._cut,
+            "sparse": self._sparse,
+            "cooling": None if self._cooling is None else list(self._cooling),
+            "said": sorted(self._said),
             "policy": base.state_of(self.policy),
             "policy_name": base.name_of(self.policy),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
@@ -285,8 +460,13 @@ class AlphaScheduler(LRScheduler):
         self._seen_iteration = int(state_dict["seen_iteration"])
         self._seen_measurement = int(state_dict["seen_measurement"])
         self._last_event, self._step_count = int(state_dict["last_event"]), int(state_dict["step_count"])
-        self._warned_foreign = bool(state_dict["warned_foreign"])
-        self.last_epoch = self._seen_iteration
+        self._seen_progress = int(state_dict.get("seen_progress", self._seen_iteration))
+        self._last_cut, self._foreign = float(state_dict.get("last_cut", 1.0)), int(state_dict.get("foreign", 0))
+        self._cut, self._sparse = state_dict.get("cut"), int(state_dict.get("sparse", 0))
+        cooling = state_dict.get("cooling")
+        self._cooling = None if cooling is None else (int(cooling[0]), int(cooling[1]))
+        self._said = set(state_dict.get("said", ()))
+        self.last_epoch = self._seen_progress
         base.restore(self.policy, state_dict["policy"])
         if self.schedule is not None and state_dict["schedule"] is not None:
             self.schedule.load_state_dict(state_dict["schedule"])
@@ -297,3 +477,37 @@ class AlphaScheduler(LRScheduler):
 def waits(optimizer: AlphaGuided) -> bool:
     """Whether reading a number means waiting for a device."""
     return not optimizer.param_groups[0]["params"][0].is_cpu
+
+
+class _Listener:
+    """What the optimizer asks and tells a scheduler, which it does not keep alive."""
+
+    def __init__(self, scheduler: AlphaScheduler) -> None:
+        self._scheduler = weakref.ref(scheduler)
+        self._wants = base.wants_of(scheduler.policy)
+
+    def wants(self, iteration: int) -> bool:
+        """Ask the policy."""
+        return True if self._wants is None else self._wants(iteration)
+
+    def guard_acted(self, event: GuardEvent) -> GuardEvent:
+        """Tell the scheduler."""
+        scheduler = self._scheduler()
+        return event if scheduler is None else scheduler._guard_acted(event)
+
+    def not_stepped(self) -> None:
+        """Tell the scheduler."""
+        scheduler = self._scheduler()
+        if scheduler is not None:
+            scheduler._not_stepped()
+
+    def reached_by_others(self) -> None:
+        """Tell the scheduler."""
+        scheduler = self._scheduler()
+        if scheduler is not None:
+            scheduler._reached_by_others()
+
+    def around_step(self) -> AbstractContextManager[None]:
+        """Ask the scheduler."""
+        scheduler = self._scheduler()
+        return nullcontext() if scheduler is None else scheduler._around_step()

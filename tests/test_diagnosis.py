@@ -67,7 +67,48 @@ def test_a_rising_loss_is_diverging_whatever_alpha_says():
 
 def test_a_loss_that_has_not_fallen_is_not_called_balanced():
     assert diagnose(history(0.3, count=200, losses=lambda n: 2.3)).verdict == "unknown"
-    assert diagnose(history(0.3, count=200, losses=lambda n: 2.3 if n < 5 else 2.0)).verdict == "balanced"
+    said = diagnose(history(0.3, count=200, losses=lambda n: 2.3 if n < 5 else 2.0))
+    assert (said.verdict, "no longer falls" in str(said)) == ("unknown", True)
+    assert diagnose(history(0.3, count=200, losses=lambda n: 2.3 - 0.005 * n)).verdict == "balanced"
+
+
+def test_nothing_measured_is_said_so():
+    said = str(diagnose(AlphaHistory()))
+    assert said.startswith("unknown: Nothing has been measured yet")
+    assert "nan" not in said
+
+
+def climbing(end, samples=32):
+    """A loss that falls while the rate climbs to 0.1, and rises beyond; the run goes on at the rate ``end``."""
+    rng, filled = np.random.default_rng(0), AlphaHistory()
+    rates = [1e-4 * 1.05**n for n in range(200)] + [end] * 100
+    for n, rate in enumerate(rates):
+        far = max(0.0, math.log(rate / 0.1)) if n < 200 else max(0.0, 0.01 * (n - 200))
+        loss = 2.0 - 1.5 * min(1.0, n / 140) + far + 0.01 * rng.normal()
+        ends = (Observation(samples, -1.0, 0.01, loss, 0.01), Observation(samples, 0.2, 0.01, loss, 0.01))
+        filled.append(measure_alpha(n, 1.0, *ends, (rate,)))
+    return filled
+
+
+def test_a_suggestion_never_contradicts_the_verdict():
+    high, low = diagnose(climbing(10.0)), diagnose(climbing(1e-5))
+    assert high.verdict == low.verdict == "diverging"
+    assert high.suggested_lr == pytest.approx(0.1, rel=0.5)
+    assert "Lower the learning rate." in str(high)
+    assert low.suggested_lr is None  # it lies far above
+    assert "Lower the learning rate, to 1e-06 to begin with." in str(low)
+
+
+def test_a_level_that_was_accepted_is_no_divergence():
+    reasons = ("loss_rose", "loss_rose", "no_effect")
+    events = [GuardEvent(n, why, 1.0, 9.0, restored=k == 1) for n in (50, 60, 70, 80) for k, why in enumerate(reasons)]
+    assert diagnose(history(0.2), events).verdict == "balanced"
+
+
+@pytest.mark.parametrize("lr", [0.1, 0.3])
+def test_adam_at_a_rate_far_too_high_is_not_called_balanced(lr):
+    run, _ = train_digits("adam", lr, 64, 0, lambda n: 1.0, 300)
+    assert run.diagnose().verdict != "balanced"
 
 
 @pytest.mark.parametrize("seed", range(3))

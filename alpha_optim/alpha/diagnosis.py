@@ -17,7 +17,7 @@ import numpy as np
 from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.loss_trace import RESOLUTION, LossTrace, room_above
 from alpha_optim.alpha.measurement import AlphaMeasurement
-from alpha_optim.alpha.records import AlphaStatus, GuardEvent
+from alpha_optim.alpha.records import AlphaStatus, GuardEvent, GuardReason
 
 WINDOW = 100
 FEWEST = 20
@@ -31,14 +31,8 @@ LARGE = 32
 CLIMB = math.log(100.0)
 """A rate that rose by this factor, step by step, says where the loss was lowest and where it began to rise."""
 
-_ADVICE = {
-    "undershooting": "Steps end short of the minimum along their direction: the learning rate can grow.",
-    "balanced": "Steps end near or a little beyond the minimum along their direction, as in good runs.",
-    "overshooting": "Steps end far beyond the minimum along their direction: lower the learning rate.",
-    "diverging": "The loss rises or is not finite: lower the learning rate, by 10 to begin with.",
-    "unknown": "The measurements do not tell: too few, too noisy, batches too small for the sign of alpha, or "
-    "a loss no lower than at the beginning (then the learning rate may be far too high).",
-}
+TAKEN_BACK = 3
+"""More steps than this taken back within the window are a sign of divergence."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +44,27 @@ class Diagnosis:
         alpha: Alpha over the window, a pure number; nan without measurements.
         alpha_std: Its standard error.
         count: Number of measurements in the window.
+        cause: What led to the verdict and what to do, in a sentence or two.
         suggested_lr: A learning rate for the first param group to begin a decay with, or None when the data
-            cannot tell. They can if losses were measured while the rate climbed until the loss rose, as in
-            the calibration of an `AlphaScheduler`, in a long warm-up, or in a trial run with a growing rate.
+            cannot tell or contradict the verdict. They can if losses were measured while the rate climbed until the
+            loss rose, as in the calibration of an `AlphaScheduler`, in a long warm-up, or in a trial run with a
+            growing rate.
     """
 
     verdict: str
     alpha: float
     alpha_std: float
     count: int
+    cause: str = ""
     suggested_lr: float | None = None
 
     def __str__(self) -> str:
         """Advice in plain words."""
+        if self.count == 0:
+            return f"{self.verdict}: {self.cause}"
         measured = f"alpha = {self.alpha:+.2f} ± {self.alpha_std:.2f} over {self.count} steps"
         rate = "" if self.suggested_lr is None else f" Suggested learning rate: {self.suggested_lr:.2g}."
-        return f"{self.verdict}: {_ADVICE[self.verdict]} ({measured}){rate}"
+        return f"{self.verdict}: {self.cause} ({measured}){rate}"
 
 
 def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagnosis:
@@ -80,25 +79,78 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
     """
     recent = history[-WINDOW:]
     alpha, std, count = history.windowed(WINDOW)
-    verdict = "diverging" if _diverges(recent, events) else _verdict(recent, alpha, std, count)
-    if verdict == "balanced" and _is_where_it_began(history, recent):
-        verdict = "unknown"
-    return Diagnosis(verdict, alpha, std, count, rate_from_climbs(history))
+    verdict, cause = _verdict(history, recent, events, alpha, std, count)
+    suggested = rate_from_climbs(history)
+    if suggested is not None and not _agrees(verdict, suggested, recent):
+        suggested = None
+    if verdict == "diverging":
+        lower = recent[-1].lr[0] / 10.0 if suggested is None and recent and recent[-1].lr else math.nan
+        cause += (
+            f" Lower the learning rate, to {lower:.2g} to begin with." if lower > 0.0 else " Lower the learning rate."
+        )
+    return Diagnosis(verdict, alpha, std, count, cause, suggested)
 
 
-def _verdict(recent: Sequence[AlphaMeasurement], alpha: float, std: float, count: int) -> str:
-    """What alpha says of a run that does not diverge."""
+def _verdict(
+    history: AlphaHistory,
+    recent: Sequence[AlphaMeasurement],
+    events: Sequence[GuardEvent],
+    alpha: float,
+    std: float,
+    count: int,
+) -> tuple[str, str]:
+    """The verdict, and the one cause that applied."""
+    diverges = _diverges(recent, events)
+    if diverges:
+        return "diverging", diverges
+    if count == 0:
+        return "unknown", "Nothing has been measured yet; an alpha is known after two steps."
     if count < FEWEST or not math.isfinite(std):
-        return "unknown"
+        return "unknown", f"Too few measurements: {FEWEST} are needed."
     if alpha + CERTAIN * std < SHORT:
-        return "undershooting"
+        return "undershooting", "Steps end short of the minimum along their direction: the learning rate can grow."
     if alpha - CERTAIN * std > FAR:
-        return "overshooting"
+        return "overshooting", "Steps end far beyond the minimum along their direction: lower the learning rate."
     large = bool(recent) and sorted(item.samples_start for item in recent)[len(recent) // 2] >= LARGE
     # Near 0 means a good rate for large batches, and nothing at all for tiny ones.
-    if alpha - CERTAIN * std > (SHORT if large else 0.0):
-        return "balanced"
-    return "unknown"
+    if not alpha - CERTAIN * std > (SHORT if large else 0.0):
+        return "unknown", (
+            "Alpha is not known well enough to tell." if large
+            else "Alpha of batches this small is near 0 at any learning rate."
+        )  # fmt: skip
+    if _is_where_it_began(history, recent):
+        return "unknown", "The loss is no lower than at the beginning: the learning rate may be far too high."
+    if _stands(recent):
+        return "unknown", (
+            "The loss no longer falls: training is done at this learning rate, or the rate is too high, which alpha "
+            "does not show. Lower it to find out."
+        )
+    return "balanced", "Steps end near or a little beyond the minimum along their direction, and the loss falls."
+
+
+def _agrees(verdict: str, suggested: float, recent: Sequence[AlphaMeasurement]) -> bool:
+    """Whether a learning rate does not contradict a verdict on steps made at another."""
+    now = recent[-1].lr[0] if recent and recent[-1].lr else math.nan
+    return {"diverging": suggested < now, "overshooting": suggested < now, "undershooting": suggested > now}.get(
+        verdict, True
+    )
+
+
+def _halves(losses: np.ndarray) -> tuple[float, float]:
+    """By how much the second half of losses lies above the first, and the standard error of that."""
+    half = len(losses) // 2
+    early, late = losses[:half], losses[half:]
+    noise = math.sqrt(early.var(ddof=1) / len(early) + late.var(ddof=1) / len(late))
+    return float(late.mean() - early.mean()), noise
+
+
+def _stands(recent: Sequence[AlphaMeasurement]) -> bool:
+    """Whether the loss does not surely fall over a full window; False where no losses are known."""
+    losses = np.array([item.loss_start for item in recent])
+    if len(losses) < WINDOW or not np.isfinite(losses).all():
+        return False
+    rise, noise = _halves(losses)
+    return rise > -CERTAIN * noise
 
 
 def _is_where_it_began(history: AlphaHistory, recent: Sequence[AlphaMeasurement]) -> bool:
@@ -150,18 +202,22 @@ def _lowest(climb: Sequence[AlphaMeasurement]) -> float | None:
     return None
 
 
-def _diverges(recent: Sequence[AlphaMeasurement], events: Sequence[GuardEvent]) -> bool:
-    """Whether the loss is not finite, or its level rose over the window beyond its scatter."""
+def _diverges(recent: Sequence[AlphaMeasurement], events: Sequence[GuardEvent]) -> str:
+    """Why a run diverges: the loss is not finite, steps were taken back, or its level rose; empty if it does not."""
     if recent and recent[-1].status is AlphaStatus.NOT_FINITE:
-        return True
-    bad = [event for event in events if event.reason != "policy_returned"]
-    if bad and recent and sum(event.iteration >= recent[0].iteration for event in bad) > 3:
-        return True
+        return "The loss is not finite."
+    undone = {event.iteration for event in events if event.reason is GuardReason.NO_EFFECT}
+    bad = [
+        event
+        for event in events
+        if event.restored and event.reason is not GuardReason.POLICY_RETURNED and event.iteration not in undone
+    ]
+    back = sum(event.iteration >= recent[0].iteration for event in bad) if recent else 0
+    if back > TAKEN_BACK:
+        return f"{back} steps of the last {WINDOW} had to be taken back."
     losses = np.array([item.loss_start for item in recent])
     losses = losses[np.isfinite(losses)]
     if len(losses) < FEWEST:
-        return False
-    half = len(losses) // 2
-    early, late = losses[:half], losses[half:]
-    noise = math.sqrt(early.var(ddof=1) / len(early) + late.var(ddof=1) / len(late))
-    return bool(late.mean() - early.mean() > 4.0 * noise)
+        return ""
+    rise, noise = _halves(losses)
+    return "The loss rises." if rise > 4.0 * noise else ""

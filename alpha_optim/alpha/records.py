@@ -60,7 +60,36 @@ class DropReason(Code):
     STEP_SKIPPED = "step_skipped"
     NO_BACKWARD = "no_backward"
     EXCEPTION = "exception"
+    NOT_FINITE = "not_finite"
     EVICTED = "evicted"
+
+
+class GuardReason(Code):
+    """Why the guard acted."""
+
+    LOSS_NOT_FINITE = "loss_not_finite"
+    GRADIENT_NOT_FINITE = "gradient_not_finite"
+    STATE_NOT_FINITE = "state_not_finite"
+    LOSS_ROSE = "loss_rose"
+    LOSS_DRIFTED = "loss_drifted"
+    POLICY_RETURNED = "policy_returned"
+    NO_EFFECT = "no_effect"
+
+    @property
+    def explanation(self) -> str:
+        """What happened, in a few words for users."""
+        return _REASONS[self]
+
+
+_REASONS = {
+    GuardReason.LOSS_NOT_FINITE: "the loss is not finite",
+    GuardReason.GRADIENT_NOT_FINITE: "a gradient is not finite",
+    GuardReason.STATE_NOT_FINITE: "a parameter or buffer is no longer finite",
+    GuardReason.LOSS_ROSE: "the loss rose far beyond what consecutive losses differ by",
+    GuardReason.LOSS_DRIFTED: "the loss rose over many steps of a search",
+    GuardReason.POLICY_RETURNED: "the search has seen enough and goes back",
+    GuardReason.NO_EFFECT: "going back did not help, so it was not the step",
+}
 
 
 @dataclass(frozen=True)
@@ -109,29 +138,34 @@ class QuadraticFit:
 
 @dataclass(frozen=True)
 class GuardEvent:
-    """A step that the guard took back or did not let happen.
+    """Something that the guard did.
 
     Attributes:
-        iteration: The iteration whose step was not executed.
-        reason: ``"loss_not_finite"``, ``"state_not_finite"`` (a parameter or buffer), ``"loss_rose"``,
-            ``"loss_drifted"`` (over many steps), ``"gradient_not_finite"``, or ``"policy_returned"``: the
-            policy has seen enough of a climb and goes back to the best point.
+        iteration: The iteration in progress.
+        reason: Why, one of `GuardReason`.
         loss_before: Loss before the step that was judged (nan if not observed).
         loss_after: Loss after it.
         restored: Whether parameters and buffers were put back: to the point before that step, or to the best
-            one so far (``"loss_drifted"``, ``"policy_returned"``).
-        scale_factor: By what the scheduler multiplied the scale of the learning rate.
+            one of a search (``"loss_drifted"``, ``"policy_returned"``).
+        scale_factor: By what the scheduler multiplied the learning rates.
+        skipped: Whether the batch was not used for a step.
     """
 
     iteration: int
-    reason: str
+    reason: GuardReason
     loss_before: float
     loss_after: float
     restored: bool
     scale_factor: float = 1.0
+    skipped: bool = True
+
+    def __post_init__(self) -> None:
+        """Take the reason by its value, too, as a state dict holds it."""
+        object.__setattr__(self, "reason", GuardReason(self.reason))
 
     def __str__(self) -> str:
         """Return one line: when, why, what was done."""
         losses = f"loss {self.loss_before:.4g} -> {self.loss_after:.4g}"
-        done = "put back" if self.restored else "step skipped"
-        return f"iteration {self.iteration}: {self.reason}, {losses}, {done}, scale times {self.scale_factor:g}"
+        done = "went back" if self.restored else "batch skipped" if self.skipped else "level accepted"
+        rate = "" if self.scale_factor == 1.0 else f", learning rate times {self.scale_factor:g}"
+        return f"iteration {self.iteration}: {self.reason} ({self.reason.explanation}), {losses}, {done}{rate}"

@@ -17,7 +17,7 @@ from alpha_optim.observe.losses import matches_loss
 from alpha_optim.observe.model_calls import ModelCall
 from alpha_optim.observe.numbers import Truth
 from alpha_optim.observe.some_elements import SomeElements, differ
-from alpha_optim.observe.step_direction import AlongGradient, same_tensors
+from alpha_optim.observe.step_direction import AlongGradient
 from alpha_optim.slopes.base import Backend
 
 
@@ -104,11 +104,6 @@ class Iteration:
         """Whether losses of single samples are wanted."""
         return bool(self.task.due)
 
-    @property
-    def room_for_losses(self) -> int:
-        """Elements that may be kept until the step for a closer look at the losses: no more than the parameters."""
-        return sum(param.numel() for param in self.params) if self.task.guarded else 0
-
     def watched_outputs(self) -> list[tuple[int, int, Tensor]]:
         """Outputs of the model's calls with their graph: number of the call, place, tensor."""
         return [
@@ -174,13 +169,8 @@ class Iteration:
         """A backward pass has ended; nobody has touched the gradients yet."""
         self.gradients.backward_ended(look=self.task.in_pair)
         pending = self.task.pending
-        if pending is not None and self._same_layout(pending):
+        if pending is not None and pending.direction.belongs_to(self.params):
             self.end_product = pending.direction.products([param.grad for param in self.params])
-
-    def _same_layout(self, pending: PendingStart) -> bool:
-        direction = pending.direction
-        known = direction.params
-        return same_tensors(known, self.params)
 
     def _discarded(self) -> bool:
         """The passes so far do not count; whether a step was skipped for them."""

@@ -174,23 +174,13 @@ class Pairing:
         iteration = self.iteration
         loss = batch_loss(iteration.passes, scalar)
         if loss.variance is not None:
-            self.variances.of_loss = loss.variance
+            self.variances.saw_loss(loss.variance)
         elif loss.complete and loss.samples != 1:
             loss = replace(loss, variance=self.variances.of_loss)
         elif iteration.task.due:
-            self.variances.of_loss = None
+            self.variances.saw_loss(None)
         iteration.loss = loss
         return loss
-
-    def look_closer(self) -> BatchLoss:
-        """The loss of the iteration with the variance of its own samples, where they can be had later."""
-        iteration = self.iteration
-        calls = [call for entry in iteration.passes.reached for call in entry.calls]
-        if len(calls) == 1 and calls[0].closer is not None:
-            individual = calls[0].closer()
-            if individual is not None:
-                iteration.loss = replace(iteration.loss, variance=sample_variance(individual))
-        return iteration.loss
 
     # ---------------------------------------------------------------- the end of a step
 
@@ -211,7 +201,7 @@ class Pairing:
         if reason is not None:
             return reason
         iteration, direction = self.iteration, pending.direction
-        if not same_tensors(direction.params, params):
+        if not direction.belongs_to(params):
             return DropReason.PARAMETERS_CHANGED
         if not direction.intact():
             self._keep_direction = True
@@ -261,7 +251,8 @@ class Pairing:
                 if doubtful is True:  # already told
                     doubtful, slope_variance = False, None
                 if slopes.losses is not None:
-                    loss_variance = self.variances.of_loss = sample_variance(slopes.losses)
+                    loss_variance = sample_variance(slopes.losses)
+                    self.variances.saw_loss(loss_variance)
             if not (free_to_read(direction.length.device) and read([direction.length])[0] == 0.0):
                 # Else nothing was learned.
                 self.variances.measured(role, iteration.task.number, slope_variance, loss.samples)

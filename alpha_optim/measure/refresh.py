@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from alpha_optim.observe.numbers import Number, saved
 
 Role = Literal["start", "end"]
@@ -23,6 +26,17 @@ LONGEST = 512
 def interval(cost: float) -> int:
     """Iterations between two refreshes that cost so many training steps each, both ends together."""
     return max(1, min(LONGEST, math.ceil(cost / SHARE)))
+
+
+def finite_or(value: Number, before: Number | None) -> Number:
+    """A variance, or the last one where it is not finite: one bad batch must not stand for those that follow."""
+    if before is None:
+        return value
+    if isinstance(value, Tensor):
+        return torch.where(
+            torch.isfinite(value), value, torch.as_tensor(before, dtype=value.dtype, device=value.device)
+        )
+    return value if math.isfinite(value) else before
 
 
 class Variances:
@@ -67,9 +81,13 @@ class Variances:
         """Take note of a measurement of a batch of ``samples``; None: it could not be had."""
         self._last[role], self._samples = iteration, samples
         self._counts[role] = self._counts.get(role, 0) + 1
-        self._slopes.pop(role, None)
+        before = self._slopes.pop(role, None)
         if variance is not None:
-            self._slopes[role] = variance
+            self._slopes[role] = finite_or(variance, before)
+
+    def saw_loss(self, variance: Number | None) -> None:
+        """Take note of the variance of one sample's loss; None: it could not be had."""
+        self.of_loss = None if variance is None else finite_or(variance, self.of_loss)
 
     def of_slope(self, role: Role) -> Number | None:
         """The variance of one sample's slope at one end as it was the last time."""

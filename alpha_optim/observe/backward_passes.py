@@ -32,8 +32,6 @@ class LossCall:
         subset: Whether the loss is one of some samples only, picked by a mask.
         returned: Whether the model returned it.
         share: Whether it is a share of one mean over all passes of the iteration, which they add up to.
-        closer: Returns the losses of the samples ``[N]`` later, where they are not wanted for a variance now; None
-            if that would keep much memory.
         seen_at_output: Gradients of ``mean`` at the outputs of the model, by place; None if not looked at.
     """
 
@@ -47,7 +45,6 @@ class LossCall:
     subset: bool = False
     returned: bool = False
     share: bool = False
-    closer: Callable[[], Tensor | None] | None = None
     seen_at_output: dict[tuple[int, int], Tensor] | None = None
 
 
@@ -124,6 +121,9 @@ class BackwardPasses:
         self.forwards: list[int] = []  # samples of the model's calls
         self.inputs: set[int] = set()  # storages of what the model was called with
         self.skipped = False
+        self.discarded = False
+        """Whether passes with finite gradients were thrown away: those of another network, a generator's through a
+        critic."""
         self.muted = False  # while we walk a graph ourselves
 
     @property
@@ -196,7 +196,9 @@ class BackwardPasses:
         backward pass that came through here.
         """
         if self.reached:
-            self.skipped = self._on_discard() or self.skipped
+            others = any(not entry.calls for entry in self.reached)  # not of our loss function
+            skipped = self._on_discard()
+            self.skipped, self.discarded = skipped or self.skipped, (others and not skipped) or self.discarded
             self._passes, self._by_task, self._anchored, self.recorded = [], {}, None, []
 
     def _open(self, task: int) -> BackwardPass:

@@ -148,10 +148,12 @@ class Gradients:
 
     def not_finite(self) -> bool:
         """Whether a gradient seen in this iteration was not finite as the backward pass left it."""
-        if self._left is None:
-            return False
         unwritten = all(seen.gradient._version == seen.version for seen in self._seen)
-        norms = _norms([seen.gradient for seen in self._seen]) if unwritten else self._left.elements
+        if not self._seen or (not unwritten and self._left is None):
+            return False
+        norms = (
+            _norms([seen.gradient for seen in self._seen]) if unwritten or self._left is None else self._left.elements
+        )
         return not bool(torch.isfinite(norms).all())
 
     @property

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses, LossCall
-from alpha_optim.observe.hooks import Hook, tensors_in, weakly
+from alpha_optim.observe.hooks import Hook, weakly
 from alpha_optim.observe.model_calls import ModelCall
-from alpha_optim.observe.model_inputs import detached, fits, folded
+from alpha_optim.observe.model_inputs import fits, folded
 from alpha_optim.observe.module_copy import stand_in
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.random_state import untouched
@@ -231,7 +231,6 @@ class LossHooks:
             order=self._calls,
             complete=complete,
             subset=bool(has_rows and not fitting),
-            closer=self._closer(loss_fn, args, kwargs, mean, samples) if complete and individual is None else None,
             seen_at_output=seen_at_output,
         )
 
@@ -240,21 +239,6 @@ class LossHooks:
             self._report(replace(call, gamma=gamma if scale is None else gamma * scale))
 
         output.register_hook(start)
-
-    def _closer(
-        self, loss_fn: nn.Module, args: Any, kwargs: Any, mean: Tensor, samples: int | None
-    ) -> Callable[[], Tensor | None] | None:
-        """A later look at the losses of the samples, for a guard that doubts the mean."""
-        given = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
-        if samples is None or given > self._iteration().room_for_losses:
-            return None
-        args, kwargs = detached(tuple(args)), {name: detached(value) for name, value in kwargs.items()}
-
-        def look() -> Tensor | None:
-            rows = rows_of(loss_fn, args, kwargs, mean)
-            return None if rows is None else rows.of_samples(samples, self._sample_dim)
-
-        return look
 
     def _scale(self, loss_fn: nn.Module, args: Any, kwargs: Any, samples: int | None) -> Tensor | float | None:
         """What a sum has to be divided by to be a mean; None for a mean."""

@@ -71,6 +71,9 @@ class Direction(Protocol):
     def change(self, end: Sequence[Tensor] | None = None) -> Change:
         """The change as tensors; ``end`` are the parameters after the step where they have moved on since."""
 
+    def belongs_to(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the very parameters that moved, in the shapes they had."""
+
     def start(self) -> list[Tensor]:
         """The parameters before the step."""
 
@@ -142,6 +145,11 @@ class AlongGradient:
     def change(self, end: Sequence[Tensor] | None = None) -> Change:
         """See `Direction`."""
         return self.change_
+
+    def belongs_to(self, params: Sequence[Tensor]) -> bool:
+        """See `Direction`."""
+        pairs = zip(self.change_.bases, params, strict=False)
+        return same_tensors(self.params, params) and all(b is None or b.shape == p.shape for b, p in pairs)
 
     def start(self) -> list[Tensor]:
         """See `Direction`; made anew where no copy was kept, up to rounding."""
@@ -247,6 +255,11 @@ class BetweenPoints:
         after = self.params if end is None else end
         bases: list[Tensor | None] = [now.detach() - old for old, now in zip(self.kept, after, strict=True)]
         return Change(bases, [1.0] * len(bases), False)
+
+    def belongs_to(self, params: Sequence[Tensor]) -> bool:
+        """See `Direction`."""
+        pairs = zip(self.kept, params, strict=False)
+        return same_tensors(self.params, params) and all(kept.shape == p.shape for kept, p in pairs)
 
     def start(self) -> list[Tensor]:
         """See `Direction`."""

@@ -13,6 +13,7 @@ inherited:
   point, however low the loss.
 - ``searches(iteration) -> bool``: whether the policy looks for the peak of the rates now, so that a schedule's
   warm-up must not come in between.
+- ``give_up(iteration) -> float``: told that the search cannot go on; keeps the rate given, returns the factor for it.
 - ``keeps_scale``: true if the policy keeps count of the scale it has asked for. Such a scale is not cut at a
   bound, only the rates that follow from it; any other could wind up against the bound.
 - ``state_dict() / load_state_dict(state)``: what it remembers, as plain values.
@@ -129,3 +130,16 @@ def state_of(policy: Any) -> dict[str, Any]:
 def restore(policy: Any, state: dict[str, Any]) -> None:
     """Give a policy back what it remembered."""
     _asked(policy, "load_state_dict", None, state)
+
+
+def keeps_best_point(policy: Any) -> bool:
+    """Whether a policy that never says when it searches may ask to go back to the best point at any time."""
+    inner = getattr(policy, "policy", None)
+    if callable(inner):
+        return keeps_best_point(inner)
+    return hasattr(policy, "wants_return") and not hasattr(policy, "searches")
+
+
+def given_up(policy: Any, iteration: int) -> float:
+    """Tell a policy to end its search and keep the rate given; return its factor, 1 if it does not listen."""
+    return _checked(policy, _asked(policy, "give_up", 1.0, iteration), iteration)

@@ -52,6 +52,10 @@ class _Around:
         """Ask the inner policy."""
         return base.searches(self.policy, iteration)
 
+    def give_up(self, iteration: int) -> float:
+        """Tell the inner policy; return its factor."""
+        return base.given_up(self.policy, iteration)
+
 
 class Bounded(_Around):
     """Keeps the accumulated factor of another policy between two bounds."""

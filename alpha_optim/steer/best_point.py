@@ -1,4 +1,4 @@
-"""A point to return to when the loss has drifted up over many steps.
+"""The best point of a search, to return to.
 
 Single steps of small batches may each look harmless while the run diverges: per-sample losses of an
 exploding network scatter as widely as they rise. So the loss is also watched in windows of `WINDOW`
@@ -15,10 +15,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from alpha_optim.observe.step_direction import copied
+from alpha_optim.steer.point import Point
 
 WINDOW = 10
 DRIFT = 8.0
@@ -37,14 +37,23 @@ class Level(NamedTuple):
 class GoodPoint:
     """Parameters and buffers of the best window so far, and the window in progress."""
 
-    def __init__(self) -> None:
-        """Start with nothing kept."""
-        self.tensors: list[Tensor] = []
+    def __init__(self, on_host: bool = False) -> None:
+        """Start with nothing kept; see `Point`."""
+        self.point = Point(on_host)
         self._level: Level | None = None  # of the good window
         self._first: float | None = None  # loss before the first step
         self._lost_before = False  # whether the last window had lost all progress
         self._losses: list[float] = []  # of the window in progress
         self._returns = 0
+
+    def __bool__(self) -> bool:
+        """Whether there is one."""
+        return bool(self.point)
+
+    def forget(self) -> None:
+        """Free it, and forget the window in progress."""
+        self.point.forget()
+        self._level, self._first, self._lost_before, self._losses, self._returns = None, None, False, [], 0
 
     def drifted(self) -> bool:
         """Whether the window in progress is complete and has diverged."""
@@ -63,52 +72,69 @@ class GoodPoint:
         # Where there was no progress yet there is none to lose.
         return rise > LOST * progress and rise > certain and progress > certain
 
-    def note(self, loss: float, error: float, state: Sequence[Tensor]) -> None:
+    def note(
+        self, loss: float, error: float, params: Sequence[Tensor], model: nn.Module | None, optimizer: Optimizer | None
+    ) -> None:
         """Take note of an accepted point; the first is the good point until a window is complete.
 
         Args:
             loss: Its mini-batch loss.
             error: Standard error of that, nan if not known.
-            state: Parameters and buffers.
+            params: The parameters.
+            model: The model whose buffers belong to the point.
+            optimizer: The optimizer, if it keeps weights of its own.
         """
         if self._level is None:
             self._first = loss
-            self._set_level(loss, 0.1 * abs(loss) if math.isnan(error) else error, state)
+            self._set_level(loss, 0.1 * abs(loss) if math.isnan(error) else error)
+            self.point.keep(params, model, optimizer)
         self._losses.append(loss)
 
-    def close_window(self, state: Sequence[Tensor], trusted: bool = True) -> None:
+    def close_window(
+        self, params: Sequence[Tensor], model: nn.Module | None, optimizer: Optimizer | None, trusted: bool = True
+    ) -> None:
         """If the window is complete and the best so far, what was reached becomes the good point.
 
         Args:
-            state: Parameters and buffers.
+            params: The parameters.
+            model: The model whose buffers belong to the point.
+            optimizer: The optimizer, if it keeps weights of its own.
             trusted: Whether they may become the good point.
         """
-        if len(self._losses) >= WINDOW:
-            assert self._level is not None
-            self._close(state, trusted and statistics.fmean(self._losses) < self._level.mean)
+        if len(self._losses) < WINDOW:
+            return
+        assert self._level is not None
+        if self._close(trusted and statistics.fmean(self._losses) < self._level.mean):
+            self.point.keep(params, model, optimizer)
 
-    def _close(self, state: Sequence[Tensor], keep: bool) -> None:
-        """Begin the next window, perhaps with what was reached as the good point."""
+    def _close(self, keep: bool) -> bool:
+        """Begin the next window, perhaps with the level of this one; returns whether that was so."""
         mean = statistics.fmean(self._losses)
         self._lost_before = self._lost(mean)
         if keep:
-            self._set_level(mean, statistics.stdev(self._losses), state)
+            self._set_level(mean, statistics.stdev(self._losses))
             self._returns = 0
         self._losses = []
+        return keep
 
-    @torch.no_grad()
-    def go_back(self, state: Sequence[Tensor], counts: bool = True) -> None:
-        """Put the good point back, bit for bit; whether that counts against the patience."""
+    def go_back(self, params: Sequence[Tensor], model: nn.Module | None, counts: bool = True) -> bool:
+        """Put the good point back, bit for bit; returns whether it could be.
+
+        Args:
+            params: The parameters.
+            model: The model whose buffers belong to the point.
+            counts: Whether that counts against the patience.
+        """
         self._returns += counts
         self._lost_before, self._losses = False, []
-        for now, kept in zip(state, self.tensors, strict=True):
-            now.copy_(kept)
+        return self.point.restore(params, model)
 
-    def accept(self, state: Sequence[Tensor]) -> bool:
+    def accept(self, params: Sequence[Tensor], model: nn.Module | None, optimizer: Optimizer | None) -> bool:
         """Whether patience is over; then the point reached becomes the good point."""
         if self._returns < PATIENCE:
             return False
-        self._close(state, keep=True)
+        self._close(keep=True)
+        self.point.keep(params, model, optimizer)
         return True
 
     def levels(self) -> tuple[float, float]:
@@ -117,16 +143,14 @@ class GoodPoint:
             return math.nan, math.nan
         return self._level.mean, statistics.fmean(self._losses)
 
-    @torch.no_grad()
-    def _set_level(self, mean: float, deviation: float, state: Sequence[Tensor]) -> None:
-        """Keep parameters and buffers, and what their loss was."""
+    def _set_level(self, mean: float, deviation: float) -> None:
+        """Keep what the loss was."""
         self._level = Level(mean, max(deviation, 0.02 * abs(mean)))
-        self.tensors = copied(self.tensors, state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything; tensors are copies."""
         return {
-            "tensors": [tensor.clone() for tensor in self.tensors],
+            "point": self.point.state_dict() if self.point else None,
             "level": None if self._level is None else list(self._level),
             "first": self._first,
             "lost_before": self._lost_before,
@@ -134,11 +158,13 @@ class GoodPoint:
             "returns": self._returns,
         }
 
-    def load_state_dict(self, state: dict[str, Any], like: Sequence[Tensor]) -> None:
-        """Take over a state; tensors move to where ``like`` is."""
-        if len(state["tensors"]) != len(like):
+    def load_state_dict(
+        self, state: dict[str, Any], params: Sequence[Tensor], model: nn.Module | None, optimizer: Optimizer | None
+    ) -> None:
+        """Take over a state that fits these tensors."""
+        self.forget()
+        if state["point"] is None or not self.point.load_state_dict(state["point"], params, model, optimizer):
             return
-        self.tensors = [kept.to(now.device) for kept, now in zip(state["tensors"], like, strict=True)]
         self._level = None if state["level"] is None else Level(*state["level"])
         self._first, self._losses = state["first"], list(state["losses"])
         self._lost_before, self._returns = bool(state["lost_before"]), int(state["returns"])

@@ -1,51 +1,46 @@
-"""When to take a step back, and how.
+"""When a batch is not used, when a step is taken back, and when neither helps.
 
-A step is judged by the loss that follows it. It is taken back when that loss is not finite, or has
-risen by more than its own noise explains:
+**Not finite.** A batch whose loss or gradient is not finite is skipped, and the buffers are as before it. If the next
+one is not finite either, the last step is taken back and the rate lowered. If that did not help, the data are at fault:
+the rate is given back, batches are skipped until one can be used, and so many in a row are no surprise from then on.
 
-    f1 - f0 > k sqrt(var_f0 / N0 + var_f1 / N1),
+**Explosion.** A step is judged by the loss that follows it. If that rose further than consecutive losses of this run
+differ by (`alpha.loss_level`), the batch is not used, and the next one is looked at from the same point:
 
-with k the Student-t quantile of one in a million at N0 + N1 - 2 degrees of freedom (4.9 for batches
-of 128, 7.4 for 8), or by more than `SCATTER` times the usual difference between consecutive batches:
-losses of an exploding batch scatter as widely as they rise, and a single number has no variance. What
-is taken back counts among the usual differences too, so that a heavy-tailed loss cannot stop a run. A run
-that diverges over many steps goes back further, see `good_point`.
+- it is as low as before: the batch was hard, not the step bad; rises of that size are not looked at for a while;
+- it is as high: the step is taken back and the rate lowered, and the third batch, from the point before, tells whether
+  that was right. If it is as high again, the task has changed and the step was not bad: the level is accepted and the
+  rate given back.
+
+What is done `PATIENCE` times in a row without effect is not done any more. A run that diverges over many steps is
+taken back during a search only, see `best_point`; after it a loss that rises slowly is the user's business.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from alpha_optim.alpha.records import GuardEvent
+from alpha_optim.alpha.loss_level import LossScatter
+from alpha_optim.alpha.records import GuardEvent, GuardReason
 from alpha_optim.measure.step_ends import BatchLoss
-from alpha_optim.observe.step_direction import copied
+from alpha_optim.observe.numbers import read
 from alpha_optim.steer.best_point import GoodPoint
+from alpha_optim.steer.point import Point, inner_optimizers, keeps_own_weights, persistent_buffers
+from alpha_optim.user_warning import warn_user
 
-FALSE_ALARM = 1e-6
-SCATTER = 10.0
-WARM = 10
-"""Number of differences after which their mean counts."""
-MEMORY = 0.98
-"""Weight of the past in that mean."""
+PATIENCE = 3
+"""After so many returns in a row that did not help rises of the loss are no longer judged; a buffer that is not
+finite so many batches in a row is meant to be."""
 KEPT = 1000
 """So many losses wait to be told to a policy, if its scheduler is stepped now and then only."""
-
-
-@lru_cache(maxsize=4096)
-def rise_limit(samples_start: int, samples_end: int) -> float:
-    """The k of the module docstring, a pure number; infinite below two samples at either end."""
-    if samples_start < 2 or samples_end < 2:
-        return math.inf
-    from scipy.special import stdtrit
-
-    return float(stdtrit(samples_start + samples_end - 2, 1.0 - FALSE_ALARM))
 
 
 class Reading(NamedTuple):
@@ -55,16 +50,17 @@ class Reading(NamedTuple):
         loss: Mean loss, None if not observed.
         variance: Variance of one sample's loss, None if not observed.
         samples: N, 0 if not known.
-        state: Sum of the squares of parameters and buffers, in float32.
-        gradients: Sum of the squares of the gradients. Neither is finite where numbers are finite but their
-            squares are not: second moments and running variances would hold an inf for ever.
+        params_broke: Whether a parameter that was finite is so no longer.
+        buffers_broke: Whether a buffer is.
+        gradient: Whether all gradients are finite, and their squares: second moments would hold an inf for ever.
     """
 
     loss: float | None
     variance: float | None
     samples: int
-    state: float = 0.0
-    gradients: float = 0.0
+    params_broke: bool = False
+    buffers_broke: bool = False
+    gradient: bool = True
 
     @property
     def error(self) -> float:
@@ -77,29 +73,57 @@ class Reading(NamedTuple):
 UNSEEN = Reading(None, None, 0)
 
 
-class Guard:
-    """Keeps the point before the last step and the last good point, and goes back to them."""
+class Judgement(NamedTuple):
+    """What the guard says of a call: what it did, if anything, and whether the step is made."""
 
-    def __init__(self, model: nn.Module | None) -> None:
+    event: GuardEvent | None
+    step: bool
+
+
+class _Stage(str, Enum):
+    """Where the question stands whether a step was an explosion."""
+
+    CALM = "calm"
+    DOUBTED = "doubted"  # one batch at this point looked like one
+    TAKEN_BACK = "taken_back"  # the next batch tells whether that helped
+
+
+class Guard:
+    """Judges the points reached, and goes back to the one before, or in a search to the best."""
+
+    def __init__(self, model: nn.Module | None, optimizer: Optimizer | None = None, on_host: bool = False) -> None:
         """Start with nothing kept.
 
         Args:
-            model: Model whose floating point buffers are kept together with the parameters.
+            model: Model whose buffers are kept together with the parameters.
+            optimizer: The optimizer, looked at for weights of its own.
+            on_host: Whether points are kept in the memory of the CPU.
         """
         self._model = model
-        self._last: list[Tensor] = []
-        self._good = GoodPoint()
+        own = optimizer is not None and any(map(keeps_own_weights, inner_optimizers(optimizer)))
+        self._optimizer = optimizer if own else None
+        self.on_host = on_host
+        self._last = Point(on_host)
+        self.good = GoodPoint(on_host)
         self._before = UNSEEN  # the last step
-        self._scatter = 0.0  # mean squared difference of consecutive losses
-        self._differences = 0
+        self._scatter = LossScatter()
+        self._stage = _Stage.CALM
+        self._not_finite = 0  # batches in a row
+        self._lowered = False  # whether the rate was lowered for them
+        self._at_fault = False  # whether that did not help
+        self._most_not_finite = 0  # so many in a row the data were at fault for
+        self._helpless = 0  # returns in a row that did not help
+        self._said: set[str] = set()
+        self._finite: Tensor | None = None  # per tensor of the state, whether it was finite
         self._losses: deque[tuple[int, float]] = deque(maxlen=KEPT)  # for the policy
-        self.stepped = False
+        self.stepped = False  # whether a step was made from the last point
         self.return_wanted = False  # to the good point, by a policy
         self.point_trusted = True  # by a policy: whether the point reached may become the good point
+        self.searching = False  # whether a policy searches, so that there is a good point
 
-    def kept_parameters(self, count: int) -> list[Tensor]:
-        """The copy of the parameters from before the coming step, the first ``count`` of what is kept."""
-        return self._last[:count]
+    def kept_parameters(self, params: Sequence[Tensor]) -> list[Tensor] | None:
+        """The copy of the parameters from before the coming step, if it is kept on their device."""
+        return self._last.params if self._last.fits(params) and not self.on_host else None
 
     def losses_read(self) -> dict[int, float]:
         """Mini-batch losses of the steps let through since this was asked last, by iteration."""
@@ -107,146 +131,278 @@ class Guard:
         self._losses.clear()
         return losses
 
+    def rest(self, iteration: int, loss: BatchLoss) -> None:
+        """Forget all points, since nobody steps the scheduler; losses are read for its policy all the same."""
+        mean = read([loss.mean])[0]
+        if mean is not None:
+            self._losses.append((iteration, mean))
+        if not self._last and not self.good:
+            return
+        self._last.forget()
+        self.good.forget()
+        self._before, self._stage, self.stepped = UNSEEN, _Stage.CALM, False
+        self._not_finite = 0
+
+    # ---------------------------------------------------------------- judging
+
     @torch.no_grad()
-    def judge(
-        self,
-        iteration: int,
-        loss: BatchLoss,
-        params: Sequence[Tensor],
-        look_closer: Callable[[], BatchLoss] | None = None,
-    ) -> GuardEvent | None:
+    def judge(self, iteration: int, loss: BatchLoss, params: Sequence[Tensor]) -> Judgement:
         """Judge the point reached, with one small transfer from the device, and put right what is wrong.
 
         Args:
             iteration: The iteration whose step is about to be made.
             loss: Its loss.
             params: The parameters, with the gradients the optimizer is about to use.
-            look_closer: Returns the loss again with the variance of this batch's own samples; asked for where
-                the loss rose, since the variance of an earlier batch may stand in for it.
-
-        Returns:
-            None if the step may be made; else what was wrong and whether a point was restored.
         """
-        state = self._state(params)
-        now = read(loss, state, [param.grad for param in params if param.grad is not None])
-        reason = self._objection(now)
-        if reason == "loss_rose" and look_closer is not None:
-            closer = look_closer()
-            now = now._replace(variance=None if closer.variance is None else float(closer.variance))
-            reason = self._objection(now)
-        if reason == "loss_drifted" and self._good.accept(state):
-            reason = None  # the window is closed
-        if self.return_wanted and self._good.tensors:
-            reason = "policy_returned"
-        self.return_wanted = False
-        if reason is not None:
-            return self._put_right(iteration, reason, now, state)
-        self._good.close_window(state, self.point_trusted)
-        self._keep(now, state)
-        if now.loss is not None:
-            self._losses.append((iteration, now.loss))
-        return None
-
-    def _objection(self, now: Reading) -> str | None:
-        """What is wrong, if anything is."""
+        if self._last and not self._last.fits(params):  # tensors were added, replaced or resized
+            self._last.forget()
+            self.good.forget()
+            self.stepped = False
+        now, finite = self._read(loss, params)
+        if now.params_broke and self.stepped and self._last:  # else somebody else wrote them
+            return self._take_back(iteration, GuardReason.STATE_NOT_FINITE, now, params)
         if now.loss is not None and not math.isfinite(now.loss):
-            return "loss_not_finite"
-        if not math.isfinite(now.state):
-            return "state_not_finite"
-        if self._rose(now):
-            return "loss_rose"
-        if self._good.drifted():
-            return "loss_drifted"
-        return None if math.isfinite(now.gradients) else "gradient_not_finite"
+            return self._not_usable(iteration, GuardReason.LOSS_NOT_FINITE, now, params)
+        if not now.gradient:
+            return self._not_usable(iteration, GuardReason.GRADIENT_NOT_FINITE, now, params)
+        if now.buffers_broke and self._not_finite < PATIENCE - 1:  # then it seems to be meant
+            return self._not_usable(iteration, GuardReason.STATE_NOT_FINITE, now, params)
+        rose = self._rose(now)
+        if self._stage is _Stage.TAKEN_BACK and rose:
+            self.return_wanted = False  # what it was wanted for was no explosion
+        if self.return_wanted and self.good:
+            return self._to_the_good_point(iteration, GuardReason.POLICY_RETURNED, params)
+        self.return_wanted = False
+        if self._stage is _Stage.CALM and rose:
+            self._stage = _Stage.DOUBTED
+            return self._skip(iteration, GuardReason.LOSS_ROSE, now)
+        if self._stage is _Stage.DOUBTED and rose:
+            judgement = self._take_back(iteration, GuardReason.LOSS_ROSE, now, params)
+            self._stage = _Stage.TAKEN_BACK if judgement.event is not None and judgement.event.restored else _Stage.CALM
+            return judgement
+        if self.searching and self.good.drifted() and not self.good.accept(params, self._model, self._optimizer):
+            return self._to_the_good_point(iteration, GuardReason.LOSS_DRIFTED, params)
+        event = self._settle(iteration, rose, now)
+        if self._at_fault:  # so many in a row are usual in these data
+            self._most_not_finite = max(self._most_not_finite, self._not_finite)
+        self._not_finite, self._lowered, self._at_fault = 0, False, False
+        self._accept(iteration, now, params, finite)
+        return Judgement(event, True)
 
-    def _put_right(self, iteration: int, reason: str, now: Reading, state: Sequence[Tensor]) -> GuardEvent:
-        """Restore what the reason asks for."""
-        before, after = (math.nan if loss is None else loss for loss in (self._before.loss, now.loss))
-        restored = True
-        if reason in ("loss_drifted", "policy_returned"):
-            before, after = self._good.levels()
-            self._good.go_back(state, counts=reason == "loss_drifted")
-        elif self.stepped and reason != "gradient_not_finite":
-            if reason == "loss_rose":
-                self._note_difference(now)
-            for tensor, kept in zip(state, self._last, strict=True):
-                tensor.copy_(kept)
-        else:
-            restored, before = False, math.nan
-        self.stepped = False
-        return GuardEvent(iteration, reason, before, after, restored)
+    @torch.no_grad()
+    def abandoned(self, iteration: int, loss: float, params: Sequence[Tensor]) -> GuardEvent | None:
+        """A backward pass whose loss is not finite came to no step, since a gradient scaler skipped it.
 
-    def _keep(self, now: Reading, state: Sequence[Tensor]) -> None:
-        """Keep the point from which a step is about to be made."""
-        self._last = copied(self._last, state)
-        self._note_difference(now)
-        self._before = now
-        if now.loss is not None:
-            self._good.note(now.loss, now.error, state)
+        Args:
+            iteration: The iteration in progress.
+            loss: The loss.
+            params: The parameters.
+        """
+        if math.isfinite(loss) or not self._last.fits(params):
+            return None
+        now = Reading(loss, None, 0)
+        return self._not_usable(iteration, GuardReason.LOSS_NOT_FINITE, now, params).event
 
-    def _note_difference(self, now: Reading) -> None:
-        """Update the usual squared difference of consecutive losses."""
-        if self._before.loss is None or now.loss is None:
-            return
-        difference = now.loss - self._before.loss
-        weight = MEMORY if self._differences >= WARM else self._differences / (self._differences + 1.0)
-        self._scatter = weight * self._scatter + (1.0 - weight) * difference * difference
-        self._differences += 1
+    @torch.no_grad()
+    def finish(self, iteration: int, loss: float | None, params: Sequence[Tensor]) -> GuardEvent | None:
+        """Judge the point that the last step reached, which no batch follows.
+
+        Args:
+            iteration: The number of steps.
+            loss: A loss at that point; None: only whether the point is finite is looked at.
+            params: The parameters.
+        """
+        if not self.stepped or not self._last.fits(params):
+            return None
+        now, _ = self._read(BatchLoss(None if loss is None else torch.tensor(loss), None, 0), params)
+        broke = now.params_broke or (loss is not None and not math.isfinite(loss))
+        if broke or self._stage is _Stage.DOUBTED or self._rose(now):
+            reason = GuardReason.STATE_NOT_FINITE if broke else GuardReason.LOSS_ROSE
+            return self._take_back(iteration, reason, now, params).event
+        return None
 
     def _rose(self, now: Reading) -> bool:
         """Whether the loss rose beyond its noise."""
         before = self._before
-        if now.loss is None or before.loss is None or not self.stepped:
+        judged = self.stepped or self._stage is not _Stage.CALM
+        if now.loss is None or before.loss is None or not judged or self._helpless >= PATIENCE:
             return False
-        rise, limit = now.loss - before.loss, rise_limit(before.samples, now.samples)
-        if math.isfinite(limit) and rise > limit * math.hypot(before.error, now.error):
-            return True  # never where a variance is nan
-        if self._differences >= WARM:
-            return rise > SCATTER * math.sqrt(self._scatter)
-        return now.variance is None and rise > 2.0 * abs(before.loss)
+        # The scatter over samples at the point before: at one that exploded it is as large as the loss.
+        scatter = now.variance if before.variance is None else before.variance
+        samples = (before.samples, now.samples)
+        known = scatter is not None and min(samples) > 0
+        noise = math.sqrt(scatter / samples[0] + scatter / samples[1]) if known and scatter is not None else math.nan
+        freedom = samples[0] + samples[1] - 2
+        return now.loss - before.loss > self._scatter.limit(before.loss, noise, freedom)
 
-    def _state(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Parameters and the model's floating point buffers."""
-        buffers = [] if self._model is None else list(self._model.buffers())
-        return [*params, *(buffer for buffer in buffers if buffer.is_floating_point())]
+    # ---------------------------------------------------------------- what is done
+
+    def _accept(self, iteration: int, now: Reading, params: Sequence[Tensor], finite: Tensor) -> None:
+        """Keep the point from which a step is about to be made."""
+        if self.searching:
+            self.good.close_window(params, self._model, self._optimizer, self.point_trusted)
+        elif self.good:
+            self.good.forget()
+        self._last.keep(params, self._model, self._optimizer)
+        self._finite, self.stepped = finite, False
+        if now.loss is not None:
+            if self._before.loss is not None:
+                self._scatter.note(now.loss - self._before.loss)
+            self._losses.append((iteration, now.loss))
+            if self.searching:
+                self.good.note(now.loss, now.error, params, self._model, self._optimizer)
+        self._before = now
+
+    def _settle(self, iteration: int, rose: bool, now: Reading) -> GuardEvent | None:
+        """Answer the question that an earlier batch has raised."""
+        stage, self._stage = self._stage, _Stage.CALM
+        if stage is _Stage.DOUBTED:
+            self._scatter.note_harmless(self._doubted_rise)
+        if stage is not _Stage.TAKEN_BACK:
+            return None
+        if not rose:
+            self._helpless = 0
+            return None
+        self._helpless += 1
+        if self._helpless >= PATIENCE:
+            self._say(
+                f"{PATIENCE} times in a row the loss rose and going back did not help: the loss grows by design (a new "
+                "task, a growing term, other batches). From here on only losses that are not finite are judged; "
+                "AlphaScheduler(..., guard=False) judges nothing from the start."
+            )
+        assert self._before.loss is not None
+        assert now.loss is not None
+        return GuardEvent(iteration, GuardReason.NO_EFFECT, self._before.loss, now.loss, restored=False, skipped=False)
+
+    def _skip(self, iteration: int, reason: GuardReason, now: Reading) -> Judgement:
+        """Do not use the batch; buffers as before it."""
+        self._last.restore_buffers(self._model)
+        before, after = (math.nan if loss is None else loss for loss in (self._before.loss, now.loss))
+        if reason is GuardReason.LOSS_ROSE:
+            self._doubted_rise = after - before
+        return Judgement(GuardEvent(iteration, reason, before, after, restored=False), False)
+
+    _doubted_rise = 0.0
+
+    def _not_usable(self, iteration: int, reason: GuardReason, now: Reading, params: Sequence[Tensor]) -> Judgement:
+        """A batch that is not finite."""
+        self._not_finite += 1
+        if self._not_finite == self._most_not_finite + 2 and self.stepped:
+            self._lowered = True
+            return self._take_back(iteration, reason, now, params)
+        judgement = self._skip(iteration, reason, now)
+        if self._lowered and judgement.event is not None:
+            self._lowered = self.return_wanted = False
+            self._at_fault = True
+            self._say(
+                "three batches in a row are not finite, the last of them at a point at which others were: the data "
+                "seem to be at fault, or the loss itself. Batches are skipped until one is finite."
+            )
+            event = judgement.event
+            return Judgement(
+                GuardEvent(iteration, GuardReason.NO_EFFECT, event.loss_before, event.loss_after, restored=False), False
+            )
+        return judgement
+
+    def _take_back(self, iteration: int, reason: GuardReason, now: Reading, params: Sequence[Tensor]) -> Judgement:
+        """Put the point before the last step back."""
+        restored = self.stepped and self._last.restore(params, self._model)
+        before, after = (math.nan if loss is None else loss for loss in (self._before.loss, now.loss))
+        self.stepped = False
+        return Judgement(GuardEvent(iteration, reason, before, after, restored), False)
+
+    def _to_the_good_point(self, iteration: int, reason: GuardReason, params: Sequence[Tensor]) -> Judgement:
+        """Put the best point of a search back."""
+        before, after = self.good.levels()
+        restored = self.good.go_back(params, self._model, counts=reason is GuardReason.LOSS_DRIFTED)
+        self.return_wanted = self.stepped = False
+        self._stage = _Stage.CALM
+        return Judgement(GuardEvent(iteration, reason, before, after, restored), False)
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warn_user(text)
+
+    # ---------------------------------------------------------------- reading
+
+    def _read(self, loss: BatchLoss, params: Sequence[Tensor]) -> tuple[Reading, Tensor]:
+        """Read what is judged in one transfer; also, per tensor of the state, whether it is finite."""
+        buffers = [b for entry in persistent_buffers(self._model) for b in entry if b.is_floating_point()]
+        state = [*params, *buffers]
+        gradients = [param.grad for param in params if param.grad is not None]
+        device = state[0].device
+        squares = _squares([*state, *gradients], device)
+        finite = torch.isfinite(squares[: len(state)])
+        known = self._finite is not None and self._finite.shape == finite.shape
+        broke = self._finite & ~finite if known and self._finite is not None else torch.zeros_like(finite)
+        values = [
+            broke[: len(params)].any(),
+            broke[len(params) :].any(),
+            torch.isfinite(squares[len(state) :].sum()),
+        ]
+        values += [
+            torch.as_tensor(value, device=device).detach() for value in (loss.mean, loss.variance) if value is not None
+        ]
+        numbers = torch.stack([value.to(device, torch.float64) for value in values]).tolist()
+        mean = numbers[3] if loss.mean is not None else None
+        variance = numbers[-1] if loss.variance is not None else None
+        return Reading(mean, variance, loss.samples, *map(bool, numbers[:3])), finite
+
+    # ---------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the next judgement needs; tensors are copies."""
         return {
-            "last": [kept.clone() for kept in self._last] if self.stepped else [],
-            "good": self._good.state_dict(),
+            "last": self._last.state_dict() if self.stepped or self._stage is not _Stage.CALM else None,
+            "good": self.good.state_dict(),
             "before": list(self._before[:3]),
-            "scatter": self._scatter,
-            "differences": self._differences,
+            "scatter": self._scatter.state_dict(),
+            "stage": self._stage.value,
+            "doubted_rise": self._doubted_rise,
+            "not_finite": self._not_finite,
+            "lowered": self._lowered,
+            "at_fault": self._at_fault,
+            "most_not_finite": self._most_not_finite,
+            "helpless": self._helpless,
             "losses": [list(entry) for entry in self._losses],
             "stepped": self.stepped,
             "return_wanted": self.return_wanted,
             "point_trusted": self.point_trusted,
+            "searching": self.searching,
         }
 
     def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
         """Take over a state; tensors move to where the parameters are."""
-        now = self._state(params)
-        fits = len(state["last"]) == len(now)
+        if "stage" not in state:
+            return  # of an older version: start anew
+        fits = state["last"] is not None and self._last.load_state_dict(
+            state["last"], params, self._model, self._optimizer
+        )
         self.stepped = bool(state["stepped"]) and fits
-        self._last = [k.to(n.device) for k, n in zip(state["last"], now, strict=True)] if fits else []
-        self._good.load_state_dict(state["good"], now)
+        self._stage = _Stage(state["stage"]) if fits else _Stage.CALM
+        self.good.load_state_dict(state["good"], params, self._model, self._optimizer)
         self.return_wanted, self.point_trusted = bool(state["return_wanted"]), bool(state["point_trusted"])
+        self.searching = bool(state["searching"])
         self._before = Reading(*state["before"])
-        self._scatter, self._differences = float(state["scatter"]), int(state["differences"])
+        self._scatter.load_state_dict(state["scatter"])
+        self._doubted_rise = float(state["doubted_rise"])
+        self._not_finite, self._lowered = int(state["not_finite"]), bool(state["lowered"])
+        self._at_fault, self._most_not_finite = bool(state["at_fault"]), int(state["most_not_finite"])
+        self._helpless = int(state["helpless"])
         self._losses = deque(((int(n), float(loss)) for n, loss in state["losses"]), maxlen=KEPT)
 
 
-def read(loss: BatchLoss, state: Sequence[Tensor], gradients: Sequence[Tensor]) -> Reading:
-    """Read what is judged in one transfer."""
-    device = state[0].device
-    both = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in (*state, *gradients)]
-    norms = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(both)]).square()
-    values = [norms[: len(state)].sum(), norms[len(state) :].sum()]
-    values += [
-        torch.as_tensor(value, device=device).detach() for value in (loss.mean, loss.variance) if value is not None
-    ]
-    numbers = torch.stack([value.to(device, torch.float64) for value in values]).tolist()
-    mean = numbers[2] if loss.mean is not None else None
-    variance = numbers[-1] if loss.variance is not None else None
-    return Reading(mean, variance, loss.samples, numbers[0], numbers[1])
+def _squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Sum of the squares of each tensor, in float32 ``[K]``: not finite where squares are not, either."""
+    plain = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
+    plain = [torch.view_as_real(t) if t.is_complex() else t for t in plain]
+    narrow = [t.dtype in (torch.float16, torch.bfloat16) for t in plain]
+    if not any(narrow):
+        norms = list(torch._foreach_norm(plain))
+    else:  # the norm of a large tensor is beyond what 16 bits hold
+        norms = [
+            torch.linalg.vector_norm(t, dtype=torch.float32 if wide else None)
+            for t, wide in zip(plain, narrow, strict=True)
+        ]
+    return torch.stack([norm.to(device, torch.float32) for norm in norms]).square()

@@ -51,7 +51,7 @@ class Reminders:
         if self._scheduled_at is not None and iteration - self._scheduled_at > UNSCHEDULED:
             self._say(
                 f"{UNSCHEDULED} optimizer steps without scheduler.step(): AlphaScheduler is stepped once per "
-                "optimizer step, not once per epoch; until then the rates stay as they are, tiny at first"
+                "optimizer step, not once per epoch; until then it changes no rate, and its guard rests"
             )
         if self._loss_fn is not None and measured and not saw_loss:
             self._say(

@@ -6,23 +6,53 @@ All mutable state of a wrapped optimizer lives in one `Session`, so that proxies
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alpha_optim.alpha.history import AlphaHistory
-from alpha_optim.alpha.records import DropReason, GuardEvent
+from alpha_optim.alpha.records import DropReason, GuardEvent, GuardReason
 from alpha_optim.measure.pairing import Entry, Pairing
 from alpha_optim.measure.plan import Plan
+from alpha_optim.measure.step_ends import PendingPair, batch_loss
 from alpha_optim.observe.checks import check_losses
+from alpha_optim.observe.numbers import read
 from alpha_optim.observe.step_direction import parameters_of, rates_of
 from alpha_optim.steer.guard import Guard
-from alpha_optim.steer.reminders import Reminders
+from alpha_optim.steer.reminders import UNSCHEDULED, Reminders
 
-VERSION = 2
+VERSION = 3
+RESTS = 2
+"""After so many executed steps without the scheduler's nothing is judged: somebody else has taken over."""
+OTHERS = 3
+"""After so many steps before which another network's backward pass came through here it is no accident."""
+_STEERED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+"""The last session with a scheduler of each model."""
+_TO_BEST = (GuardReason.LOSS_DRIFTED, GuardReason.POLICY_RETURNED)
+
+
+class Steering(Protocol):
+    """What a scheduler answers and is told."""
+
+    def wants(self, iteration: int) -> bool:
+        """Whether the iteration is to be measured, where the optimizer has ``every=None``."""
+
+    def guard_acted(self, event: GuardEvent) -> GuardEvent:
+        """The guard did something; returns the event with what follows for the rates."""
+
+    def not_stepped(self) -> None:
+        """Several steps were made without the scheduler's."""
+
+    def reached_by_others(self) -> None:
+        """Backward passes of another network come through the parameters."""
+
+    def around_step(self) -> AbstractContextManager[None]:
+        """Entered while the wrapped optimizer steps."""
 
 
 class SkipStepSignal(Exception):  # noqa: N818 - a signal, not an error
@@ -44,8 +74,15 @@ class Session:
         self.active = True
         self.guard: Guard | None = None
         self.events: list[GuardEvent] = []
+        self.skipped = 0
+        """Calls of `step` that the guard did not execute."""
+        self.searching = False
+        """Whether a policy searches, so that hooks for accepted points sleep."""
         self.reminders = Reminders(plan.loss_fn)
-        self._on_event: Callable[[GuardEvent], GuardEvent] | None = None
+        self._steering: Steering | None = None
+        self._reached = 0  # steps before which another network's backward pass came through
+        self._scheduled_at = 0  # iteration at which the scheduler was stepped last
+        self._accepted: Callable[[], None] | None = None  # for the call in progress
         self._saved_guard: dict[str, Any] | None = None
         # Optimizers that fill their state at the first step do so again when it is empty.
         self._lazy_state = not self.optimizer.state
@@ -69,34 +106,62 @@ class Session:
         backend = self.plan.backend() if in_pair else None
         self.pairing.begin(self.optimizer, backend, self.iteration, self._start, self.guard is not None)
 
-    def steered(
-        self, wants: Callable[[int], bool] | None, guard: bool, on_event: Callable[[GuardEvent], GuardEvent]
-    ) -> None:
-        """A scheduler takes over: it is asked what to measure and told what the guard did."""
-        self.reminders.scheduler_stepped(self.iteration)
-        self._on_event = on_event
-        self.plan.ask_policy(wants)
-        self.guard = self._new_guard() if guard else None
+    @property
+    def progress(self) -> int:
+        """Steps executed, and calls that the guard did not execute."""
+        return self.iteration + self.skipped
+
+    def steered(self, steering: Steering, guard: bool | str) -> None:
+        """A scheduler takes over.
+
+        Args:
+            steering: The scheduler.
+            guard: Whether points are judged; ``"cpu"``: and kept in the memory of the CPU.
+        """
+        self.scheduler_stepped()
+        self._steering = steering
+        if self.plan.model is not None:
+            _STEERED[self.plan.model] = weakref.ref(self)
+        self.plan.ask_policy(steering.wants)
+        self.guard = self._new_guard(guard == "cpu") if guard else None
         self.begin()
 
-    def _new_guard(self) -> Guard:
+    def scheduler_stepped(self) -> None:
+        """The scheduler was built or stepped."""
+        self._scheduled_at = self.iteration
+        self.reminders.scheduler_stepped(self.iteration)
+
+    def _new_guard(self, on_host: bool) -> Guard:
         """A guard that remembers what was saved, if anything was."""
-        guard = Guard(self.plan.model)
+        guard = Guard(self.plan.model, self.optimizer, on_host)
         if self._saved_guard is not None:
             guard.load_state_dict(self._saved_guard, parameters_of(self.optimizer))
         return guard
 
     def check_unsteered(self) -> None:
-        """Refuse a second scheduler.
+        """Refuse a second scheduler, of this optimizer or of another one on the same model.
 
         Raises:
             ValueError: If there is one.
         """
-        if self._on_event is not None:
+        other = None if self.plan.model is None else _STEERED.get(self.plan.model, lambda: None)()
+        if other is not None and other is not self and other.active and not self._shares_parameters(other):
+            names = [type(session.optimizer).__name__ for session in (other, self)]
+            raise ValueError(
+                f"another optimizer of this model ({names[0]}) already has an AlphaScheduler, and two of them would "
+                f"take back different steps; wrap both as one: AlphaGuided([{names[0].lower()}, {names[1].lower()}], "
+                "model, loss_fn)"
+            )
+        if self._steering is not None:
             raise ValueError(
                 "this optimizer already has an AlphaScheduler, and only one can set its rates; combine "
                 "policies with Bounded and WithWarmup, and schedules with schedule="
             )
+
+    def _shares_parameters(self, other: Session) -> bool:
+        """Whether another session, perhaps of an earlier run, has parameters of this one."""
+        mine = set(map(id, parameters_of(self.optimizer)))
+        return any(id(param) in mine for param in parameters_of(other.optimizer))
 
     def detach(self) -> None:
         """Remove every hook; from here on the wrapped optimizer steps alone."""
@@ -109,7 +174,19 @@ class Session:
         if self.active and not self.pairing.iteration.in_step:
             if in_place:
                 self.pairing.gradients_overwritten()
+            self._judge_abandoned()
             self.pairing.iteration.passes.discard()
+
+    def _judge_abandoned(self) -> None:
+        """A pass came to no step: a gradient scaler skips what is not finite, and a loss that is not counts."""
+        passes = self.pairing.iteration.passes
+        if self.guard is None or self._resting or not passes.reached:
+            return
+        mean = read([batch_loss(passes, None).mean])[0]
+        event = None if mean is None else self.guard.abandoned(self.iteration, mean, parameters_of(self.optimizer))
+        if event is not None:
+            self.pairing.pending = None
+            self._note(event)
 
     # ---------------------------------------------------------------- losses handed over
 
@@ -132,22 +209,42 @@ class Session:
 
     # Inside a compiled function this runs as it is; what should be compiled is the wrapped optimizer's step.
     @torch._disable_dynamo  # type: ignore[attr-defined] # - as torch marks its own optimizers
-    def step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
-        """Measure, guard, step; see `AlphaGuided.step`."""
+    def step(
+        self, closure: Callable[[], Any] | None, kwargs: dict[str, Any], accepted: Callable[[], None] | None = None
+    ) -> Any:
+        """Measure, guard, step; see `AlphaGuided.step`.
+
+        Args:
+            closure: As torch's.
+            kwargs: Passed on to the wrapped optimizer.
+            accepted: Called when the point reached has been accepted.
+        """
+        self._accepted = accepted
+        try:
+            return self._step(closure, kwargs)
+        finally:
+            self._accepted = None
+
+    def _step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         if not self.active:
+            self._tell_accepted()
             self.iteration += 1
             return self.optimizer.step(**_with(closure, kwargs))
         if self.pairing.iteration.idle:
-            result = self.optimizer.step(**_with(closure, kwargs))
+            self._tell_accepted()
+            with self._around_step():
+                result = self.optimizer.step(**_with(closure, kwargs))
             self.iteration += 1
             self.reminders.after_step(self.iteration, measured=False, saw_loss=False)
+            self._remind_scheduler()
             self.begin()
             return result
         try:
             if closure is None:
                 self._before_step(None)
             inner = None if closure is None else self._watched(closure, self.pairing.entry())
-            result = self.optimizer.step(**_with(inner, kwargs))
+            with self._around_step():
+                result = self.optimizer.step(**_with(inner, kwargs))
         except SkipStepSignal as skip:
             self.begin()  # the step was not executed: the iteration starts anew
             return skip.args[0]
@@ -183,43 +280,108 @@ class Session:
 
     @torch.no_grad()
     def _before_step(self, closure_loss: Any, entry: Entry | None = None) -> None:
-        """Finish the pair that ends here, let the guard judge, prepare the pair that starts here."""
+        """Finish the pair that ends here, let the guard judge, prepare the pair that starts here.
+
+        Raises:
+            SkipStepSignal: If the step must not be executed.
+        """
         pairing, params = self.pairing, parameters_of(self.optimizer)
         iteration = pairing.iteration
         iteration.in_step = True
         if iteration.task.in_pair or self.guard is not None:
             pairing.see_loss(closure_loss)
+        if iteration.passes.discarded and self._steering is not None:
+            self._reached += 1
+            if self._reached == OTHERS:
+                self._steering.reached_by_others()
         outcome = pairing.finish(params, entry)
-        if isinstance(outcome, DropReason):
-            self.history.drop(outcome)
-        elif outcome is not None:
-            self.history.append(outcome)
+        event, used = None, True
         if self.guard is not None:
-            self._judge(self.guard, params, closure_loss)
+            event, used = self._judge(self.guard, params)
+        self._record(outcome, event)
+        if not used:
+            pairing.pending = None
+            self.optimizer.zero_grad()
+            self.skipped += 1
+            raise SkipStepSignal(closure_loss)
+        self._tell_accepted()
         if self._start:
             reason = pairing.start_obstacle(params, entry)
             if reason is not None:
                 self.history.drop(reason)
             else:
-                kept = None if self.guard is None else self.guard.kept_parameters(len(params))
+                kept = None if self.guard is None else self.guard.kept_parameters(params)
                 kept = kept if entry is None else entry.params
                 pairing.before_step(self.optimizer, kept, rates_of(self.optimizer))
 
-    def _judge(self, guard: Guard, params: list[Tensor], closure_loss: Any) -> None:
-        """Take the last step back, or keep this point.
+    def _record(self, outcome: PendingPair | DropReason | None, event: GuardEvent | None) -> None:
+        """Take the pair that ends here into the history; that of a batch that is not finite is dropped."""
+        if isinstance(outcome, DropReason):
+            self.history.drop(outcome)
+        elif outcome is not None:
+            unusable = event is not None and event.skipped and event.reason in (
+                GuardReason.LOSS_NOT_FINITE, GuardReason.GRADIENT_NOT_FINITE, GuardReason.NO_EFFECT,
+            )  # fmt: skip
+            if unusable:
+                self.history.drop(DropReason.NOT_FINITE)
+            else:
+                self.history.append(outcome)
+
+    @property
+    def _resting(self) -> bool:
+        """Whether nobody steps the scheduler."""
+        return self.iteration - self._scheduled_at >= RESTS
+
+    def _judge(self, guard: Guard, params: list[Tensor]) -> tuple[GuardEvent | None, bool]:
+        """Let the guard judge the point reached; returns what it did and whether the step is made.
 
         Raises:
-            SkipStepSignal: If the step must not be executed.
+            RuntimeError: If that is asked for inside a backward pass.
         """
-        event = guard.judge(self.iteration, self.pairing.iteration.loss, params, self.pairing.look_closer)
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "AlphaScheduler's guard cannot judge a step inside the backward pass (one optimizer per parameter, "
+                "stepped by a gradient hook): a step taken back there would break autograd. Use "
+                "AlphaScheduler(..., guard=False)."
+            )
+        if self._resting:
+            guard.rest(self.iteration, self.pairing.iteration.loss)
+            return None, True
+        event, used = guard.judge(self.iteration, self.pairing.iteration.loss, params)
         if event is None:
-            return
-        if event.reason in ("loss_drifted", "policy_returned") and self._lazy_state:
+            return None, used
+        with_own = guard.good.point.with_optimizer
+        if event.reason in _TO_BEST and event.restored and self._lazy_state and not with_own:
             self.optimizer.state.clear()  # momentum and second moments of the diverged stretch
-        self.pairing.pending = None
-        self.optimizer.zero_grad()
-        self.events.append(event if self._on_event is None else self._on_event(event))
-        raise SkipStepSignal(closure_loss)
+        return self._note(event), used
+
+    def _note(self, event: GuardEvent) -> GuardEvent:
+        """Tell the scheduler of an event, and remember it."""
+        event = event if self._steering is None else self._steering.guard_acted(event)
+        self.events.append(event)
+        return event
+
+    def finish(self, loss: float | None) -> None:
+        """Judge the point that the last step reached; see `AlphaScheduler.finish`."""
+        if self.guard is None or not self.active:
+            return
+        event = self.guard.finish(self.iteration, loss, parameters_of(self.optimizer))
+        if event is not None:
+            self.pairing.pending = None
+            self._note(event)
+
+    def _tell_accepted(self) -> None:
+        """The point reached is accepted; in a search only the one that it ends at counts."""
+        if self._accepted is not None and not self.searching:
+            with torch.enable_grad():
+                self._accepted()
+
+    def _around_step(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._steering is None else self._steering.around_step()
+
+    def _remind_scheduler(self) -> None:
+        if self._steering is not None and self.iteration - self._scheduled_at == UNSCHEDULED + 1:
+            self._steering.not_stepped()
 
     @torch.no_grad()
     def _after_step(self) -> None:
@@ -240,6 +402,7 @@ class Session:
         saw_loss = iteration.loss.mean is not None or iteration.losses_declined
         measured = pairing.pending is not None and iteration.gradients.any_seen
         self.reminders.after_step(self.iteration, measured, saw_loss)
+        self._remind_scheduler()
         if self.guard is not None:
             self.guard.stepped = True
         self.begin()
@@ -268,7 +431,9 @@ class Session:
             "pairing": self.pairing.state_dict(),
             "guard": self._saved_guard if self.guard is None else self.guard.state_dict(),
             "plan": self.plan.state_dict(),
-            "events": [asdict(event) for event in self.events],
+            "skipped": self.skipped,
+            "scheduled_at": self._scheduled_at,
+            "events": [{**asdict(event), "reason": str(event.reason)} for event in self.events],
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -276,15 +441,18 @@ class Session:
         self.pairing.close()
         self._reset()
         self._saved_guard, self.events = None, []
+        self.skipped = 0
         if state is None:
-            self.iteration = 0
+            self.iteration = self._scheduled_at = 0
             self.history.load_state_dict(AlphaHistory().state_dict())
             self.plan.load_state_dict(None)
         else:
             self.iteration = int(state["iteration"])
             self.history.load_state_dict(state["history"])
             self._saved_guard = state["guard"]
-            if int(state["version"]) == VERSION:
+            self.skipped = int(state.get("skipped", 0))
+            self._scheduled_at = int(state.get("scheduled_at", self.iteration))
+            if int(state["version"]) >= 2:
                 self.pairing.load_state_dict(state["pairing"], parameters_of(self.optimizer))
                 self.plan.load_state_dict(state["plan"])
             else:  # an older one: the pending measurement is dropped, what was learned is learned anew
@@ -292,7 +460,7 @@ class Session:
             self.reminders.resumed(self.iteration)
             self.events = [GuardEvent(**event) for event in state["events"]]
         if self.guard is not None:
-            self.guard = self._new_guard()
+            self.guard = self._new_guard(self.guard.on_host)
         self.begin()
 
 

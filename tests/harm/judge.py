@@ -1,7 +1,7 @@
 """Runs situations with and without steering, and says which runs steering has made worse.
 
-    python -m tests.harm                    # every situation, three seeds: the table of docs/reliability.md
-    python -m tests.harm --only Permuted    # some of them
+python -m tests.harm                    # every situation, three seeds: the table of docs/reliability.md
+python -m tests.harm --only Permuted    # some of them
 """
 
 from __future__ import annotations
@@ -80,7 +80,14 @@ SITUATIONS = [
     *(Situation(setup, kind) for setup in (setups.PerEpoch, setups.NeverAgain) for kind in _BOTH),
     *(Situation(setup, kind) for setup in (setups.Grows, setups.Replaced, setups.Frozen) for kind in _BOTH),
     *(Situation(setup) for setup in (setups.GrowingCache, setups.GrowingCacheOwn, setups.Sparse)),
-    *(Situation(setup, kind, total=False) for setup in (setups.Spike, setups.SpikeAveraged) for kind in _BOTH),
+    *(
+        Situation(setup, kind, total=False)
+        for setup in (
+            setups.Spike, setups.SpikeAveraged, setups.GrowsAndSpike, setups.ReplacedAndSpike,
+            setups.CacheAndSpike, setups.MaskAndSpike,
+        )
+        for kind in _BOTH
+    ),
     *(
         Situation(setup, "adam", total=False)
         for setup in (
@@ -97,6 +104,8 @@ SITUATIONS = [
     Situation(setups.Scaled),
     Situation(setups.Sharpness, "momentum"),
     Situation(setups.Attention),
+    Situation(setups.AttentionScheduled),
+    *(Situation(setups.Scheduled, kind) for kind in _BOTH),
     Situation(setups.Adversarial, total=False),
 ]  # fmt: skip
 
@@ -115,10 +124,11 @@ class Run:
         if mode in ("hold", "total"):
             loss_fn = setup.loss_fn if setup.wrap_loss else None
             self.guided = AlphaGuided(setup.base, setup.model, loss_fn)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.guided, setup.steps) if setup.cosine else None
             self.scheduler = (
-                AlphaScheduler(self.guided, Hold())
+                AlphaScheduler(self.guided, Hold(), schedule=schedule)
                 if mode == "hold"
-                else AlphaScheduler(self.guided, total_steps=setup.steps)
+                else AlphaScheduler(self.guided, total_steps=setup.steps, schedule=schedule)
             )
         if isinstance(setup.base, list):
             self.base = self.guided if self.guided is not None else _All(self.bare)
@@ -142,7 +152,7 @@ class Run:
         self._statistics = self._running()
         if self.scheduler is not None and not self.per_epoch and not self.stops_scheduler:
             self.scheduler.step()
-        if self.mode == "annealed":
+        if self.mode == "annealed" or (self.mode == "bare" and self.setup.cosine):
             self._anneal()
 
     def end_epoch(self) -> None:
@@ -150,7 +160,8 @@ class Run:
             self.scheduler.step()
 
     def _anneal(self) -> None:
-        left = min(1.0, 2.0 * (1.0 - self.calls / self.setup.steps))
+        share = self.calls / self.setup.steps
+        left = 0.5 * (1 + math.cos(math.pi * share)) if self.setup.cosine else min(1.0, 2.0 * (1.0 - share))
         for base, rates in zip(self.bare, self.rates, strict=True):
             for group, rate in zip(base.param_groups, rates, strict=False):
                 group["lr"] = rate * max(left, 0.0)

@@ -25,18 +25,20 @@ class Setup:
     Attributes:
         closure: Whether the optimizer is stepped with a closure.
         wrap_loss: Whether `AlphaGuided` is given the loss function.
+        cosine: Whether the rate follows a cosine.
     """
 
     batch, features, classes, noise = 32, 10, 4, 0.3
-    closure, wrap_loss = False, True
+    closure, wrap_loss, cosine = False, True, False
 
     def __init__(self, seed: int, steps: int, kind: str = "adam", lr: float | None = None) -> None:
         self.seed, self.steps, self.kind, self.lr = seed, steps, kind, lr
         torch.manual_seed(seed)
         self.rng = torch.Generator().manual_seed(1000 + seed)
         teacher = torch.Generator().manual_seed(7)
-        self.teacher = torch.randn(self.features, 16, generator=teacher), torch.randn(
-            16, self.classes, generator=teacher
+        self.teacher = (
+            torch.randn(self.features, 16, generator=teacher),
+            torch.randn(16, self.classes, generator=teacher),
         )
         self.loss_fn: nn.Module = nn.CrossEntropyLoss()
         self.model = self.build()
@@ -548,6 +550,35 @@ class Spike(Setup):
                 group["lr"] /= self.factor
 
 
+class GrowsAndSpike(Grows, Spike):
+    """A backbone is added one step after one that explodes."""
+
+    at = (0.4,)
+
+    def before(self, n: int, run: Any) -> None:
+        if n == int(0.4 * self.steps) + 1:
+            self.backbone.requires_grad_(True)
+            run.optimizer.add_param_group({"params": list(self.backbone.parameters()), "lr": RATES[self.kind] / 10})
+
+
+class ReplacedAndSpike(Replaced, Spike):
+    """Parameters are replaced after a step that explodes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.at = ((self.steps // 3 - 1) / self.steps + 1e-9, self.steps // 2 / self.steps + 1e-9)
+
+
+class CacheAndSpike(GrowingCache, Spike):
+    """A cache that grows, and a step that explodes while it does."""
+
+    at = (0.05, 0.5)
+
+
+class MaskAndSpike(Mask, Spike):
+    """A mask, and a step that explodes."""
+
+
 class SpikeAveraged(Spike):
     """A spike, and an average of the weights that is updated after every accepted step (case 11)."""
 
@@ -795,6 +826,18 @@ class Attention(Setup):
         x, y = self.samples(500, torch.Generator().manual_seed(5))
         with torch.no_grad():
             return F.cross_entropy(self.model(x).flatten(0, 1), y.flatten()).item()
+
+
+class Scheduled(Setup):
+    """A cosine as ``schedule=``, from a good rate."""
+
+    cosine = True
+
+
+class AttentionScheduled(Attention):
+    """A short training of a transformer with a cosine as ``schedule=``, from a good rate (case 35)."""
+
+    cosine, batch = True, 32
 
 
 class Adversarial(Setup):

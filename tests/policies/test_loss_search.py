@@ -9,7 +9,7 @@ import pytest
 from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, WithWarmup, measure_alpha
 from alpha_optim.alpha.loss_trace import LossTrace
 from alpha_optim.policies import base
-from alpha_optim.policies.calibrate.loss_search import agreed, ceiling
+from alpha_optim.policies.calibrate.loss_search import FAST, KNEE, SLOW, agreed, ceiling
 
 STEPS = 1000
 
@@ -210,25 +210,25 @@ def test_a_search_that_begins_late_takes_its_time():
 
 
 def test_a_knee_far_below_the_only_other_rate_is_a_chance_crossing():
-    slow = "lowest loss, slow climb"
-    assert agreed({"knee": math.log(0.5), slow: 0.0}) == pytest.approx(0.5 * math.log(0.5))
-    assert agreed({"knee": math.log(0.15), slow: 0.0}) == pytest.approx(0.5 * math.log(0.15))
-    assert agreed({"knee": math.log(0.01), slow: 0.0}) == 0.0
-    assert agreed({"lowest loss, fast climb": -4.0, slow: 0.0}) == -2.0
-    assert agreed({"knee": -4.0, "lowest loss, fast climb": -1.0, slow: 0.0}) == -1.0  # the median
-    assert agreed({"knee": -4.0}) == -4.0
+    slow = SLOW
+    assert agreed({KNEE: math.log(0.5), slow: 0.0}) == pytest.approx(0.5 * math.log(0.5))
+    assert agreed({KNEE: math.log(0.15), slow: 0.0}) == pytest.approx(0.5 * math.log(0.15))
+    assert agreed({KNEE: math.log(0.01), slow: 0.0}) == 0.0
+    assert agreed({FAST: -4.0, slow: 0.0}) == -2.0
+    assert agreed({KNEE: -4.0, FAST: -1.0, slow: 0.0}) == -1.0  # the median
+    assert agreed({KNEE: -4.0}) == -4.0
 
 
 def test_the_rate_lies_not_far_above_a_knee_unless_that_lies_far_below_everything():
-    fast, slow = "lowest loss, fast climb", "lowest loss, slow climb"
-    within = {"knee": 0.0, fast: 1.0, slow: 4.0}
+    fast, slow = FAST, SLOW
+    within = {KNEE: 0.0, fast: 1.0, slow: 4.0}
     assert (agreed(within), ceiling(within)) == (1.0, 1.5)
-    above = {"knee": 0.0, fast: 4.0, slow: 2.2}
+    above = {KNEE: 0.0, fast: 4.0, slow: 2.2}
     assert (agreed(above), ceiling(above)) == (1.5, 1.5)
-    none = {"knee": 0.0, fast: 2.4, slow: 4.0}
+    none = {KNEE: 0.0, fast: 2.4, slow: 4.0}
     assert (agreed(none), ceiling(none)) == (2.4, 4.0)
     assert ceiling({fast: 4.0, slow: 2.2}) == 4.0
-    assert ceiling({"knee": 0.0}) == 0.0
+    assert ceiling({KNEE: 0.0}) == 0.0
 
 
 def test_where_too_little_is_seen_the_users_rate_is_used():

@@ -170,7 +170,7 @@ def test_measuring_one_step_in_ten_finds_and_corrects_the_same_rates(anneal, cap
             runs.append((run, caplog.text))
             caplog.clear()
     assert runs[0] == runs[1]
-    assert "rate held" in runs[0][1]  # something was corrected
+    assert "falls fast" in runs[0][1] or "higher than it was" in runs[0][1]  # something was corrected
 
 
 def saved_run(tmp_path, cut):

@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from alpha_optim.alpha.measurement import AlphaMeasurement
-from alpha_optim.alpha.records import GuardEvent
+from alpha_optim.alpha.records import GuardEvent, GuardReason
 from alpha_optim.alpha.window import rises_of
 from alpha_optim.policies.calibrate import loss_search
 from alpha_optim.policies.calibrate.held_rate import HeldRate
@@ -76,10 +76,14 @@ class CalibrateThenAnneal:
         # The envelope until the search begins.
         self._start = loss_search.START if self._by_loss else math.exp(knee.start)
         self._ramp = False  # whether the rate grows after the calibration
+        self._given: float | None = None  # learning rate of the first group at scale 1
         self._scale = 0.0  # log of the product of all factors, the guard's included
         self._done = False
-        self._done_at = 0  # first iteration after the calibration
+        self._done_at = 0  # progress after the calibration
+        self._ramp_at = 0  # where the ramp begins
+        self._skipped = 0  # calls that the guard did not execute
         self._held = HeldRate(total_steps)
+        self._undo: dict[str, Any] | None = None  # the state before a step was taken back last
 
     @property
     def calibrated(self) -> bool:
@@ -87,22 +91,39 @@ class CalibrateThenAnneal:
         return self._done
 
     def __repr__(self) -> str:
-        """Say where it is, and what led to the rate; rates as multiples of the one the optimizer was given."""
-        if self._search is None:
+        """Say where it is, and what led to the rate; rates are those of the first param group before any schedule."""
+        search = self._search
+        if self._done:
+            seen = search.seen if isinstance(search, LossSearch) else {}
+            why = "; ".join(f"{name} at {self._rate(where)}" for name, where in seen.items())
+            doubt = search.doubt if isinstance(search, LossSearch) else ""
+            found = (
+                f"holds {self._rate(self._held.found)} since {doubt}"
+                if doubt
+                else f"found {self._rate(self._held.found)}"
+            )
+            state = f"{found} at step {self._done_at}" + (f" ({why})" if why else "")
+            if self._held.position != self._held.found:
+                word = "lowered" if self._held.position < self._held.found else "raised"
+                state += f", {word} to {self._rate(self._held.position)}"
+        elif search is None:
             state = "nothing measured yet"
-        elif not self._done:
-            state = f"calibrating, at {math.exp(self._scale):.3g} times the initial rate"
         else:
-            seen = self._search.seen if isinstance(self._search, LossSearch) else {}
-            why = ", ".join(f"{name} at {math.exp(where):.3g}" for name, where in seen.items())
-            state = f"found {math.exp(self._held.found):.3g} times the initial rate at step {self._done_at}"
-            state += f" ({why})" if why else ""
-            state += f", {self._held}" if str(self._held) else ""
+            state = f"searching the learning rate, at {self._rate(self._scale)}"
         return f"CalibrateThenAnneal({self.total_steps} steps: {state})"
+
+    def _rate(self, position: float) -> str:
+        """A log scale as the learning rate of the first param group, for messages."""
+        if self._given is None:
+            return f"{math.exp(position):.3g} times the rate given"
+        return f"{self._given * math.exp(position):.3g}"
 
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the factor for this measurement."""
         n = measurement.iteration
+        self._held.saw_batch(measurement.samples_start)
+        if self._given is None and self._search is None and measurement.lr and measurement.lr[0] > 0.0:
+            self._given = measurement.lr[0] / self._start
         if self._done:
             return self._hold(n, measurement.loss_start)
         if self._search is None and not self._begin(measurement):
@@ -135,9 +156,10 @@ class CalibrateThenAnneal:
         """Take over what the search has found, once it has."""
         if self._search is None or not self._search.done:
             return
-        self._done, self._done_at, found, level = True, iteration, self._search.position, None
+        self._done, found, level = True, self._search.position, None
+        self._done_at = self._ramp_at = iteration + self._skipped
         if isinstance(self._search, LossSearch):
-            found += BELOW_FOUND if self.anneal else 0.0
+            found += BELOW_FOUND if self.anneal and not self._search.doubt else 0.0
             self._ramp = self._search.wants_return
             level = None if self._search.trace is None else self._search.trace.best
         self._held.begin(found, level)
@@ -147,6 +169,15 @@ class CalibrateThenAnneal:
         """Factor that brings the scale there."""
         change, self._scale = position - self._scale, position
         return math.exp(change)
+
+    def give_up(self, iteration: int) -> float:
+        """End the search and keep the rate given; return the factor that brings the scale back to it."""
+        if self._done:
+            return 1.0
+        self._done, self._done_at = True, iteration + self._skipped
+        self._held.begin(0.0, None)
+        LOG.info("the search for the rate was given up: the rate given is held")
+        return self._move_to(0.0)
 
     def on_step(self, iteration: int, loss: float) -> float:
         """Return the factor for a step that was made, and the loss it was made from."""
@@ -185,8 +216,8 @@ class CalibrateThenAnneal:
         if iteration > self.total_steps and not self._warned:
             self._warned = True
             warn_user(f"more steps than total_steps={self.total_steps}: the last learning rate is held")
-        if isinstance(self._search, LossSearch):
-            falls_from = max(self._done_at, self._held.stands_from)
+        if isinstance(self._search, LossSearch) or (self._done and self._search is None):
+            falls_from = max(self._done_at, self._held.stands_from + self._skipped)
             return self._ramped(iteration) * self._annealed(iteration, falls_from) if self._done else 1.0
         if iteration < self.calibration_steps:
             return self._start if self._search is None and not self._done else 1.0
@@ -195,11 +226,11 @@ class CalibrateThenAnneal:
         return late * self._annealed(iteration, self.calibration_steps)
 
     def _ramped(self, iteration: int) -> float:
-        """Grow from a tenth to 1 after the calibration, where the optimizer's state starts anew."""
+        """Grow from a tenth to 1 where the optimizer's state starts anew: after the calibration or a change of task."""
         if not self._ramp:
             return 1.0
         length = max(SHORTEST_RAMP, self.total_steps // RAMP)
-        return min(1.0, max(0.1, 0.1 + 0.9 * (iteration - self._done_at) / length))
+        return min(1.0, max(0.1, 0.1 + 0.9 * (iteration - self._ramp_at) / length))
 
     def _annealed(self, iteration: int, begin: int) -> float:
         """Fall linearly from 1 at ``begin`` to 0."""
@@ -209,9 +240,21 @@ class CalibrateThenAnneal:
         return min(1.0, left / max(1, self.total_steps - begin))
 
     def on_event(self, event: GuardEvent) -> None:
-        """A step was taken back and the rate lowered."""
-        if not event.restored or event.reason == "policy_returned":
+        """A step was taken back and the rate lowered, or that was of no effect and is undone."""
+        self._skipped += event.skipped
+        if event.reason is GuardReason.NO_EFFECT:
+            if self._undo is not None:
+                skipped = self._skipped
+                self._set(self._undo)
+                self._skipped = skipped
+            self._undo = None
+            self._held.level_accepted()
+            if self._done and not event.skipped:  # what the optimizer remembers belongs to another loss
+                self._ramp, self._ramp_at = True, event.iteration + self._skipped
             return
+        if not event.restored or event.reason is GuardReason.POLICY_RETURNED:
+            return
+        self._undo = self._remembered()
         self._scale += math.log(event.scale_factor)
         self._held.taken_back(event.iteration, held=self._done)
         if not self._done and self._search is not None:
@@ -220,28 +263,42 @@ class CalibrateThenAnneal:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered of the calibration."""
+        return {**self._remembered(), "undo": self._undo}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a calibration."""
+        self._set(state)
+        self._undo = state.get("undo")
+
+    def _remembered(self) -> dict[str, Any]:
         search = self._search
         return {
             "search": None if search is None else search.state_dict(),
             "by_loss": isinstance(search, LossSearch),
             "start": self._start,
+            "given": self._given,
             "ramp": self._ramp,
             "scale": self._scale,
             "done": self._done,
             "done_at": self._done_at,
+            "total_steps": self.total_steps,
+            "ramp_at": self._ramp_at,
+            "skipped": self._skipped,
             "held": self._held.state_dict(),
             "warned": self._warned,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a calibration."""
+    def _set(self, state: dict[str, Any]) -> None:
         self._search = None
         if state["search"] is not None:
             kind = LossSearch if state["by_loss"] else KneeSearch
             self._search = kind(self.calibration_steps, self.boost)
             self._search.load_state_dict(state["search"])
         self._start, self._scale = float(state["start"]), float(state["scale"])
-        self._ramp = bool(state["ramp"])
+        self._ramp, self._given = bool(state["ramp"]), state.get("given")
         self._done, self._done_at = bool(state["done"]), int(state["done_at"])
+        self._ramp_at, self._skipped = int(state.get("ramp_at", self._done_at)), int(state.get("skipped", 0))
         self._held.load_state_dict(state["held"])
+        if int(state.get("total_steps", self.total_steps)) != self.total_steps:
+            self._held.plan_anew(int(state["total_steps"]))
         self._warned = bool(state["warned"])

@@ -53,7 +53,12 @@ ALPHAS = 12
 """Length of the window of alphas."""
 EVENTS = 2
 """The second step that is taken back ends the slow climb; one alone can be an outlier."""
-KNEE = "knee"
+KNEE = "alpha positive"
+FAST, SLOW = "loss lowest in the first climb", "loss lowest in the second climb"
+SURELY = 4.0
+"""Standard errors by which the loss of a climb has to fall: the lowest of many windows is low by chance."""
+APART = math.log(10.0)
+"""Climbs whose losses were lowest at log rates this far apart do not agree: by chance it is less than half of it."""
 FAR = math.log(10.0)
 """A knee so far below the log rates of all lowest losses is none: chance, or a direction learned early."""
 ABOVE = 1.5
@@ -91,6 +96,8 @@ class LossSearch:
         self.done = False
         self.wants_return = False
         self.trace: LossTrace | None = None
+        self._fell = False  # whether the loss surely fell in the first climb
+        self.doubt = ""  # why the search is not to be trusted
         self.seen: dict[str, float] = {}  # the log rates of the module docstring, by where they come from
         self._trail = Trail(self.position)
         self._window = AlphaWindow(ALPHAS)
@@ -111,6 +118,8 @@ class LossSearch:
     @property
     def highest(self) -> float:
         """The highest log rate that what was seen allows, once the search is done."""
+        if self.doubt:  # then it may grow where the loss falls fast
+            return max(self.seen.values(), default=math.inf) + ABOVE
         return ceiling(self.seen) + self._room if self.seen else self.position
 
     @property
@@ -192,6 +201,7 @@ class LossSearch:
         assert self._begin is not None
         lowest = self.trace.lowest()
         if self._stage == 1:
+            self._fell = self.trace.has_fallen(SURELY)
             left = max(FEWEST_SLOW, self.calibration_steps - (n - self._begin))
             self._pace = min(FASTEST, max(SLOWEST, WIDTH / left))
             knee = self._knee.found
@@ -200,16 +210,28 @@ class LossSearch:
                 self.seen[KNEE] = knee
             # A few losses in a noisy stretch say nothing about the rate.
             if lowest is not None and self.trace.has_fallen():
-                self.seen["lowest loss, fast climb"] = lowest
+                self.seen[FAST] = lowest
             self._begin_climb(2)
             return
         if lowest is not None:
-            self.seen["lowest loss, slow climb"] = lowest
-        # Not a word from anything: below what is known to be too high, else at least the user's own rate.
-        nothing = edge - 1.0 if risen else max(0.0, edge)
-        self.position = agreed(self.seen) if self.seen else nothing
-        self.position += self._room
+            self.seen[SLOW] = lowest
+        self.doubt = self._doubt()
+        if self.doubt:  # the rate given, but not above where the loss was seen to rise
+            self.position = min(0.0, edge - 1.0) if risen else 0.0
+            if self.seen:
+                self.position = min(max(self.position, min(self.seen.values())), ceiling(self.seen))
+        else:
+            self.position = agreed(self.seen) + self._room
         self.done = True
+
+    def _doubt(self) -> str:
+        """Why what was seen is not to be trusted; empty if it is."""
+        assert self.trace is not None
+        if not self._fell and not self.trace.has_fallen(SURELY):
+            return "the loss never surely fell"
+        if FAST in self.seen and SLOW in self.seen and abs(self.seen[FAST] - self.seen[SLOW]) > APART:
+            return "the two climbs do not agree"
+        return "" if self.seen else "no loss was lowest anywhere"
 
     def taken_back(self, event: GuardEvent) -> None:
         """A step was taken back and the rate lowered."""
@@ -236,6 +258,8 @@ class LossSearch:
             "begin": self._begin,
             "from": self._from,
             "seen": dict(self.seen),
+            "fell": self._fell,
+            "doubt": self.doubt,
             "knee": self._knee.state_dict(),
             "pace": self._pace,
             "last": self._last,
@@ -251,6 +275,7 @@ class LossSearch:
         self._trail.restore(state["trail"])
         self._window.load_state_dict(state["window"])
         self._begin, self._from = state["begin"], int(state["from"])
+        self._fell, self.doubt = bool(state.get("fell", False)), str(state.get("doubt", ""))
         self.seen = {str(name): float(where) for name, where in state["seen"].items()}
         self._knee.load_state_dict(state["knee"])
         self._stage, self._pace, self._last = int(state["stage"]), float(state["pace"]), state["last"]

@@ -18,8 +18,6 @@ FEWEST_TREND = 10
 SETTLES = 1
 """So many windows after a change are not judged: the loss needs time to come down."""
 SURE = 3.0
-MOST = 3
-"""After so many windows that were too high without a better one in between their loss is accepted."""
 COUNTED = 40
 """The loss falls fast when it does so by `SURE` standard errors of windows of so many losses at most: in longer
 windows every loss falls surely, whatever the rate."""
@@ -32,11 +30,15 @@ class Seen(NamedTuple):
 
     Attributes:
         high: It surely lies above the best level.
+        mean: The mean of the window, nan where it was not judged.
+        error: The standard error of such a mean.
         falls: It lies far below all windows before.
         stands: It does not lie below the lowest window before.
     """
 
     high: bool
+    mean: float
+    error: float
     falls: bool
     stands: bool
 
@@ -52,7 +54,6 @@ class LossWatch:
         self._begin: int | None = None  # iteration of the window's first loss
         self.newest = -1  # iteration of the newest loss
         self._windows = 0  # since the level last spoke
-        self._high = 0
         self._trends = 0  # windows in which a trend was looked for
         self._lowest = math.inf  # mean of the lowest of them
 
@@ -68,20 +69,26 @@ class LossWatch:
         losses, self._losses, self._begin = self._losses, [], None
         mean = statistics.fmean(losses)
         falls, stands = self._trend(mean, losses)
-        return Seen(self._too_high(mean, len(losses), self.level), falls, stands)
+        high = self._too_high(mean, len(losses), self.level)
+        judged = high or self._windows > SETTLES
+        error = statistics.stdev(losses) / math.sqrt(len(losses))
+        return Seen(high, mean if judged else math.nan, error, falls, stands)
+
+    def begin_anew(self) -> None:
+        """The losses so far say nothing about those to come: the next window sets the level."""
+        if self.level is not None:
+            self.level = self.level._replace(mean=math.inf)
+        self._losses, self._begin, self._windows = [], None, 0
 
     def _too_high(self, mean: float, count: int, best: Level) -> bool:
         """Whether the mean of a window surely lies above the best level."""
         self._windows += 1
         if mean < best.mean:
-            self.level, self._high = best._replace(mean=mean), 0
+            self.level = best._replace(mean=mean)
         error = best.deviation * math.sqrt(1.0 / count + 1.0 / best.count)
         above = self._windows > SETTLES and mean - best.mean > SURE * error
         if above:
             self._windows = 0
-            self._high += 1
-            if self._high >= MOST:
-                self.level, self._high = best._replace(mean=mean), 0
         return above
 
     def _trend(self, mean: float, losses: list[float]) -> tuple[bool, bool]:
@@ -105,7 +112,6 @@ class LossWatch:
             "begin": self._begin,
             "newest": self.newest,
             "windows": self._windows,
-            "high": self._high,
             "trends": self._trends,
             "lowest": self._lowest,
         }
@@ -114,6 +120,6 @@ class LossWatch:
         """Take over a state."""
         self.level = level_of(state["level"])
         self._losses, self._windows = list(map(float, state["losses"])), int(state["windows"])
-        self._high, self._begin = int(state["high"]), state["begin"]
+        self._begin = state["begin"]
         self.newest = int(state["newest"])
         self._trends, self._lowest = int(state["trends"]), float(state["lowest"])

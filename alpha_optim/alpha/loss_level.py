@@ -1,0 +1,97 @@
+"""Did a loss change beyond its noise?
+
+Consecutive losses of a run differ, by the noise of the batches and by whatever else the data do. A loss has risen when
+it lies further above the one before than such differences explain. How far they reach is taken from the run itself,
+robustly; the noise of the two batches, from the scatter of single samples' losses, is a lower bound of it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from functools import lru_cache
+from typing import Any
+
+FALSE_ALARM = 1e-6
+"""Probability per step that chance alone looks like an explosion. Two batches at the same point have to agree, so
+each is judged at the root of it."""
+TAILS = 4
+"""Degrees of freedom of the Student t distribution that differences of losses are taken to have: rarer and larger
+outliers than a normal distribution has, as batches of unlike difficulty give."""
+WINDOW = 50
+"""So many differences of consecutive losses are remembered."""
+FORGETS = 0.998
+"""What an outlier that proved harmless is multiplied by at every step: half of it counts after 350."""
+ROUNDING = 1e-5
+"""Relative change of a loss that may be rounding in float32."""
+UNKNOWN = 10.0
+"""Where nothing is known of the noise, a loss has risen when it rose by so many times its own size."""
+
+
+@lru_cache(maxsize=4096)
+def quantile(freedom: int) -> float:
+    """One-sided quantile of the Student t distribution at the root of `FALSE_ALARM`; infinite below 1.
+
+    Args:
+        freedom: Degrees of freedom.
+    """
+    if freedom < 1:
+        return math.inf
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 1.0 - math.sqrt(FALSE_ALARM)))
+
+
+class LossScatter:
+    """How much consecutive losses of a run usually differ."""
+
+    def __init__(self) -> None:
+        """Start with nothing seen."""
+        self._differences: deque[float] = deque(maxlen=WINDOW)
+        self._harmless = 0.0
+
+    def note(self, difference: float) -> None:
+        """Add the difference of two consecutive losses."""
+        self._differences.append(abs(difference))
+        self._harmless *= FORGETS
+
+    def note_harmless(self, rise: float) -> None:
+        """A rise that looked like an explosion was none: the next one of its size is not looked at."""
+        self._harmless = max(self._harmless, rise)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of a difference, told by the middle and by the largest tenth; 0 if none was seen."""
+        if not self._differences:
+            return 0.0
+        ordered = sorted(self._differences)
+        # Of |x| of a normal distribution the median lies at 0.674 deviations, nine tenths at 1.645.
+        return max(statistics.median(ordered) / 0.674, ordered[int(0.9 * (len(ordered) - 1))] / 1.645)
+
+    def limit(self, before: float, noise: float, freedom: int) -> float:
+        """Return how far a loss may rise above the one before.
+
+        Args:
+            before: That loss.
+            noise: Standard error of the difference of both, from the scatter over samples; nan if not known.
+            freedom: Its degrees of freedom.
+        """
+        known = noise >= 0.0 and freedom >= 1  # False where it is nan
+        limits = [ROUNDING * abs(before), 2.0 * self._harmless]
+        if known:
+            limits.append(quantile(freedom) * noise)
+        if self._differences:
+            limits.append(quantile(min(TAILS, len(self._differences))) * self.deviation)
+        elif not known:
+            limits.append(UNKNOWN * abs(before))
+        return max(limits)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {"differences": list(self._differences), "harmless": self._harmless}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
+        self._differences = deque(map(float, state["differences"]), maxlen=WINDOW)
+        self._harmless = float(state["harmless"])

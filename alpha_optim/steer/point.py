@@ -1,0 +1,252 @@
+"""A point of training: parameters, persistent buffers, and weights that an optimizer keeps of its own.
+
+A point is put back all or nothing, and that is checked before anything is written. Parameters have to be the same
+tensors in the same shapes as when it was kept; if not, the point is forgotten. Buffers of a module are put back if all
+of them are the same tensors in the same shapes: what is replaced or grows at every call is a cache, not part of a
+point. Nor are buffers that the module does not save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from alpha_optim.observe.step_direction import copied, same_tensors
+
+OWN_WEIGHTS = ("ScheduleFree", "Lookahead", "SAM", "Prodigy", "DAdapt")
+"""Parts of the names of classes of optimizers that keep weights, or distances between weights, in their state."""
+DECLARED = "state_belongs_to_weights"
+"""An optimizer with this attribute, true, declares that it does, too."""
+_RATE = ("lr", "params")
+
+
+def persistent_buffers(model: nn.Module | None) -> list[list[Tensor]]:
+    """The buffers that each module of a model saves; only of modules that have some."""
+    if model is None:
+        return []
+    found: list[list[Tensor]] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        if module._buffers:
+            kept = [
+                buffer
+                for name, buffer in module._buffers.items()
+                if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen
+            ]
+            seen.update(map(id, kept))
+            if kept:
+                found.append(kept)
+    return found
+
+
+def keeps_own_weights(optimizer: Optimizer) -> bool:
+    """Whether the state of an optimizer has to go back with the weights."""
+    names = [base.__name__ for base in type(optimizer).__mro__]
+    return bool(getattr(optimizer, DECLARED, False)) or any(part in name for part in OWN_WEIGHTS for name in names)
+
+
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """The optimizer, and those that it wraps or is made of."""
+    inner = [getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer")]
+    inner += list(getattr(optimizer, "optimizers", ()))
+    return [optimizer, *(part for entry in inner if hasattr(entry, "param_groups") for part in inner_optimizers(entry))]
+
+
+class OwnWeights:
+    """State and counters of optimizers that keep weights of their own."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        """Copy them; nothing is copied of other optimizers."""
+        every = inner_optimizers(optimizer)
+        kept = every if any(map(keeps_own_weights, every)) else []
+        self._kept: list[tuple[Any, list[tuple[Any, Any]], list[dict[str, Any]]]] = [
+            (
+                part,
+                [(key, _copy(value)) for key, value in part.state.items()],
+                [{name: _copy(value) for name, value in group.items() if name not in _RATE} for group in _groups(part)],
+            )
+            for part in kept
+        ]
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to put back."""
+        return bool(self._kept)
+
+    def fits(self) -> bool:
+        """Whether the param groups are as many as then."""
+        return all(len(_groups(part)) == len(groups) for part, _, groups in self._kept)
+
+    def restore(self) -> None:
+        """Put everything back; the learning rates stay."""
+        for part, state, groups in self._kept:
+            part.state.clear()
+            for key, value in state:
+                part.state[key] = _copy(value)
+            for group, kept in zip(_groups(part), groups, strict=True):
+                group.update({name: _copy(value) for name, value in kept.items()})
+
+    def state_dict(self) -> list[Any]:
+        """Return it as plain values and tensors, state by the place of its parameter in the groups."""
+        saved = []
+        for part, state, groups in self._kept:
+            places = {id(p): k for k, p in enumerate(p for g in _groups(part) for p in g["params"])}
+            by_place = [[places[id(key)], value] for key, value in state if id(key) in places]
+            saved.append([by_place, groups])
+        return saved
+
+    def load_state_dict(self, saved: list[Any]) -> None:
+        """Take over a state that fits the optimizer."""
+        if len(saved) != len(self._kept):
+            return
+        loaded = []
+        for (part, _, _), (by_place, groups) in zip(self._kept, saved, strict=True):
+            params = [p for g in _groups(part) for p in g["params"]]
+            loaded.append((part, [(params[place], value) for place, value in by_place if place < len(params)], groups))
+        self._kept = loaded
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    return groups
+
+
+def _copy(value: Any) -> Any:
+    """The same, tensors and containers copied."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copy(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_copy(entry) for entry in value]) if type(value) in (list, tuple) else value
+    return value
+
+
+class Point:
+    """Copies of what belongs to a point; empty at first."""
+
+    def __init__(self, on_host: bool = False) -> None:
+        """Prepare.
+
+        Args:
+            on_host: Whether copies are kept in the memory of the CPU.
+        """
+        self._on_host = on_host
+        self.forget()
+
+    def forget(self) -> None:
+        """Free the copies."""
+        self._params: list[Tensor] = []
+        self._shapes: list[torch.Size] = []
+        self._buffers: list[list[Tensor]] = []
+        self._own: OwnWeights | None = None
+        self.params: list[Tensor] = []
+        """Copies of the parameters."""
+        self.buffers: list[list[Tensor]] = []
+        """Copies of the buffers, by module."""
+
+    def __bool__(self) -> bool:
+        """Whether a point is kept."""
+        return bool(self._params)
+
+    def keep(self, params: Sequence[Tensor], model: nn.Module | None, optimizer: Optimizer | None = None) -> None:
+        """Copy a point, over the last one where that fits.
+
+        Args:
+            params: The parameters.
+            model: The model whose buffers belong to it.
+            optimizer: The optimizer, looked at for weights of its own.
+        """
+        self._params = list(params)
+        self._shapes = [param.shape for param in params]
+        self.params = self._copied(self.params, self._params)
+        self._buffers = persistent_buffers(model)
+        stores = self.buffers if len(self.buffers) == len(self._buffers) else [[] for _ in self._buffers]
+        self.buffers = [self._copied(store, now) for store, now in zip(stores, self._buffers, strict=True)]
+        self._own = None if optimizer is None else OwnWeights(optimizer)
+
+    def _copied(self, store: list[Tensor], now: list[Tensor]) -> list[Tensor]:
+        if not self._on_host:
+            return copied(store, now)
+        if len(store) == len(now) and all(
+            a.shape == b.shape and a.dtype == b.dtype for a, b in zip(store, now, strict=True)
+        ):
+            for kept, tensor in zip(store, now, strict=True):
+                kept.copy_(tensor.detach())
+            return store
+        return [tensor.detach().to("cpu", copy=True) for tensor in now]
+
+    def fits(self, params: Sequence[Tensor]) -> bool:
+        """Whether it is a point of these very tensors."""
+        same = same_tensors(self._params, list(params)) and bool(self._params)
+        shapes = same and all(param.shape == shape for param, shape in zip(params, self._shapes, strict=True))
+        return shapes and (self._own is None or self._own.fits())
+
+    @torch.no_grad()
+    def restore(self, params: Sequence[Tensor], model: nn.Module | None) -> bool:
+        """Put the point back, bit for bit.
+
+        Args:
+            params: The parameters now.
+            model: The model.
+
+        Returns:
+            False if it is not a point of these tensors: then nothing is written, and the point is forgotten.
+        """
+        if not self.fits(params):
+            self.forget()
+            return False
+        for param, kept in zip(params, self.params, strict=True):
+            param.copy_(kept)
+        self.restore_buffers(model)
+        if self._own is not None:
+            self._own.restore()
+        return True
+
+    @property
+    def with_optimizer(self) -> bool:
+        """Whether weights of the optimizer's own are part of it."""
+        return bool(self._own)
+
+    @torch.no_grad()
+    def restore_buffers(self, model: nn.Module | None) -> None:
+        """Put the buffers back, of the modules whose buffers are the same tensors in the same shapes."""
+        now = {id(buffer) for buffers in persistent_buffers(model) for buffer in buffers}
+        for buffers, copies in zip(self._buffers, self.buffers, strict=True):
+            unchanged = all(
+                id(buffer) in now and buffer.shape == kept.shape for buffer, kept in zip(buffers, copies, strict=True)
+            )
+            if unchanged:
+                for buffer, kept in zip(buffers, copies, strict=True):
+                    buffer.copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of everything."""
+        return {
+            "params": [kept.clone() for kept in self.params],
+            "buffers": [[kept.clone() for kept in copies] for copies in self.buffers],
+            "own": [] if self._own is None else self._own.state_dict(),
+        }
+
+    def load_state_dict(
+        self, state: dict[str, Any], params: Sequence[Tensor], model: nn.Module | None, optimizer: Optimizer | None
+    ) -> bool:
+        """Take over a state; whether it is one of these tensors, else the point stays empty."""
+        self.forget()
+        buffers = persistent_buffers(model)
+        flat = [*params, *(buffer for entry in buffers for buffer in entry)]
+        kept = [*state["params"], *(copy for entry in state["buffers"] for copy in entry)]
+        if not params or [t.shape for t in flat] != [t.shape for t in kept]:
+            return False
+        self.keep(params, model, optimizer)
+        for mine, saved in zip(self.params, state["params"], strict=True):
+            mine.copy_(saved)
+        for own, copies in zip(self.buffers, state["buffers"], strict=True):
+            for mine, saved in zip(own, copies, strict=True):
+                mine.copy_(saved)
+        if self._own is not None:
+            self._own.load_state_dict(state["own"])
+        return True

@@ -1,0 +1,234 @@
+"""Several optimizers of one model as one."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from alpha_optim import AlphaGuided, AlphaScheduler, Hold
+from tests.test_transparency import equal_states
+
+pytestmark = pytest.mark.compatibility("torch.optim", "Muon for matrices and AdamW for the rest, as one")
+
+
+def make():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    params = list(model.parameters())
+    optimizers = [
+        torch.optim.Muon([p for p in params if p.dim() == 2], lr=0.02),
+        torch.optim.AdamW([p for p in params if p.dim() == 1], lr=0.01),
+    ]
+    return model, optimizers
+
+
+def batches(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        x = torch.randn(24, 6, generator=generator)
+        yield x, x[:, :3].argmax(1)
+
+
+def train(model, loss_fn, optimizer, data, scheduler=None):
+    for x, y in data:
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def test_a_step_is_a_step_of_each_bit_for_bit():
+    bare_model, bare = make()
+    loss_fn = nn.CrossEntropyLoss()
+    for x, y in batches(12):
+        for optimizer in bare:
+            optimizer.zero_grad()
+        loss_fn(bare_model(x), y).backward()
+        for optimizer in bare:
+            optimizer.step()
+    model, optimizers = make()
+    guided = AlphaGuided(optimizers, model, loss_fn)
+    train(model, loss_fn, guided, batches(12))
+    assert equal_states(bare_model.state_dict(), model.state_dict())
+    assert {m.information for m in guided.alpha_history} == {"full"}
+    assert [len(m.lr) for m in guided.alpha_history] == [2] * 11
+    assert guided.param_groups[0] is optimizers[0].param_groups[0]
+    assert len(guided.state) == 4
+
+
+def test_alpha_is_that_of_the_step_of_all():
+    """The slopes, against the parameter change and the gradients of the whole model."""
+    model, optimizers = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(optimizers, model, loss_fn, backend="gradients")
+    slopes = []
+    for x, y in batches(5):
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        gradients = [p.grad.clone() for p in model.parameters()]
+        guided.step()
+        changes = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+        length = torch.stack([c.norm() for c in changes]).norm()
+        slopes.append(float(sum((c * g).sum() for c, g in zip(changes, gradients, strict=True)) / length))
+    assert [m.slope_start for m in guided.alpha_history] == pytest.approx(slopes[:4], rel=1e-4)
+
+
+def test_steered_they_have_one_scale_and_go_back_together():
+    model, optimizers = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(optimizers, model, loss_fn)
+    scheduler = AlphaScheduler(guided, Hold())
+    train(model, loss_fn, guided, batches(10), scheduler)
+    before = copy.deepcopy(model.state_dict())
+    train(model, loss_fn, guided, [next(batches(1, 1))], scheduler)
+    train(model, loss_fn, guided, [(x * float("nan"), y) for x, y in batches(2, 2)], scheduler)
+    assert equal_states(before, model.state_dict())
+    assert [group["lr"] for group in guided.param_groups] == pytest.approx([0.01, 0.005])
+
+
+def test_a_resumed_run_ends_bit_for_bit_alike():
+    loss_fn = nn.CrossEntropyLoss()
+    data = list(batches(20))
+
+    def build():
+        model, optimizers = make()
+        guided = AlphaGuided(optimizers, model, loss_fn)
+        return model, guided, AlphaScheduler(guided, Hold())
+
+    model, guided, scheduler = build()
+    train(model, loss_fn, guided, data[:9], scheduler)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), guided.state_dict(), scheduler.state_dict()], file)
+    train(model, loss_fn, guided, data[9:], scheduler)
+    file.seek(0)
+    other, other_guided, other_scheduler = build()
+    for part, state in zip((other, other_guided, other_scheduler), torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    train(other, loss_fn, other_guided, data[9:], other_scheduler)
+    assert equal_states(model.state_dict(), other.state_dict())
+    assert repr(list(guided.alpha_history)) == repr(list(other_guided.alpha_history))
+
+
+def test_copies_are_independent():
+    model, optimizers = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(optimizers, model, loss_fn)
+    train(model, loss_fn, guided, batches(3))
+    other_model, other_loss_fn, other = copy.deepcopy((model, loss_fn, guided))
+    train(model, loss_fn, guided, batches(3, 1))
+    train(other_model, other_loss_fn, other, batches(3, 1))
+    assert equal_states(model.state_dict(), other_model.state_dict())
+
+
+def test_bad_lists_are_refused_at_once():
+    model, optimizers = make()
+    with pytest.raises(ValueError, match="empty"):
+        AlphaGuided([])
+    with pytest.raises(TypeError, match="torch optimizers only, got Linear"):
+        AlphaGuided([model[0]])
+    with pytest.raises(ValueError, match="more than one of the optimizers"):
+        AlphaGuided([optimizers[0], optimizers[0]])
+    with pytest.raises(ValueError, match="Call add_param_group of the optimizer itself"):
+        AlphaGuided(optimizers, model).add_param_group({"params": [next(iter(model.parameters()))]})
+
+
+def test_a_group_added_to_one_of_them_is_seen():
+    model, optimizers = make()
+    extra = nn.Linear(3, 3)
+    whole, loss_fn = nn.Sequential(model, extra), nn.CrossEntropyLoss()
+    guided = AlphaGuided(optimizers, whole, loss_fn)
+    scheduler = AlphaScheduler(guided, Hold())
+    train(whole, loss_fn, guided, batches(3), scheduler)
+    optimizers[1].add_param_group({"params": list(extra.parameters()), "lr": 0.003})
+    train(whole, loss_fn, guided, batches(3), scheduler)
+    assert [group["lr"] for group in guided.param_groups] == [0.02, 0.01, 0.003]
+
+
+def test_steering_two_wrappers_of_one_model_is_refused_with_the_recipe():
+    model, optimizers = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = [AlphaGuided(optimizer, model, loss_fn) for optimizer in optimizers]  # each watched along its own step
+    for x, y in batches(4):
+        for one in guided:
+            one.zero_grad()
+        loss_fn(model(x), y).backward()
+        for one in guided:
+            one.step()
+    assert all(len(one.alpha_history) for one in guided)
+    scheduler = AlphaScheduler(guided[0], Hold())
+    with pytest.raises(ValueError, match=r"AlphaGuided\(\[muon, adamw\], model, loss_fn\)"):
+        AlphaScheduler(guided[1], Hold())
+    del scheduler
+    guided[0].detach()
+    AlphaScheduler(guided[1], Hold())
+
+
+def test_a_new_run_on_the_same_parameters_is_steered_as_ever():
+    model = make()[0]
+    kept = [AlphaScheduler(AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model), Hold()) for _ in range(2)]
+    assert len(kept) == 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_networks_that_play_against_each_other_are_watched_and_no_rate_is_searched():
+    torch.manual_seed(0)
+    generator, critic = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)), nn.Linear(2, 1)
+    loss_fns = nn.BCEWithLogitsLoss(), nn.BCEWithLogitsLoss()
+    guided = [
+        AlphaGuided(torch.optim.Adam(net.parameters(), lr=1e-3), net, loss_fn)
+        for net, loss_fn in zip((generator, critic), loss_fns, strict=True)
+    ]
+    schedulers = [AlphaScheduler(one, total_steps=400) for one in guided]
+    ones, zeros = torch.ones(16, 1), torch.zeros(16, 1)
+
+    def play(steps):
+        for _ in range(steps):
+            fake = generator(torch.randn(16, 4))
+            guided[1].zero_grad()
+            (loss_fns[1](critic(torch.randn(16, 2)), ones) + loss_fns[1](critic(fake.detach()), zeros)).backward()
+            guided[1].step()
+            schedulers[1].step()
+            guided[0].zero_grad()
+            loss_fns[0](critic(fake), ones).backward()
+            guided[0].step()
+            schedulers[0].step()
+
+    with pytest.warns(UserWarning, match=r"another network come through the parameters of Adam \(a GAN\?\)") as caught:
+        play(30)
+    assert len(caught) == 1
+    assert len(str(caught[0].message)) < 500
+    assert guided[1].param_groups[0]["lr"] == pytest.approx(
+        1e-3
+    )  # the critic's, through which the generator's pass goes
+    assert len(guided[0].alpha_history) > 20
+
+
+def test_a_guard_inside_the_backward_pass_is_refused_by_name():
+    model, loss_fn = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), nn.CrossEntropyLoss()
+
+    def stepped(guard):
+        handles = []
+        for param in model.parameters():
+            guided = AlphaGuided(torch.optim.SGD([param], lr=0.1))
+            scheduler = AlphaScheduler(guided, Hold(), guard=guard)
+
+            def hook(_param, guided=guided, scheduler=scheduler):
+                guided.step()
+                guided.zero_grad()
+                scheduler.step()
+
+            handles.append(param.register_post_accumulate_grad_hook(hook))
+        try:
+            for _ in range(3):
+                loss_fn(model(torch.randn(8, 4)), torch.randint(0, 2, (8,))).backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    with pytest.raises(RuntimeError, match=r"inside the backward pass.*guard=False"):
+        stepped(True)
+    stepped(False)
