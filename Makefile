@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity bench format lint types doctest check clean
+.PHONY: help install demo test parity harm bench format lint types doctest check clean
 
 help:  ## list the tasks
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ test: install  ## run the tests and the examples in the docstrings
 
 parity: install  ## compare with Cockpit, all cases, and print the table (ARGS="--dtype float32")
 	$(BIN)/python -m tests.parity $(ARGS)
+
+harm: install  ## does steering make a run worse? a table of situations, bare and steered (ARGS="--only Nan")
+	$(BIN)/python -m tests.harm $(ARGS)
 
 bench: install  ## measure what alpha costs on this machine
 	$(BIN)/python -m examples.benchmarks.cost $(ARGS)

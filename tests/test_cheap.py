@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alpha_optim import AlphaGuided, AlphaScheduler
+from alpha_optim import AlphaGuided, AlphaScheduler, Hold
 
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
@@ -131,6 +131,38 @@ def test_between_steps_one_copy_of_the_parameters_is_kept(kind):
     model = wide()
     guided = kept_elements(model, AlphaGuided(OPTIMIZERS[kind](model.parameters()), model, loss_fn), loss_fn, 5)
     assert guided - bare <= 1.35 * size  # one copy, and the spots of parameters this small
+
+
+def searching(policy_searches):
+    """A policy that searches, or does not."""
+
+    class Policy(Hold):
+        def searches(self, iteration):
+            return policy_searches
+
+    return Policy()
+
+
+@pytest.mark.parametrize(("searches", "copies"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize("kind", ["adamw", "momentum"])
+def test_steered_there_is_one_copy_of_the_parameters_and_one_more_during_a_search(kind, searches, copies):
+    def run(steered):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, 3))
+        loss_fn = nn.CrossEntropyLoss()
+        optimizer = OPTIMIZERS[kind](model.parameters())
+        if not steered:
+            return kept_elements(model, optimizer, loss_fn, 5)
+        optimizer = AlphaGuided(optimizer, model, loss_fn)
+        scheduler = AlphaScheduler(optimizer, searching(searches))
+        optimizer.register_step_post_hook(lambda *_: scheduler.step())
+        kept = kept_elements(model, optimizer, loss_fn, 5)
+        guard, pending = optimizer._session.guard, optimizer._session.pairing.pending
+        assert all(a is b for a, b in zip(guard._last.params, pending.direction.kept, strict=True))  # shared
+        return kept
+
+    bare, guided, size = run(False), run(True), 20 * 400 + 400 + 400 * 3 + 3
+    assert guided - bare <= (copies + 0.35) * size
 
 
 RUNS = []

@@ -100,6 +100,18 @@ class LossTrace:
             return False
         return self._means[0][0] - self.best.mean > errors * self._error(self.best)
 
+    @property
+    def begin(self) -> float | None:
+        """Mean loss of the first window, if there is one."""
+        return self._means[0][0] if self._means else None
+
+    def lies_below(self, level: float, count: int, errors: float) -> bool:
+        """Whether the best window lies below the mean of ``count`` earlier losses, by so many standard errors."""
+        if self.best is None:
+            return False
+        error = self.best.deviation * math.sqrt(1.0 / self.size + 1.0 / count)
+        return bool(level - self.best.mean > errors * error)
+
     def _error(self, level: Level) -> float:
         """Standard error of the difference of two windows."""
         return level.deviation * math.sqrt(2.0 / self.size)

@@ -47,6 +47,7 @@ OURS: dict[str, dict[str, Any]] = {
     "gradients": {"backend": "gradients"},
     "every=10": {"every": 10},
     "steered": {"every": None, "steered": True},
+    "guard": {"every": lambda n: False, "steered": True},
     "exact": {"variance": "exact"},
     "layerwise": {"backend": "layerwise"},
 }
@@ -55,7 +56,7 @@ SECONDS = 1.5
 """How long each kind of step is timed, in seconds of plain steps."""
 FEWEST, MOST = 3, 200
 """Steps of one kind that are timed."""
-SLOW, SKIPPED = 0.4, ("gradients", "every=10", "steered")
+SLOW, SKIPPED = 0.4, ("gradients", "every=10", "steered", "guard")
 """Plain steps of so many seconds are timed with these variants left out: they add less than the default."""
 FIRST = 100
 """The first steps of a run, in which variances are measured more often."""
@@ -241,6 +242,8 @@ def put_together(variant: str, ratio: dict[str, float], optimizer: AlphaGuided) 
     check = ratio.get("check", due)
     if variant == "exact":
         return due, due
+    if variant == "guard":
+        return ratio["free"], ratio["free"]
     every = 10 if variant in ("every=10", "steered") else 1
     gap = every * math.ceil(gap / every)
     measured = 2.0 / every if every > 1 else 1.0
@@ -304,6 +307,7 @@ def floors(model: str, optimizer: str, batch: int, plain_seconds: float) -> dict
         "gradients": 1.0 + passes,
         "default": 1.0 + passes + few,
         "steered": 1.0 + GUARD_PASSES * one_pass + (passes + few) / SPARSE,
+        "guard": 1.0 + GUARD_PASSES * one_pass,
         "exact": 1.0 + passes + all_samples / alone,
     }
 

@@ -43,7 +43,7 @@ class Situation(NamedTuple):
 
     @property
     def about(self) -> str:
-        return (self.setup.__doc__ or "").split("\n")[0]
+        return (self.setup.__doc__ or self.setup.__name__).split("\n")[0]
 
 
 _BOTH = ("adam", "momentum")
@@ -278,18 +278,27 @@ def _spread(losses: list[float]) -> float:
 
 
 def table(rows: list[Row]) -> str:
-    head = "| situation | start | bare | Hold | taken back | annealed | total | harmed |\n" + "| --- " * 8 + "|\n"
+    """The rows as a table in Markdown, and how many were harmed."""
+    head = (
+        "| situation | optimizer | bare | `Hold()` | events | annealed | `total_steps` | harmed |\n"
+        + "| --- " * 8
+        + "|\n"
+    )
     lines = []
     for row in rows:
         harmed = [mode for mode in ("hold", "total") if mode in row.losses and row.harmed(mode)]
-        cells = [row.situation.name + ": " + row.situation.about, f"{row.start:.3g}"]
-        for mode in ("bare", "hold"):
-            cells.append(f"{row.losses[mode]:.3g}")
-        cells.append(str(row.events["hold"]))
-        for mode in ("annealed", "total"):
-            cells.append(f"{row.losses[mode]:.3g}" if mode in row.losses else "")
-        said = ", ".join(f"{mode} {row.lost(mode):.0%} {row.errors[mode]}".strip() for mode in harmed)
-        cells.append(said)
-        lines.append("| " + " | ".join(cells) + " |")
+        said = ", ".join(f"{mode}: {row.lost(mode):.0%} {row.errors[mode]}".strip() for mode in harmed)
+        losses = [
+            f"{row.losses[mode]:.3g}" if mode in row.losses else "" for mode in ("bare", "hold", "annealed", "total")
+        ]
+        cells = [
+            row.situation.about.rstrip("."),
+            row.situation.kind,
+            *losses[:2],
+            row.events["hold"],
+            *losses[2:],
+            said,
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     count = sum(any(row.harmed(m) for m in ("hold", "total") if m in row.losses) for row in rows)
     return head + "\n".join(lines) + f"\n\nsituations: {len(rows)}, harmed: {count}\n"

@@ -20,7 +20,9 @@ def base_optimizer(kind: str, params: Any, lr: float | None = None) -> torch.opt
 
 
 class Setup:
-    """A classification that a small network learns within a few hundred steps; others change parts of it.
+    """A small classification, undisturbed.
+
+    Others change parts of it.
 
     Attributes:
         closure: Whether the optimizer is stepped with a closure.
@@ -90,6 +92,8 @@ class Setup:
 
 
 class BatchNormed(Setup):
+    """A network with BatchNorm."""
+
     def build(self) -> nn.Module:
         return nn.Sequential(
             nn.Linear(self.features, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, self.classes)
@@ -120,14 +124,20 @@ class Mask(Setup):
 
 
 class MaskLowest(Mask):
+    """The same with the lowest number of float32."""
+
     fill = torch.finfo(torch.float32).min
 
 
 class MaskLarge(Mask):
+    """The same with -1e20."""
+
     fill = -1e20
 
 
 class MaskHalf(Mask):
+    """The same in half precision, its norm beyond what that holds."""
+
     fill, dtype = -1e4, torch.float16
 
 
@@ -165,6 +175,8 @@ class NanInput(BatchNormed, NanLoss):
 
 
 class EmptyBatch(NanLoss):
+    """Every 50th batch is empty."""
+
     def data(self, n: int) -> tuple[Tensor, Tensor]:
         x, y = Setup.data(self, n)
         return (x[:0], y[:0]) if self.bad(n) else (x, y)
@@ -262,6 +274,8 @@ class SmallerBatches(Setup):
 
 
 class MixedBatches(Setup):
+    """Batches of 4 to 128 samples."""
+
     def data(self, n: int) -> tuple[Tensor, Tensor]:
         return self.samples((128, 4, 32, 8, 64)[n % 5], self.rng)
 
@@ -287,6 +301,8 @@ class EasyAndHard(Setup):
 
 
 class RareHard(EasyAndHard):
+    """One batch in forty is hard."""
+
     every = 40
 
 
@@ -300,6 +316,8 @@ class Curriculum(Setup):
 
 
 class LabelNoise(Setup):
+    """Two labels of five are random."""
+
     def data(self, n: int) -> tuple[Tensor, Tensor]:
         x, y = super().data(n)
         flip = torch.rand(len(y), generator=self.rng) < 0.4
@@ -307,6 +325,8 @@ class LabelNoise(Setup):
 
 
 class TinyBatches(Setup):
+    """Batches of 2 samples."""
+
     batch = 2
 
 
@@ -352,14 +372,20 @@ class Regression(Setup):
 
 
 class TinyLoss(Regression):
+    """A loss of 1e-9."""
+
     factor = 1e-9
 
 
 class HugeLoss(Regression):
+    """A loss of 1e12."""
+
     factor = 1e12
 
 
 class NegativeLoss(Regression):
+    """A loss that is negative."""
+
     offset = -50.0
 
 
@@ -505,6 +531,8 @@ class GrowingCache(Setup):
 
 
 class GrowingCacheOwn(GrowingCache):
+    """The same cache, not saved with the model."""
+
     persistent = False
 
 
@@ -635,18 +663,26 @@ class WithOwnWeights(Spike):
 
 
 class LookaheadSpike(WithOwnWeights):
+    """The same under Lookahead."""
+
     which = "lookahead"
 
 
 class ProdigySpike(WithOwnWeights):
+    """The same under Prodigy."""
+
     which, factor = "prodigy", 100.0
 
 
 class DAdaptSpike(WithOwnWeights):
+    """The same under D-Adaptation."""
+
     which, factor = "dadapt", 100.0
 
 
 class OwnWeightsCalm(WithOwnWeights):
+    """Schedule-Free, undisturbed."""
+
     at = ()
 
 
@@ -674,6 +710,8 @@ class TwoOptimizers(Spike):
 
 
 class TwoOptimizersSpike(TwoOptimizers):
+    """The same, and one step at a rate a thousand times too high."""
+
     at = (0.5,)
 
 

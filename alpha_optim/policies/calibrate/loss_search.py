@@ -97,6 +97,7 @@ class LossSearch:
         self.wants_return = False
         self.trace: LossTrace | None = None
         self._fell = False  # whether the loss surely fell in the first climb
+        self._level: float | None = None  # mean loss at its beginning
         self.doubt = ""  # why the search is not to be trusted
         self.seen: dict[str, float] = {}  # the log rates of the module docstring, by where they come from
         self._trail = Trail(self.position)
@@ -201,7 +202,7 @@ class LossSearch:
         assert self._begin is not None
         lowest = self.trace.lowest()
         if self._stage == 1:
-            self._fell = self.trace.has_fallen(SURELY)
+            self._fell, self._level = self.trace.has_fallen(SURELY), self.trace.begin
             left = max(FEWEST_SLOW, self.calibration_steps - (n - self._begin))
             self._pace = min(FASTEST, max(SLOWEST, WIDTH / left))
             knee = self._knee.found
@@ -227,11 +228,17 @@ class LossSearch:
     def _doubt(self) -> str:
         """Why what was seen is not to be trusted; empty if it is."""
         assert self.trace is not None
-        if not self._fell and not self.trace.has_fallen(SURELY):
+        if not self._surely_fell():
             return "the loss never surely fell"
         if FAST in self.seen and SLOW in self.seen and abs(self.seen[FAST] - self.seen[SLOW]) > APART:
             return "the two climbs do not agree"
         return "" if self.seen else "no loss was lowest anywhere"
+
+    def _surely_fell(self) -> bool:
+        """Whether the loss fell in one of the climbs, or from the beginning of the first to the best of the second."""
+        assert self.trace is not None
+        from_the_beginning = self._level is not None and self.trace.lies_below(self._level, COARSE, SURELY)
+        return self._fell or from_the_beginning or self.trace.has_fallen(SURELY)
 
     def taken_back(self, event: GuardEvent) -> None:
         """A step was taken back and the rate lowered."""
@@ -258,7 +265,8 @@ class LossSearch:
             "begin": self._begin,
             "from": self._from,
             "seen": dict(self.seen),
-            "fell": self._fell,
+            "fell": bool(self._fell),
+            "level": self._level,
             "doubt": self.doubt,
             "knee": self._knee.state_dict(),
             "pace": self._pace,
@@ -275,7 +283,8 @@ class LossSearch:
         self._trail.restore(state["trail"])
         self._window.load_state_dict(state["window"])
         self._begin, self._from = state["begin"], int(state["from"])
-        self._fell, self.doubt = bool(state.get("fell", False)), str(state.get("doubt", ""))
+        self._fell, self._level = bool(state.get("fell", False)), state.get("level")
+        self.doubt = str(state.get("doubt", ""))
         self.seen = {str(name): float(where) for name, where in state["seen"].items()}
         self._knee.load_state_dict(state["knee"])
         self._stage, self._pace, self._last = int(state["stage"]), float(state["pace"]), state["last"]
