@@ -115,6 +115,9 @@ class AlphaScheduler(LRScheduler):
         self._cooling: tuple[int, int] | None = None  # progress at which `cool_down` began, and its steps
         self._scheduled = [float(group["lr"]) for group in optimizer.param_groups]
         self._written = list(self._scheduled)
+        self._groups = [id(group) for group in optimizer.param_groups]
+        self._factor_now = 1.0  # what the scheduled rates are multiplied by
+        self._inside_step = False  # whether the rates are cut for a step
         self._peaks = [peak_of(group) for group in optimizer.param_groups]
         self._seen_progress = optimizer._session.progress
         self._seen_iteration = optimizer.iteration
@@ -207,6 +210,7 @@ class AlphaScheduler(LRScheduler):
         """
         if steps < 1:
             raise ValueError(f"cool_down needs at least 1 step to anneal over, got {steps}")
+        self._take_over_foreign_rates()
         self._cooling = (self._session.progress, int(steps))
         self._write()
 
@@ -281,19 +285,18 @@ class AlphaScheduler(LRScheduler):
 
     def _take_over_foreign_rates(self) -> None:
         """A rate changed by someone else since is taken over as a ratio; one changed at every call is theirs."""
+        if self._inside_step:
+            return  # the rates are cut for the step
+        self._match_groups()
         now = self._rates()
-        if len(self._written) < len(now):  # the rate given with an added group is the one it gets now
-            added, factor = now[len(self._written) :], self._written_factor()
-            self._written += added
-            for rates in (self._scheduled, self._peaks):
-                rates += [rate / factor for rate in added]
         factors = ratios(now, self._written)
         if all(factor == 1.0 for factor in factors):
             self._foreign = 0
             return
         self._foreign += 1
-        self._scheduled = taken_over(self._scheduled, factors, now)
-        self._peaks = taken_over(self._peaks, factors, now)
+        plain = [rate / self._factor_now for rate in now]
+        self._scheduled = taken_over(self._scheduled, factors, plain)
+        self._peaks = taken_over(self._peaks, factors, plain)
         self._written = list(now)
         if self._cut is None and self._foreign >= OWNER:
             self._cut, self.scale = 1.0, 1.0
@@ -310,16 +313,29 @@ class AlphaScheduler(LRScheduler):
         if self._cut is not None:
             self._scheduled, self._peaks = list(now), list(now)
 
-    def _written_factor(self) -> float:
-        """What the first rate written is a multiple of its scheduled one by; 1 where that says nothing."""
-        pairs = zip(self._written, self._base_rates(), strict=True)
-        return next((written / rate for written, rate in pairs if rate > 0.0 and written > 0.0), 1.0)
+    def _match_groups(self) -> None:
+        """Follow param groups that were added or removed; the rate given with an added one is the one it gets now."""
+        groups = self.optimizer.param_groups
+        if [id(group) for group in groups] == self._groups:
+            return
+        places = {key: place for place, key in enumerate(self._groups)}
+        known = [places.get(id(group)) for group in groups]
+        if len(groups) == len(self._groups) and all(place is None for place in known):
+            known = list(range(len(groups)))  # the same groups, loaded anew
+        now = self._rates()
+        self._scheduled, self._peaks, self._written = (
+            [new / share if place is None else rates[place] for place, new in zip(known, now, strict=True)]
+            for rates, share in (
+                (self._scheduled, self._factor_now), (self._peaks, self._factor_now), (self._written, 1.0),
+            )
+        )  # fmt: skip
+        self._groups = [id(group) for group in groups]
 
     def _guard_acted(self, event: GuardEvent) -> GuardEvent:
         """Lower the rates after a step that was taken back, or give back what was taken; returns the whole event."""
         self._take_over_foreign_rates()
         factor = 1.0
-        if event.reason is GuardReason.NO_EFFECT:
+        if event.reason is GuardReason.NO_EFFECT:  # of the last cut, which is what the guard asks to be undone
             factor = 1.0 / self._last_cut
             self._last_event, self._last_cut = -SOON - 1, 1.0
         elif event.restored and event.reason is not GuardReason.POLICY_RETURNED:
@@ -340,14 +356,20 @@ class AlphaScheduler(LRScheduler):
     def _not_stepped(self) -> None:
         """Several steps were made since the last call: a search waits, at the rate given."""
         if base.searches(self.policy, self._session.iteration) and self._cut is None:
+            self._take_over_foreign_rates()
             self._sparse = max(1, self._sparse)
+            self._write()
+
+    def _give_up(self) -> None:
+        """End a search and go back to the rates given."""
+        if base.searches(self.policy, self._session.iteration) and self._cut is None:
+            self._take_over_foreign_rates()
+            self.scale *= base.given_up(self.policy, self._session.iteration)
             self._write()
 
     def _reached_by_others(self) -> None:
         """Two networks that play against each other have no rate at which the loss falls fastest."""
-        if base.searches(self.policy, self._session.iteration):
-            self.scale *= base.given_up(self.policy, self._session.iteration)
-            self._write()
+        self._give_up()
         self._say(
             "backward passes of another network come through the parameters of "
             f"{type(self._session.optimizer).__name__} (a GAN?). A loss that another network pushes up tells nothing "
@@ -363,9 +385,11 @@ class AlphaScheduler(LRScheduler):
             return
         rates = self._rates()
         self._set_rates([rate * self._cut for rate in rates])
+        self._inside_step = True
         try:
             yield
         finally:
+            self._inside_step = False
             self._set_rates(rates)
 
     # ---------------------------------------------------------------- writing
@@ -390,6 +414,7 @@ class AlphaScheduler(LRScheduler):
         Raises:
             ValueError: If the policy's envelope is not a number >= 0.
         """
+        self._factor_now = 1.0
         if self._sparse:  # the search waits
             return clamped(self._scheduled, self.min_lr, self.max_lr)
         progress = self._session.progress
@@ -405,6 +430,7 @@ class AlphaScheduler(LRScheduler):
             scale *= self.max_lr / largest  # cut before the envelope, which still anneals it
         elif self.schedule is None and largest > self.max_lr:
             self.scale = scale = scale * self.max_lr / largest  # it must not wind up against the bound
+        self._factor_now = scale * envelope or 1.0
         return clamped([rate * scale * envelope for rate in scheduled], self.min_lr, self.max_lr)
 
     def _rates(self) -> list[float]:
@@ -427,6 +453,7 @@ class AlphaScheduler(LRScheduler):
             "scheduled": list(self._scheduled),
             "peaks": list(self._peaks),
             "written": list(self._written),
+            "factor_now": self._factor_now,
             "seen_progress": self._seen_progress,
             "seen_iteration": self._seen_iteration,
             "seen_measurement": self._seen_measurement,
@@ -470,13 +497,16 @@ class AlphaScheduler(LRScheduler):
         base.restore(self.policy, state_dict["policy"])
         if self.schedule is not None and state_dict["schedule"] is not None:
             self.schedule.load_state_dict(state_dict["schedule"])
+        self._factor_now = float(state_dict.get("factor_now", 1.0))
+        self._groups = [id(group) for group in self.optimizer.param_groups]
         self._set_rates(self._written)
         self._last_lr = list(self._written)
+        self._tell_guard()
 
 
 def waits(optimizer: AlphaGuided) -> bool:
     """Whether reading a number means waiting for a device."""
-    return not optimizer.param_groups[0]["params"][0].is_cpu
+    return not next(param for group in optimizer.param_groups for param in group["params"]).is_cpu
 
 
 class _Listener:
@@ -500,6 +530,12 @@ class _Listener:
         scheduler = self._scheduler()
         if scheduler is not None:
             scheduler._not_stepped()
+
+    def detached(self) -> None:
+        """Tell the scheduler, whose search is over."""
+        scheduler = self._scheduler()
+        if scheduler is not None:
+            scheduler._give_up()
 
     def reached_by_others(self) -> None:
         """Tell the scheduler."""

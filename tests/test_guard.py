@@ -260,7 +260,7 @@ def test_chance_alone_is_called_an_explosion_as_rarely_as_promised():
         scatter, alarms, before = LossScatter(), 0, 0.0
         for loss in losses.tolist():
             alarms += loss - before > scatter.limit(before, math.nan, 0) if len(scatter._differences) > 20 else 0
-            scatter.note(loss - before)
+            scatter.note(loss)
             before = loss
         assert alarms <= most  # single ones; two in a row have to agree
 
@@ -270,7 +270,7 @@ def test_the_noise_over_samples_is_a_lower_bound():
         guard, params = Guard(None), [torch.zeros(1)]
         for n in range(30):  # consecutive losses differ by 0.001
             guard.judge(n, BatchLoss(torch.tensor(1.0 + 0.001 * (n % 2)), torch.tensor(deviation**2), 100), params)
-            guard.stepped = True
+            guard.step_made(params)
         judgement = guard.judge(30, BatchLoss(torch.tensor(1.0 + rise), torch.tensor(deviation**2), 100), params)
         return not judgement.step
 
@@ -298,7 +298,8 @@ def judged(guard, losses, params):
     events = []
     for n, loss in enumerate(losses):
         judgement = guard.judge(n, BatchLoss(torch.tensor(float(loss)), None, 0), params)
-        guard.stepped = guard.stepped or judgement.step
+        if judgement.step:
+            guard.step_made(params)
         if judgement.event is not None:
             events.append(judgement.event)
     return events

@@ -77,7 +77,8 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Count pairs that could not be measured."""
-        self._dropped[reason] = self._dropped.get(reason, 0) + count
+        key = str(reason)  # a plain string: state dicts load with weights_only=True
+        self._dropped[key] = self._dropped.get(key, 0) + count
 
     def subscribe(self, callback: Callable[[AlphaMeasurement], None]) -> Callable[[], None]:
         """Call ``callback(measurement)`` for every new measurement; this reads it at once.

@@ -23,6 +23,9 @@ WINDOW = 50
 """So many differences of consecutive losses are remembered."""
 FORGETS = 0.998
 """What an outlier that proved harmless is multiplied by at every step: half of it counts after 350."""
+RIPPLE, PROGRESS = 3.0, 0.05
+"""A rise by less than so many times the loss, or by less than this share of all progress of the run, is a ripple: on
+full batches, whose losses differ by next to nothing, momentum makes such."""
 ROUNDING = 1e-5
 """Relative change of a loss that may be rounding in float32."""
 UNKNOWN = 10.0
@@ -50,11 +53,22 @@ class LossScatter:
         """Start with nothing seen."""
         self._differences: deque[float] = deque(maxlen=WINDOW)
         self._harmless = 0.0
+        self._first: float | None = None
+        self._last = self._lowest = math.inf
 
-    def note(self, difference: float) -> None:
-        """Add the difference of two consecutive losses."""
-        self._differences.append(abs(difference))
+    def note(self, loss: float) -> None:
+        """Add the loss of a batch that was used."""
+        if self._first is None:
+            self._first = loss
+        else:
+            self._differences.append(abs(loss - self._last))
+        self._last, self._lowest = loss, min(loss, self._lowest)
         self._harmless *= FORGETS
+
+    def level_unknown(self) -> None:
+        """The parameters are others: the next loss has none before it."""
+        self._first = None
+        self._lowest = math.inf
 
     def note_harmless(self, rise: float) -> None:
         """A rise that looked like an explosion was none: the next one of its size is not looked at."""
@@ -78,7 +92,8 @@ class LossScatter:
             freedom: Its degrees of freedom.
         """
         known = noise >= 0.0 and freedom >= 1  # False where it is nan
-        limits = [ROUNDING * abs(before), 2.0 * self._harmless]
+        progress = 0.0 if self._first is None else max(0.0, self._first - self._lowest)
+        limits = [ROUNDING * abs(before), 2.0 * self._harmless, min(RIPPLE * abs(before), PROGRESS * progress)]
         if known:
             limits.append(quantile(freedom) * noise)
         if self._differences:
@@ -89,9 +104,16 @@ class LossScatter:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
-        return {"differences": list(self._differences), "harmless": self._harmless}
+        return {
+            "differences": list(self._differences),
+            "harmless": self._harmless,
+            "first": self._first,
+            "last": self._last,
+            "lowest": self._lowest,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
         self._differences = deque(map(float, state["differences"]), maxlen=WINDOW)
-        self._harmless = float(state["harmless"])
+        self._harmless, self._first = float(state["harmless"]), state["first"]
+        self._last, self._lowest = float(state["last"]), float(state["lowest"])

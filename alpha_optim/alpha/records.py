@@ -5,6 +5,7 @@ Imports nothing of the package, so that every stage may import it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -166,6 +167,11 @@ class GuardEvent:
     def __str__(self) -> str:
         """Return one line: when, why, what was done."""
         losses = f"loss {self.loss_before:.4g} -> {self.loss_after:.4g}"
-        done = "went back" if self.restored else "batch skipped" if self.skipped else "level accepted"
+        if self.restored:
+            done = "went back"
+        elif self.skipped:
+            done = "batch skipped"
+        else:
+            done = "level accepted" if math.isfinite(self.loss_after) else "skipped by a gradient scaler"
         rate = "" if self.scale_factor == 1.0 else f", learning rate times {self.scale_factor:g}"
         return f"iteration {self.iteration}: {self.reason} ({self.reason.explanation}), {losses}, {done}{rate}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alpha_optim.measure.refresh import Role
-from alpha_optim.measure.step_ends import BatchLoss, PendingStart
+from alpha_optim.measure.step_ends import BatchLoss, PendingStart, batch_loss
 from alpha_optim.observe.backward_passes import BackwardPasses, LossCall
 from alpha_optim.observe.gradients import Gradients, LossGradients
 from alpha_optim.observe.hooks import ours, tensors_in
@@ -72,6 +73,8 @@ class Iteration:
         self.edited: Truth | None = None
         self.elements: Tensor | None = None
         self.end_product: Tensor | None = None
+        self.before_forward: Callable[[], None] | None = None  # called once, before the model is
+        self.lost_losses: list[Tensor] = []  # of passes that came to no step
         self._output_rows: set[int] = set()
         # Of the step that is being made:
         self.in_step = False
@@ -122,6 +125,12 @@ class Iteration:
         return self._output_rows
 
     # ---------------------------------------------------------------- what the hooks report
+
+    def forward_starts(self) -> None:
+        """The model is about to be called."""
+        if self.before_forward is not None:
+            call, self.before_forward = self.before_forward, None
+            call()
 
     def model_called(self, samples: int | None, inputs: Any, shapes: list[torch.Size], call: ModelCall | None) -> None:
         """The model was called under autograd."""
@@ -174,6 +183,9 @@ class Iteration:
 
     def _discarded(self) -> bool:
         """The passes so far do not count; whether a step was skipped for them."""
+        loss = batch_loss(self.passes, None).mean if self.task.guarded else None
+        if loss is not None:
+            self.lost_losses.append(loss)
         skipped = self.gradients.not_finite()
         self.gradients.forget()
         self.end_product = None

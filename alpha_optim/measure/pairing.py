@@ -316,7 +316,8 @@ class Pairing:
     def entry(self) -> Entry | None:
         """Keep where the parameters are, if a backward pass has left gradients before `step` was called."""
         iteration = self.iteration
-        if not iteration.task.in_pair or not iteration.gradients.any_seen:
+        watched = iteration.task.in_pair or iteration.task.guarded
+        if not watched or not iteration.gradients.any_seen:
             return None
         params = iteration.params
         elements, edited = self._some_elements.of(params), iteration.gradients.params_edited(params)

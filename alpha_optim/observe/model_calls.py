@@ -174,6 +174,9 @@ class Reports:
     follows_losses: bool
     """Whether the outputs are to be kept with their graph until the backward pass begins."""
 
+    def forward_starts(self) -> None:
+        """The model is about to be called."""
+
     def model_called(self, samples: int | None, inputs: Any, shapes: list[torch.Size], call: ModelCall | None) -> None:
         """The model was called under autograd."""
 
@@ -231,6 +234,7 @@ class ModelHooks:
         self._handles, self._compiled_call, self._before = [], None, []
 
     def _starts(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self._iteration().forward_starts()
         if self._iteration().records and torch.is_grad_enabled():
             inputs = versions_of((args, kwargs))
             self._before.append((RandomState.now(self._device), inputs, _parameter_versions(model)))

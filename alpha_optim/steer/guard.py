@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -114,6 +115,7 @@ class Guard:
         self._most_not_finite = 0  # so many in a row the data were at fault for
         self._helpless = 0  # returns in a row that did not help
         self._said: set[str] = set()
+        self._versions: list[int] = []  # of the parameters after the last step
         self._finite: Tensor | None = None  # per tensor of the state, whether it was finite
         self._losses: deque[tuple[int, float]] = deque(maxlen=KEPT)  # for the policy
         self.stepped = False  # whether a step was made from the last point
@@ -136,12 +138,36 @@ class Guard:
         mean = read([loss.mean])[0]
         if mean is not None:
             self._losses.append((iteration, mean))
-        if not self._last and not self.good:
-            return
+        if self._last or self.good:
+            self._forget_points()
+            self._before, self._not_finite = UNSEEN, 0
+
+    def _forget_points(self) -> None:
         self._last.forget()
         self.good.forget()
-        self._before, self._stage, self.stepped = UNSEEN, _Stage.CALM, False
-        self._not_finite = 0
+        self._stage, self.stepped = _Stage.CALM, False
+
+    def step_made(self, params: Sequence[Tensor]) -> None:
+        """A step was made from the point kept last."""
+        self.stepped, self._versions = bool(self._last), _versions(params)
+
+    def notice_edits(self, params: Sequence[Tensor]) -> None:
+        """Forget points that are not of these tensors, or that the user has moved away from since the last step."""
+        if self._last and not self._last.fits(params):  # tensors were added, replaced or resized
+            self._forget_points()
+        elif self.stepped and self._versions != _versions(params):
+            self._forget_points()
+            self._before = UNSEEN
+            self._scatter.level_unknown()
+
+    @property
+    def lacks_buffers(self) -> bool:
+        """Whether there are no buffers to put back yet."""
+        return self._model is not None and not self._last and not self._last.buffers
+
+    def keep_buffers(self) -> None:
+        """Keep the buffers as they are before the first forward pass."""
+        self._last.keep_buffers(self._model)
 
     # ---------------------------------------------------------------- judging
 
@@ -154,10 +180,6 @@ class Guard:
             loss: Its loss.
             params: The parameters, with the gradients the optimizer is about to use.
         """
-        if self._last and not self._last.fits(params):  # tensors were added, replaced or resized
-            self._last.forget()
-            self.good.forget()
-            self.stepped = False
         now, finite = self._read(loss, params)
         if now.params_broke and self.stepped and self._last:  # else somebody else wrote them
             return self._take_back(iteration, GuardReason.STATE_NOT_FINITE, now, params)
@@ -201,7 +223,8 @@ class Guard:
         if math.isfinite(loss) or not self._last.fits(params):
             return None
         now = Reading(loss, None, 0)
-        return self._not_usable(iteration, GuardReason.LOSS_NOT_FINITE, now, params).event
+        event = self._not_usable(iteration, GuardReason.LOSS_NOT_FINITE, now, params).event
+        return None if event is None else replace(event, skipped=False)  # it was the scaler that did
 
     @torch.no_grad()
     def finish(self, iteration: int, loss: float | None, params: Sequence[Tensor]) -> GuardEvent | None:
@@ -214,11 +237,13 @@ class Guard:
         """
         if not self.stepped or not self._last.fits(params):
             return None
-        now, _ = self._read(BatchLoss(None if loss is None else torch.tensor(loss), None, 0), params)
+        now, _ = self._read(BatchLoss(None if loss is None else torch.tensor(loss), None, 0), params, gradients=False)
         broke = now.params_broke or (loss is not None and not math.isfinite(loss))
-        if broke or self._stage is _Stage.DOUBTED or self._rose(now):
+        if broke or self._rose(now):
             reason = GuardReason.STATE_NOT_FINITE if broke else GuardReason.LOSS_ROSE
             return self._take_back(iteration, reason, now, params).event
+        if now.buffers_broke:
+            return self._skip(iteration, GuardReason.STATE_NOT_FINITE, now).event
         return None
 
     def _rose(self, now: Reading) -> bool:
@@ -246,8 +271,7 @@ class Guard:
         self._last.keep(params, self._model, self._optimizer)
         self._finite, self.stepped = finite, False
         if now.loss is not None:
-            if self._before.loss is not None:
-                self._scatter.note(now.loss - self._before.loss)
+            self._scatter.note(now.loss)
             self._losses.append((iteration, now.loss))
             if self.searching:
                 self.good.note(now.loss, now.error, params, self._model, self._optimizer)
@@ -288,8 +312,9 @@ class Guard:
         """A batch that is not finite."""
         self._not_finite += 1
         if self._not_finite == self._most_not_finite + 2 and self.stepped:
-            self._lowered = True
-            return self._take_back(iteration, reason, now, params)
+            judgement = self._take_back(iteration, reason, now, params)
+            self._lowered = judgement.event is not None and judgement.event.restored
+            return judgement
         judgement = self._skip(iteration, reason, now)
         if self._lowered and judgement.event is not None:
             self._lowered = self.return_wanted = False
@@ -326,13 +351,13 @@ class Guard:
 
     # ---------------------------------------------------------------- reading
 
-    def _read(self, loss: BatchLoss, params: Sequence[Tensor]) -> tuple[Reading, Tensor]:
+    def _read(self, loss: BatchLoss, params: Sequence[Tensor], gradients: bool = True) -> tuple[Reading, Tensor]:
         """Read what is judged in one transfer; also, per tensor of the state, whether it is finite."""
         buffers = [b for entry in persistent_buffers(self._model) for b in entry if b.is_floating_point()]
         state = [*params, *buffers]
-        gradients = [param.grad for param in params if param.grad is not None]
+        given = [param.grad for param in params if gradients and param.grad is not None]
         device = state[0].device
-        squares = _squares([*state, *gradients], device)
+        squares = _squares([*state, *given], device)
         finite = torch.isfinite(squares[: len(state)])
         known = self._finite is not None and self._finite.shape == finite.shape
         broke = self._finite & ~finite if known and self._finite is not None else torch.zeros_like(finite)
@@ -354,7 +379,8 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """Return everything the next judgement needs; tensors are copies."""
         return {
-            "last": self._last.state_dict() if self.stepped or self._stage is not _Stage.CALM else None,
+            "last": self._last.state_dict() if self._last else None,
+            "finite": None if self._finite is None else self._finite.tolist(),
             "good": self.good.state_dict(),
             "before": list(self._before[:3]),
             "scatter": self._scatter.state_dict(),
@@ -380,7 +406,10 @@ class Guard:
             state["last"], params, self._model, self._optimizer
         )
         self.stepped = bool(state["stepped"]) and fits
+        self._versions = _versions(params)
         self._stage = _Stage(state["stage"]) if fits else _Stage.CALM
+        finite = state["finite"]
+        self._finite = None if finite is None or not fits else torch.tensor(finite, device=params[0].device)
         self.good.load_state_dict(state["good"], params, self._model, self._optimizer)
         self.return_wanted, self.point_trusted = bool(state["return_wanted"]), bool(state["point_trusted"])
         self.searching = bool(state["searching"])
@@ -393,10 +422,15 @@ class Guard:
         self._losses = deque(((int(n), float(loss)) for n, loss in state["losses"]), maxlen=KEPT)
 
 
+def _versions(params: Sequence[Tensor]) -> list[int]:
+    """How often parameters have been written to."""
+    return [param._version for param in params]
+
+
 def _squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Sum of the squares of each tensor, in float32 ``[K]``: not finite where squares are not, either."""
     plain = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
-    plain = [torch.view_as_real(t) if t.is_complex() else t for t in plain]
+    plain = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in plain]
     narrow = [t.dtype in (torch.float16, torch.bfloat16) for t in plain]
     if not any(narrow):
         norms = list(torch._foreach_norm(plain))

@@ -168,6 +168,11 @@ class Point:
         self.buffers = [self._copied(store, now) for store, now in zip(stores, self._buffers, strict=True)]
         self._own = None if optimizer is None else OwnWeights(optimizer)
 
+    def keep_buffers(self, model: nn.Module | None) -> None:
+        """Copy the buffers alone."""
+        self._buffers = persistent_buffers(model)
+        self.buffers = [self._copied([], now) for now in self._buffers]
+
     def _copied(self, store: list[Tensor], now: list[Tensor]) -> list[Tensor]:
         if not self._on_host:
             return copied(store, now)

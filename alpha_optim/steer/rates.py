@@ -32,7 +32,7 @@ def ratios(now: Sequence[float], before: Sequence[float]) -> list[float]:
 
 
 def taken_over(rates: Sequence[float], factors: Sequence[float], now: Sequence[float]) -> list[float]:
-    """Rates after somebody's change by factors; where that is infinite, what the rate is ``now``."""
+    """Rates after somebody's change by factors; where that is infinite, what stands for the rate ``now``."""
     return [
         rate * factor if math.isfinite(factor) else new for rate, factor, new in zip(rates, factors, now, strict=True)
     ]

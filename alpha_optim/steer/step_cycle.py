@@ -48,6 +48,9 @@ class Steering(Protocol):
     def not_stepped(self) -> None:
         """Several steps were made without the scheduler's."""
 
+    def detached(self) -> None:
+        """The optimizer steps alone from here on."""
+
     def reached_by_others(self) -> None:
         """Backward passes of another network come through the parameters."""
 
@@ -105,6 +108,8 @@ class Session:
         in_pair = self._start or self.pairing.pending is not None
         backend = self.plan.backend() if in_pair else None
         self.pairing.begin(self.optimizer, backend, self.iteration, self._start, self.guard is not None)
+        if self.guard is not None and self.guard.lacks_buffers and not self._resting:
+            self.pairing.iteration.before_forward = self.guard.keep_buffers
 
     @property
     def progress(self) -> int:
@@ -145,12 +150,14 @@ class Session:
             ValueError: If there is one.
         """
         other = None if self.plan.model is None else _STEERED.get(self.plan.model, lambda: None)()
-        if other is not None and other is not self and other.active and not self._shares_parameters(other):
+        # Of an earlier phase of training the other one has made steps, and this one none.
+        together = other is not None and other is not self and other.active and other.iteration == self.iteration
+        if other is not None and together and not self._shares_parameters(other):
             names = [type(session.optimizer).__name__ for session in (other, self)]
             raise ValueError(
                 f"another optimizer of this model ({names[0]}) already has an AlphaScheduler, and two of them would "
                 f"take back different steps; wrap both as one: AlphaGuided([{names[0].lower()}, {names[1].lower()}], "
-                "model, loss_fn)"
+                "model, loss_fn), or detach() the other one if it is done"
             )
         if self._steering is not None:
             raise ValueError(
@@ -167,6 +174,8 @@ class Session:
         """Remove every hook; from here on the wrapped optimizer steps alone."""
         self.pairing.close()
         self.pairing.pending = None
+        if self.active and self._steering is not None:
+            self._steering.detached()
         self.active = False
 
     def gradients_cleared(self, in_place: bool) -> None:
@@ -176,17 +185,28 @@ class Session:
                 self.pairing.gradients_overwritten()
             self._judge_abandoned()
             self.pairing.iteration.passes.discard()
+            self.pairing.iteration.lost_losses = []  # judged just now
 
     def _judge_abandoned(self) -> None:
         """A pass came to no step: a gradient scaler skips what is not finite, and a loss that is not counts."""
         passes = self.pairing.iteration.passes
-        if self.guard is None or self._resting or not passes.reached:
-            return
-        mean = read([batch_loss(passes, None).mean])[0]
-        event = None if mean is None else self.guard.abandoned(self.iteration, mean, parameters_of(self.optimizer))
+        if passes.reached:
+            self._judge_skipped(batch_loss(passes, None).mean)
+
+    def _judge_skipped_passes(self, params: list[Tensor]) -> bool:
+        """The same for passes whose gradients the loop cleared without us; whether the pass at hand can be used."""
+        losses, self.pairing.iteration.lost_losses = self.pairing.iteration.lost_losses, []
+        events = [event for loss in losses if (event := self._judge_skipped(loss)) is not None]
+        return not any(event.restored for event in events)  # else its gradients are those of another point
+
+    def _judge_skipped(self, loss: Tensor | None) -> GuardEvent | None:
+        if self.guard is None or self._resting or loss is None:
+            return None
+        event = self.guard.abandoned(self.iteration, read([loss])[0], parameters_of(self.optimizer))
         if event is not None:
             self.pairing.pending = None
-            self._note(event)
+            event = self._note(event)
+        return event
 
     # ---------------------------------------------------------------- losses handed over
 
@@ -239,12 +259,15 @@ class Session:
             self._remind_scheduler()
             self.begin()
             return result
+        if self.guard is not None:
+            self.guard.notice_edits(parameters_of(self.optimizer))
         try:
-            if closure is None:
-                self._before_step(None)
-            inner = None if closure is None else self._watched(closure, self.pairing.entry())
             with self._around_step():
+                if closure is None:
+                    self._before_step(None)
+                inner = None if closure is None else self._watched(closure, self.pairing.entry())
                 result = self.optimizer.step(**_with(inner, kwargs))
+                self._reduce_start()
         except SkipStepSignal as skip:
             self.begin()  # the step was not executed: the iteration starts anew
             return skip.args[0]
@@ -295,9 +318,15 @@ class Session:
             if self._reached == OTHERS:
                 self._steering.reached_by_others()
         outcome = pairing.finish(params, entry)
+        moved = None
+        if entry is not None and self.guard is not None:  # judged and kept is the point that the step starts from
+            moved = [param.detach().clone() for param in params]
+            _write(params, entry.params)
         event, used = None, True
         if self.guard is not None:
-            event, used = self._judge(self.guard, params)
+            used = self._judge_skipped_passes(params)
+            if used:
+                event, used = self._judge(self.guard, params)
         self._record(outcome, event)
         if not used:
             pairing.pending = None
@@ -305,6 +334,8 @@ class Session:
             self.skipped += 1
             raise SkipStepSignal(closure_loss)
         self._tell_accepted()
+        if moved is not None:
+            _write(params, moved)
         if self._start:
             reason = pairing.start_obstacle(params, entry)
             if reason is not None:
@@ -320,7 +351,8 @@ class Session:
             self.history.drop(outcome)
         elif outcome is not None:
             unusable = event is not None and event.skipped and event.reason in (
-                GuardReason.LOSS_NOT_FINITE, GuardReason.GRADIENT_NOT_FINITE, GuardReason.NO_EFFECT,
+                GuardReason.LOSS_NOT_FINITE, GuardReason.GRADIENT_NOT_FINITE, GuardReason.STATE_NOT_FINITE,
+                GuardReason.NO_EFFECT,
             )  # fmt: skip
             if unusable:
                 self.history.drop(DropReason.NOT_FINITE)
@@ -365,6 +397,7 @@ class Session:
         """Judge the point that the last step reached; see `AlphaScheduler.finish`."""
         if self.guard is None or not self.active:
             return
+        self._judge_abandoned()
         event = self.guard.finish(self.iteration, loss, parameters_of(self.optimizer))
         if event is not None:
             self.pairing.pending = None
@@ -384,8 +417,8 @@ class Session:
             self._steering.not_stepped()
 
     @torch.no_grad()
-    def _after_step(self) -> None:
-        """Reduce the start of the pair and move on to the next iteration."""
+    def _reduce_start(self) -> None:
+        """Reduce the start of the pair."""
         pairing = self.pairing
         iteration = pairing.iteration
         if not iteration.in_step and (self._start or pairing.pending is not None):
@@ -398,13 +431,17 @@ class Session:
                 self.history.drop(reason)
             self.plan.saw_step(len(iteration.passes.reached), pairing.habits.keep_copies)
             self.plan.warn_unaccounted()
+
+    def _after_step(self) -> None:
+        """Move on to the next iteration."""
+        pairing, iteration = self.pairing, self.pairing.iteration
         self.iteration += 1
         saw_loss = iteration.loss.mean is not None or iteration.losses_declined
         measured = pairing.pending is not None and iteration.gradients.any_seen
         self.reminders.after_step(self.iteration, measured, saw_loss)
         self._remind_scheduler()
         if self.guard is not None:
-            self.guard.stepped = True
+            self.guard.step_made(parameters_of(self.optimizer))
         self.begin()
 
     def _keep_gradients(self) -> None:
@@ -432,6 +469,7 @@ class Session:
             "guard": self._saved_guard if self.guard is None else self.guard.state_dict(),
             "plan": self.plan.state_dict(),
             "skipped": self.skipped,
+            "searching": self.searching,
             "scheduled_at": self._scheduled_at,
             "events": [{**asdict(event), "reason": str(event.reason)} for event in self.events],
         }
@@ -450,7 +488,7 @@ class Session:
             self.iteration = int(state["iteration"])
             self.history.load_state_dict(state["history"])
             self._saved_guard = state["guard"]
-            self.skipped = int(state.get("skipped", 0))
+            self.skipped, self.searching = int(state.get("skipped", 0)), bool(state.get("searching", False))
             self._scheduled_at = int(state.get("scheduled_at", self.iteration))
             if int(state["version"]) >= 2:
                 self.pairing.load_state_dict(state["pairing"], parameters_of(self.optimizer))
@@ -466,3 +504,8 @@ class Session:
 
 def _with(closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs if closure is None else {"closure": closure, **kwargs}
+
+
+def _write(params: list[Tensor], values: list[Tensor]) -> None:
+    for param, value in zip(params, values, strict=True):
+        param.copy_(value)

@@ -249,7 +249,7 @@ class CalibrateThenAnneal:
                 self._skipped = skipped
             self._undo = None
             self._held.level_accepted()
-            if self._done and not event.skipped:  # what the optimizer remembers belongs to another loss
+            if self._done and math.isfinite(event.loss_after):  # what the optimizer remembers belongs to another loss
                 self._ramp, self._ramp_at = True, event.iteration + self._skipped
             return
         if not event.restored or event.reason is GuardReason.POLICY_RETURNED:
