@@ -369,6 +369,75 @@ def test_the_rate_given_with_an_added_group_is_the_one_it_gets():
     assert [group["lr"] for group in base.param_groups] == pytest.approx([0.0125, 0.04])
 
 
+@pytest.mark.parametrize("path", ["cool down", "not stepped"])
+def test_a_group_added_since_the_last_call_disturbs_nothing(path):
+    model, base = make()
+    loss_fn, extra = nn.CrossEntropyLoss(), nn.Parameter(torch.zeros(2))
+    guided = AlphaGuided(base, nn.ModuleList([model, nn.ParameterList([extra])]), loss_fn)
+    scheduler = AlphaScheduler(guided, Hold()) if path == "cool down" else AlphaScheduler(guided, total_steps=1000)
+    train(model, loss_fn, guided, scheduler, batches(3))
+    guided.add_param_group({"params": [extra], "lr": 0.04})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if path == "cool down":
+            scheduler.cool_down(10)
+        else:
+            for x, y in batches(14):
+                guided.zero_grad()
+                loss_fn(model(x), y).backward()
+                guided.step()
+    assert len(scheduler.get_last_lr()) == 2
+    if path == "cool down":
+        assert [group["lr"] for group in base.param_groups] == pytest.approx([0.1, 0.04])
+
+
+def test_a_rate_written_before_cooling_down_is_cooled_down_from():
+    model, base = make()
+    guided = AlphaGuided(base, model)
+    scheduler = AlphaScheduler(guided, Hold())
+    base.param_groups[0]["lr"] = 0.02
+    with pytest.warns(UserWarning, match="changed outside"):
+        scheduler.cool_down(10)
+    assert base.param_groups[0]["lr"] == pytest.approx(0.02)
+
+
+def test_a_group_that_is_removed_is_forgotten():
+    model, base = make(groups=True)
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, lambda m: 0.5, guard=False)
+    train(model, loss_fn, guided, scheduler, batches(3))
+    del base.param_groups[0]
+    train(model, loss_fn, guided, scheduler, batches(1))
+    assert base.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**2)  # the pair across the change is dropped
+
+
+def test_a_rate_set_to_0_and_back_is_the_one_written():
+    model, base = make(groups=True)
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, lambda m: 2.0 if m.iteration < 4 else 1.0, guard=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, loss_fn, guided, scheduler, batches(8))
+        base.param_groups[0]["lr"] = 0.0
+        train(model, loss_fn, guided, scheduler, batches(2))
+        assert base.param_groups[0]["lr"] == 0.0
+        base.param_groups[0]["lr"] = 0.32
+        train(model, loss_fn, guided, scheduler, batches(2))
+    assert base.param_groups[0]["lr"] == pytest.approx(0.32)
+
+
+def test_an_empty_param_group_is_none_of_our_business():
+    model = make()[0]
+    base = torch.optim.SGD([{"params": []}, {"params": model.parameters()}], lr=0.1)
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, Hold())
+    train(model, loss_fn, guided, scheduler, batches(3))
+    assert guided.iteration == 3
+
+
 def test_a_plateau_without_its_metric_raises_as_in_torch():
     model, base = make()
     guided = AlphaGuided(base, model)

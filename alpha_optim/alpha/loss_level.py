@@ -66,7 +66,8 @@ class LossScatter:
         self._harmless *= FORGETS
 
     def level_unknown(self) -> None:
-        """The parameters are others: the next loss has none before it."""
+        """The parameters are others: losses from here on have nothing to do with those before."""
+        self._differences.clear()
         self._first = None
         self._lowest = math.inf
 
