@@ -28,8 +28,9 @@ RIPPLE, PROGRESS = 3.0, 0.05
 full batches, whose losses differ by next to nothing, momentum makes such."""
 ROUNDING = 1e-5
 """Relative change of a loss that may be rounding in float32."""
-UNKNOWN = 10.0
-"""Where nothing is known of the noise, a loss has risen when it rose by so many times its own size."""
+FIRST, UNKNOWN = 1.0, 10.0
+"""After the very first step, with no difference to compare with, a loss has risen when it rose by so many times its own
+size; the second where the noise over samples is not known either."""
 
 
 @lru_cache(maxsize=4096)
@@ -99,8 +100,8 @@ class LossScatter:
             limits.append(quantile(freedom) * noise)
         if self._differences:
             limits.append(quantile(min(TAILS, len(self._differences))) * self.deviation)
-        elif not known:
-            limits.append(UNKNOWN * abs(before))
+        else:
+            limits.append((FIRST if known else UNKNOWN) * abs(before))
         return max(limits)
 
     def state_dict(self) -> dict[str, Any]:
