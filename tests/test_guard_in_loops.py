@@ -244,3 +244,23 @@ def test_detaching_during_a_search_leaves_the_rate_given():
     guided.detach()
     assert guided.param_groups[0]["lr"] == pytest.approx(0.05)
     assert before.keys() == snapshot(model).keys()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adam"])
+def test_a_guard_that_does_nothing_changes_no_measurement(kind):
+    """Rates, parameters and every alpha are those of a run that is only watched, hard batches included."""
+    from tests.test_guard import KINDS
+
+    data = [(x, torch.where(torch.arange(32) < (3 if k % 5 == 0 else 0), (y + 1) % 3, y))
+            for k, (x, y) in enumerate(batches(150))]  # fmt: skip
+    run = guarded(kind)
+    go(*run, data)
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    watched = AlphaGuided(KINDS[kind](model.parameters()), model, loss_fn)
+    for x, y in data:
+        watched.zero_grad()
+        loss_fn(model(x), y).backward()
+        watched.step()
+    assert run[2].guard_events == ()
+    assert equal_states(run[0].state_dict(), model.state_dict())
+    assert repr(list(run[2].alpha_history)) == repr(list(watched.alpha_history))

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
 
-from alpha_optim import AlphaGuided  # noqa: E402
+from alpha_optim import AlphaGuided, AlphaScheduler  # noqa: E402
 from tests.reference.losses_of_samples import observe  # noqa: E402
 from tests.test_today import QUANTITIES  # noqa: E402
 from tests.test_transparency import equal_states  # noqa: E402
@@ -132,3 +132,28 @@ def test_exact_variances_are_those_of_one_backward_pass_per_sample(name):
         assert m.information == "full"
         for quantity in QUANTITIES:
             assert getattr(m, quantity) == pytest.approx(row[quantity], rel=tolerance), (m.iteration, quantity)
+
+
+@pytest.mark.parametrize("lr", [1e-6, 10.0])
+def test_a_model_that_returns_its_loss_is_trained_from_any_rate(lr):
+    """Sequences with a constant stride; the best of a grid of rates ends at 0.09, chance is 3.5."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=32, n_positions=32, n_embd=48, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, loss_type="ForCausalLMLoss",
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    optimizer = AlphaGuided(torch.optim.AdamW(model.parameters(), lr=lr), model)
+    scheduler = AlphaScheduler(optimizer, total_steps=400)
+    generator, losses = torch.Generator().manual_seed(0), []
+    for _ in range(400):
+        start, stride = (torch.randint(1, top, (16, 1), generator=generator) for top in (32, 5))
+        tokens = (start + stride * torch.arange(24)) % 32
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) / 20 < 0.2
+    assert optimizer.alpha_history[-1].information == "full"
