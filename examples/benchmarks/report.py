@@ -10,7 +10,7 @@ from examples.benchmarks.tables import load, table
 
 REFERENCES = ("cached", "Cockpit", "vmap")
 DOCS = Path(__file__).parents[2] / "docs"
-COLUMNS = ("gradients", "default", "first 100", "every=10", "steered", "exact", "layerwise", *REFERENCES)
+COLUMNS = ("gradients", "default", "first 100", "every=10", "steered", "guard", "exact", "layerwise", *REFERENCES)
 COLOURS = {"default": "tab:blue", "exact": "tab:orange", "cached": "tab:gray", "Cockpit": "tab:red"}
 
 HEAD = """# What alpha costs, and what it gives
@@ -25,7 +25,8 @@ measured) is timed beside plain ones in one process, and the medians are put tog
 **default** is `AlphaGuided(optimizer, model, loss_fn)`: alpha of every step, variances of slopes from 16 samples
 now and then, in a long run; **first 100** the same over the first 100 steps, in which variances are measured more
 often. **exact** takes all samples at every step. **gradients** has slopes only. *steered* has an `AlphaScheduler`
-past its calibration, with its guard, and `every=None`. In brackets the floor: counted multiplications beyond those
+past its calibration, with its guard, and `every=None`; *guard* is a step of that kind that is not measured: the
+guard's work alone. In brackets the floor: counted multiplications beyond those
 of the plain step, and the bytes of the passes over parameters at the memory bandwidth of the machine. *layerwise*
 is that backend where the default is `backpack` (plain SGD); *cached* our own reference backend with all samples,
 *Cockpit* the original implementation, *vmap* the plain step beside gradients of single samples by

@@ -108,7 +108,7 @@ class LossSearch:
         self._last: int | None = None
         self._begin: int | None = None  # iteration of the first measurement
         self._from = 0  # measurements of earlier iterations belong to the climb before
-        self._samples = 0
+        self._seen_batches, self._log_samples = 0, 0.0  # number of batches, and the mean log of their samples
         self._taken_back = 0
 
     @property
@@ -126,7 +126,8 @@ class LossSearch:
     @property
     def _room(self) -> float:
         """How far above what was seen the log rate is set."""
-        return room_above(self._samples) if self.boost is None else math.log(self.boost)
+        samples = round(math.exp(self._log_samples)) if self._seen_batches else 0
+        return room_above(samples) if self.boost is None else math.log(self.boost)
 
     @property
     def over_by(self) -> int:
@@ -139,7 +140,10 @@ class LossSearch:
         here = self._trail.at(n)
         steps = 1 if self._last is None else max(1, n - self._last)
         self._begin = n if self._begin is None else self._begin
-        self._last, self._samples = n, measurement.samples_start
+        self._last = n
+        if measurement.samples_start > 0:
+            self._seen_batches += 1
+            self._log_samples += (math.log(measurement.samples_start) - self._log_samples) / self._seen_batches
         if not math.isfinite(loss) or n < self._from:
             return
         if self._stage == 0:
@@ -271,7 +275,8 @@ class LossSearch:
             "knee": self._knee.state_dict(),
             "pace": self._pace,
             "last": self._last,
-            "samples": self._samples,
+            "batches": self._seen_batches,
+            "log_samples": self._log_samples,
             "taken_back": self._taken_back,
         }
 
@@ -288,4 +293,5 @@ class LossSearch:
         self.seen = {str(name): float(where) for name, where in state["seen"].items()}
         self._knee.load_state_dict(state["knee"])
         self._stage, self._pace, self._last = int(state["stage"]), float(state["pace"]), state["last"]
-        self._samples, self._taken_back = int(state["samples"]), int(state["taken_back"])
+        self._seen_batches, self._log_samples = int(state["batches"]), float(state["log_samples"])
+        self._taken_back = int(state["taken_back"])
