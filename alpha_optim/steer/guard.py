@@ -40,6 +40,9 @@ from alpha_optim.user_warning import warn_user
 PATIENCE = 3
 """After so many returns in a row that did not help rises of the loss are no longer judged; a buffer that is not
 finite so many batches in a row is meant to be."""
+LARGEST = 1.8e19
+"""Norms above this have squares that float32 does not hold: second moments and running variances would be infinite for
+ever."""
 KEPT = 1000
 """So many losses wait to be told to a policy, if its scheduler is stepped now and then only."""
 
@@ -116,7 +119,7 @@ class Guard:
         self._helpless = 0  # returns in a row that did not help
         self._said: set[str] = set()
         self._versions: list[int] = []  # of the parameters after the last step
-        self._finite: Tensor | None = None  # per tensor of the state, whether it was finite
+        self._finite: list[bool] | None = None  # per tensor of the state, whether it was finite
         self._losses: deque[tuple[int, float]] = deque(maxlen=KEPT)  # for the policy
         self.stepped = False  # whether a step was made from the last point
         self.return_wanted = False  # to the good point, by a policy
@@ -262,7 +265,7 @@ class Guard:
 
     # ---------------------------------------------------------------- what is done
 
-    def _accept(self, iteration: int, now: Reading, params: Sequence[Tensor], finite: Tensor) -> None:
+    def _accept(self, iteration: int, now: Reading, params: Sequence[Tensor], finite: list[bool]) -> None:
         """Keep the point from which a step is about to be made."""
         if self.searching:
             self.good.close_window(params, self._model, self._optimizer, self.point_trusted)
@@ -351,28 +354,20 @@ class Guard:
 
     # ---------------------------------------------------------------- reading
 
-    def _read(self, loss: BatchLoss, params: Sequence[Tensor], gradients: bool = True) -> tuple[Reading, Tensor]:
+    def _read(self, loss: BatchLoss, params: Sequence[Tensor], gradients: bool = True) -> tuple[Reading, list[bool]]:
         """Read what is judged in one transfer; also, per tensor of the state, whether it is finite."""
         buffers = [b for entry in persistent_buffers(self._model) for b in entry if b.is_floating_point()]
-        state = [*params, *buffers]
         given = [param.grad for param in params if gradients and param.grad is not None]
-        device = state[0].device
-        squares = _squares([*state, *given], device)
-        finite = torch.isfinite(squares[: len(state)])
-        known = self._finite is not None and self._finite.shape == finite.shape
-        broke = self._finite & ~finite if known and self._finite is not None else torch.zeros_like(finite)
-        values = [
-            broke[: len(params)].any(),
-            broke[len(params) :].any(),
-            torch.isfinite(squares[len(state) :].sum()),
-        ]
-        values += [
-            torch.as_tensor(value, device=device).detach() for value in (loss.mean, loss.variance) if value is not None
-        ]
-        numbers = torch.stack([value.to(device, torch.float64) for value in values]).tolist()
-        mean = numbers[3] if loss.mean is not None else None
-        variance = numbers[-1] if loss.variance is not None else None
-        return Reading(mean, variance, loss.samples, *map(bool, numbers[:3])), finite
+        norms, mean, variance = _together(_norms([*params, *buffers, *given]), loss.mean, loss.variance)
+        finite = [norm <= LARGEST for norm in norms]  # false for nan
+        count = len(params) + len(buffers)
+        before = self._finite if self._finite is not None and len(self._finite) == count else finite
+        broke = [was and not now for was, now in zip(before, finite, strict=False)]
+        known = len(params)
+        reading = Reading(
+            mean, variance, loss.samples, any(broke[:known]), any(broke[known:]), all(finite[count:])
+        )  # fmt: skip
+        return reading, finite[:count]
 
     # ---------------------------------------------------------------- resume
 
@@ -380,7 +375,7 @@ class Guard:
         """Return everything the next judgement needs; tensors are copies."""
         return {
             "last": self._last.state_dict() if self._last else None,
-            "finite": None if self._finite is None else self._finite.tolist(),
+            "finite": None if self._finite is None else list(self._finite),
             "good": self.good.state_dict(),
             "before": list(self._before[:3]),
             "scatter": self._scatter.state_dict(),
@@ -409,7 +404,7 @@ class Guard:
         self._versions = _versions(params)
         self._stage = _Stage(state["stage"]) if fits else _Stage.CALM
         finite = state["finite"]
-        self._finite = None if finite is None or not fits else torch.tensor(finite, device=params[0].device)
+        self._finite = None if finite is None or not fits else list(map(bool, finite))
         self.good.load_state_dict(state["good"], params, self._model, self._optimizer)
         self.return_wanted, self.point_trusted = bool(state["return_wanted"]), bool(state["point_trusted"])
         self.searching = bool(state["searching"])
@@ -427,16 +422,29 @@ def _versions(params: Sequence[Tensor]) -> list[int]:
     return [param._version for param in params]
 
 
-def _squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Sum of the squares of each tensor, in float32 ``[K]``: not finite where squares are not, either."""
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each tensor ``[]``, in a type wide enough."""
     plain = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
     plain = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in plain]
     narrow = [t.dtype in (torch.float16, torch.bfloat16) for t in plain]
     if not any(narrow):
-        norms = list(torch._foreach_norm(plain))
-    else:  # the norm of a large tensor is beyond what 16 bits hold
-        norms = [
-            torch.linalg.vector_norm(t, dtype=torch.float32 if wide else None)
-            for t, wide in zip(plain, narrow, strict=True)
-        ]
-    return torch.stack([norm.to(device, torch.float32) for norm in norms]).square()
+        return list(torch._foreach_norm(plain))
+    return [  # the norm of a large tensor is beyond what 16 bits hold
+        torch.linalg.vector_norm(t, dtype=torch.float32 if wide else None)
+        for t, wide in zip(plain, narrow, strict=True)
+    ]
+
+
+def _together(norms: list[Tensor], *others: Any) -> tuple[Any, ...]:
+    """Fetch norms and other numbers; in one transfer where they lie on one device."""
+    first = norms[0]
+    if any(norm.dtype is not first.dtype or norm.get_device() != first.get_device() for norm in norms):
+        values = read([*norms, *others])
+        return values[: len(norms)], *values[len(norms) :]
+    stacked = torch.stack(norms)
+    if stacked.is_cpu:
+        return stacked.tolist(), *read(others)
+    waiting = [other.detach().to(first.device, torch.float64) for other in others if isinstance(other, Tensor)]
+    values = torch.cat([stacked.double(), *(value.reshape(1) for value in waiting)]).tolist()
+    found = iter(values[len(norms) :])
+    return values[: len(norms)], *(next(found) if isinstance(other, Tensor) else other for other in others)
