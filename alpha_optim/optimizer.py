@@ -192,7 +192,12 @@ class AlphaGuided(Optimizer):
 
         Returns:
             A handle whose ``remove()`` removes it.
+
+        Raises:
+            TypeError: If ``hook`` is not callable.
         """
+        if not callable(hook):
+            raise TypeError(f"an accepted hook must be callable (it is called with the optimizer), got {hook!r}")
         handle = RemovableHandle(self._accepted_hooks)
         self._accepted_hooks[handle.id] = hook
         return handle

@@ -97,7 +97,7 @@ class AlphaScheduler(LRScheduler):
                 f"AlphaScheduler needs an AlphaGuided optimizer, got {type(optimizer).__name__}; "
                 "wrap it first: AlphaGuided(optimizer, model, loss_fn)"
             )
-        check_scheduling(optimizer, policy, total_steps, schedule, (min_lr, max_lr))
+        check_scheduling(optimizer, policy, total_steps, schedule, (min_lr, max_lr), guard)
         optimizer._session.check_unsteered()
         if policy is None:
             policy = TargetAlpha() if total_steps is None else CalibrateThenAnneal(

@@ -9,7 +9,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from alpha_optim.steer.rates import peak_of
 
 
-def check_scheduling(optimizer: Any, policy: Any, total_steps: Any, schedule: Any, bounds: tuple[float, float]) -> None:
+def check_scheduling(
+    optimizer: Any, policy: Any, total_steps: Any, schedule: Any, bounds: tuple[float, float], guard: Any
+) -> None:
     """Refuse arguments of `AlphaScheduler` that cannot work together.
 
     Raises:
@@ -31,6 +33,8 @@ def check_scheduling(optimizer: Any, policy: Any, total_steps: Any, schedule: An
             f"schedule belongs to another optimizer ({type(schedule.optimizer).__name__}); build it on this "
             f"one: {type(schedule).__name__}(optimizer, ...)"
         )
+    if not (isinstance(guard, bool) or guard == "cpu"):
+        raise ValueError(f'guard must be True, False or "cpu" (copies in the memory of the CPU), got {guard!r}')
     if not 0.0 <= bounds[0] <= bounds[1]:
         raise ValueError(f"expected 0 <= min_lr <= max_lr, got min_lr={bounds[0]}, max_lr={bounds[1]}")
     own = [index for index, group in enumerate(optimizer.param_groups) if group.get("lr", 0.0) is None]
