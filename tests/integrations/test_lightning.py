@@ -1,6 +1,7 @@
 """A real training run by Lightning, in every way its trainer steps an optimizer."""
 
 import logging
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
 
-from alpha_optim import AlphaGuided, AlphaScheduler  # noqa: E402
+from alpha_optim import AlphaGuided, AlphaScheduler, Hold  # noqa: E402
 from alpha_optim.integrations.lightning import AlphaMonitor  # noqa: E402
 from tests.test_transparency import equal_states  # noqa: E402
 from tests.today import GPT, T, V  # noqa: E402
@@ -210,3 +211,39 @@ def test_a_language_model(tmp_path, accumulate, precision):
     assert len(guided.alpha_history) == 16 // accumulate - 1
     assert {m.information for m in guided.alpha_history[2:]} == {"full"}
     assert {m.samples_start for m in guided.alpha_history} == {20 * accumulate}
+
+
+@pytest.mark.compatibility("Lightning", "weights averaged by its callback, which replaces the scheduler")
+def test_a_replaced_scheduler_does_not_undo_the_average():
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    class Averaged(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+            self.loss_fn = nn.CrossEntropyLoss()
+
+        def training_step(self, batch, index):
+            x, _ = batch
+            return self.loss_fn(self.net(x), x[:, :3].argmax(1))
+
+        def configure_optimizers(self):
+            base = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            self.guided = AlphaGuided(base, self.net, self.loss_fn)
+            self.scheduler = AlphaScheduler(self.guided, Hold())
+            return {"optimizer": self.guided, "lr_scheduler": {"scheduler": self.scheduler, "interval": "step"}}
+
+    torch.manual_seed(0)
+    module = Averaged()
+    trainer = lightning.Trainer(
+        max_epochs=6, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=0.5)],
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, torch.utils.data.DataLoader(batches(), batch_size=None))
+    assert module.guided.guard_events == ()
+    assert trainer.lr_scheduler_configs[0].scheduler is not module.scheduler
+    module.eval()
+    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(1))
+    assert module.loss_fn(module.net(x), x[:, :3].argmax(1)).item() < 0.4
