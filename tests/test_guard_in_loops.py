@@ -54,6 +54,7 @@ def sam_run(steered, bad, every=1):
     return model.state_dict(), optimizer
 
 
+@pytest.mark.compatibility("Loops", "SAM, watched and steered")
 @pytest.mark.parametrize("every", [1, 7])
 def test_sam_is_judged_and_kept_at_the_point_it_starts_from(every):
     """A bad batch leaves the weights at w, and nothing follows from it."""

@@ -10,8 +10,6 @@ from torch import nn
 from alpha_optim import AlphaGuided, AlphaScheduler, Hold
 from tests.test_transparency import equal_states
 
-pytestmark = pytest.mark.compatibility("torch.optim", "Muon for matrices and AdamW for the rest, as one")
-
 
 def make():
     torch.manual_seed(0)
@@ -40,6 +38,7 @@ def train(model, loss_fn, optimizer, data, scheduler=None):
             scheduler.step()
 
 
+@pytest.mark.compatibility("torch.optim", "several on one model (Muon for matrices, AdamW for the rest), as one")
 def test_a_step_is_a_step_of_each_bit_for_bit():
     bare_model, bare = make()
     loss_fn = nn.CrossEntropyLoss()
@@ -148,6 +147,7 @@ def test_a_group_added_to_one_of_them_is_seen():
     assert [group["lr"] for group in guided.param_groups] == [0.02, 0.01, 0.003]
 
 
+@pytest.mark.compatibility("Schedules", "two steered optimizers on one model, one by one", "refused")
 def test_steering_two_wrappers_of_one_model_is_refused_with_the_recipe():
     model, optimizers = make()
     loss_fn = nn.CrossEntropyLoss()
@@ -173,6 +173,7 @@ def test_a_new_run_on_the_same_parameters_is_steered_as_ever():
     assert len(kept) == 2
 
 
+@pytest.mark.compatibility("Schedules", "GANs steered: no rate is searched, a warning says so")
 @pytest.mark.filterwarnings("error")
 def test_networks_that_play_against_each_other_are_watched_and_no_rate_is_searched():
     torch.manual_seed(0)
@@ -207,6 +208,7 @@ def test_networks_that_play_against_each_other_are_watched_and_no_rate_is_search
     assert len(guided[0].alpha_history) > 20
 
 
+@pytest.mark.compatibility("Loops", "a guard with optimizers stepped inside the backward pass", "refused")
 def test_a_guard_inside_the_backward_pass_is_refused_by_name():
     model, loss_fn = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), nn.CrossEntropyLoss()
 
