@@ -37,6 +37,11 @@ LOWER_AGAIN = 0.1
 SOON = 10
 """A step taken back lowers the rates by `LOWER_ONCE`; within `SOON` iterations of the last, or after a
 return to the best point of a search, by `LOWER_AGAIN`."""
+PROBATION, GROWS = 200, 1.02
+"""So many steps after the last explosion the rates grow to what they were, by this factor a step: it may have been an
+accident."""
+ALIKE = 3.0
+"""Two explosions are alike whose losses rose by amounts within this factor."""
 LAG = 1
 """On an accelerator policies see a measurement so many steps later, when it no longer has to be waited for."""
 OWNER = 3
@@ -107,6 +112,8 @@ class AlphaScheduler(LRScheduler):
         self.min_lr, self.max_lr = float(min_lr), float(max_lr)
         self.scale = 1.0
         self._last_event = -SOON - 1
+        self._last_rise = 0.0  # of the loss, in the last explosion
+        self._owed = 1.0  # by what the rates are going to grow again after explosions
         self._last_cut = 1.0  # by what the last step taken back has lowered the rates
         self._foreign = 0  # calls in a row before which somebody else wrote a rate
         self._said: set[str] = set()
@@ -181,6 +188,7 @@ class AlphaScheduler(LRScheduler):
         else:
             factor = self._factor(optimizer, session.guard)
             self.scale = min(1e30, max(1e-30, self.scale * factor))
+            self._give_back()
         self._tell_guard()
         if session.progress != self._seen_progress:
             self._seen_progress = session.progress
@@ -336,12 +344,11 @@ class AlphaScheduler(LRScheduler):
         self._take_over_foreign_rates()
         factor = 1.0
         if event.reason is GuardReason.NO_EFFECT:  # of the last cut, which is what the guard asks to be undone
-            factor = 1.0 / self._last_cut
-            self._last_event, self._last_cut = -SOON - 1, 1.0
+            cut, self._last_cut, self._last_event = min(1.0, self._last_cut), 1.0, -SOON - 1
+            factor, self._owed = 1.0 / cut, max(1.0, self._owed * cut)
         elif event.restored and event.reason is not GuardReason.POLICY_RETURNED:
-            again = event.iteration - self._last_event <= SOON or event.reason is GuardReason.LOSS_DRIFTED
+            factor = self._last_cut = self._lowered(event)
             self._last_event = event.iteration
-            factor = self._last_cut = LOWER_AGAIN if again else LOWER_ONCE
         event = replace(event, scale_factor=factor)
         if factor != 1.0:
             if self._cut is not None:
@@ -352,6 +359,37 @@ class AlphaScheduler(LRScheduler):
         LOG.info("%s", event)
         base.tell_event(self.policy, event)
         return event
+
+    def _lowered(self, event: GuardEvent) -> float:
+        """What a step that was taken back multiplies the rates by.
+
+        An explosion at a rate that an earlier one has lowered, long after it and as high as it, came from the data (two
+        hard batches in a row): what was lowered is given back, and rises of that size are not looked at for a while.
+        """
+        again = event.iteration - self._last_event <= SOON or event.reason is GuardReason.LOSS_DRIFTED
+        rise, last_rise = event.loss_after - event.loss_before, self._last_rise
+        self._last_rise = rise
+        if base.keeps_scale(self.policy):
+            return LOWER_AGAIN if again else LOWER_ONCE
+        if again:
+            self._owed = 1.0
+            return LOWER_AGAIN
+        alike = last_rise > 0.0 and last_rise / ALIKE < rise < last_rise * ALIKE  # not where one is nan
+        if self._owed > 1.0 and alike:
+            owed, self._owed = self._owed, 1.0
+            guard = self._session.guard
+            if guard is not None:
+                guard.came_from_data(rise)
+            return owed
+        self._owed /= LOWER_ONCE
+        return LOWER_ONCE
+
+    def _give_back(self) -> None:
+        """Long after the last explosion the rates grow to what they were."""
+        if self._owed > 1.0 and self.optimizer.iteration - self._last_event > PROBATION:  # type: ignore[attr-defined]
+            factor = min(self._owed, GROWS)
+            self._owed /= factor
+            self.scale *= factor
 
     def _not_stepped(self) -> None:
         """Several steps were made since the last call: a search waits, at the rate given."""
@@ -459,6 +497,8 @@ class AlphaScheduler(LRScheduler):
             "seen_measurement": self._seen_measurement,
             "last_event": self._last_event,
             "last_cut": self._last_cut,
+            "last_rise": self._last_rise,
+            "owed": self._owed,
             "step_count": self._step_count,
             "foreign": self._foreign,
             "cut": self._cut,
@@ -489,6 +529,7 @@ class AlphaScheduler(LRScheduler):
         self._last_event, self._step_count = int(state_dict["last_event"]), int(state_dict["step_count"])
         self._seen_progress = int(state_dict.get("seen_progress", self._seen_iteration))
         self._last_cut, self._foreign = float(state_dict.get("last_cut", 1.0)), int(state_dict.get("foreign", 0))
+        self._last_rise, self._owed = float(state_dict.get("last_rise", 0.0)), float(state_dict.get("owed", 1.0))
         self._cut, self._sparse = state_dict.get("cut"), int(state_dict.get("sparse", 0))
         cooling = state_dict.get("cooling")
         self._cooling = None if cooling is None else (int(cooling[0]), int(cooling[1]))

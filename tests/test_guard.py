@@ -158,6 +158,23 @@ def test_a_hard_batch_is_no_explosion_and_the_next_one_is_used():
     assert run[2].iteration == 89
 
 
+def test_after_one_explosion_the_rate_is_lowered_for_a_while():
+    run = guarded("sgd")
+    spiked(run, batches(200), at=20)
+    assert run[2].param_groups[0]["lr"] == pytest.approx(0.05)
+    go(*run, batches(80))
+    assert run[2].param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_pairs_of_hard_batches_lower_nothing_for_long():
+    """The second pair comes at half the rate, and is as hard as the first: it was not the rate."""
+    run = guarded("adam")
+    go(*run, [(x, (y + 1) % 3 if k % 60 in (58, 59) else y) for k, (x, y) in enumerate(batches(300))])
+    taken_back = [event.scale_factor for event in run[2].guard_events if event.restored]
+    assert taken_back == [0.5, 2.0]
+    assert run[2].param_groups[0]["lr"] == pytest.approx(0.01)
+
+
 def test_another_task_is_no_explosion_and_the_rate_is_given_back():
     """And what is done in vain is not done for ever."""
     run = guarded("adam")

@@ -163,6 +163,10 @@ class Guard:
             self._before = UNSEEN
             self._scatter.level_unknown()
 
+    def came_from_data(self, rise: float) -> None:
+        """A rise that was confirmed as an explosion turned out to be the data's: do not look at the next such."""
+        self._scatter.note_harmless(rise)
+
     @property
     def lacks_buffers(self) -> bool:
         """Whether there are no buffers to put back yet."""

@@ -65,6 +65,7 @@ SITUATIONS = [
         Situation(setup, kind)
         for setup in (
             setups.SmallerBatches, setups.MixedBatches, setups.GrowingBatches, setups.EasyAndHard, setups.RareHard,
+            setups.HardPairs, setups.HardTriples,
             setups.Curriculum, setups.LabelNoise, setups.TinyBatches,
         )
         for kind in _BOTH

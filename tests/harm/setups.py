@@ -306,6 +306,22 @@ class RareHard(EasyAndHard):
     every = 40
 
 
+class HardPairs(Setup):
+    """Two hard batches in a row, every 60 steps."""
+
+    places = (58, 59)
+
+    def data(self, n: int) -> tuple[Tensor, Tensor]:
+        x, y = super().data(n)
+        return x, (y + 1) % self.classes if n % 60 in self.places else y
+
+
+class HardTriples(HardPairs):
+    """Three hard batches in a row, every 60 steps."""
+
+    places = (57, 58, 59)
+
+
 class Curriculum(Setup):
     """Noise of the labels grows over the run."""
 
