@@ -293,5 +293,5 @@ class LossSearch:
         self.seen = {str(name): float(where) for name, where in state["seen"].items()}
         self._knee.load_state_dict(state["knee"])
         self._stage, self._pace, self._last = int(state["stage"]), float(state["pace"]), state["last"]
-        self._seen_batches, self._log_samples = int(state["batches"]), float(state["log_samples"])
+        self._seen_batches, self._log_samples = int(state.get("batches", 0)), float(state.get("log_samples", 0.0))
         self._taken_back = int(state["taken_back"])
