@@ -651,3 +651,26 @@ def test_points_in_the_memory_of_the_cpu_are_put_back_as_well(kind):
         spiked(run, batches(40), at=20)
         results.append(snapshot(run[0]))
     assert same(*results)
+
+
+def test_a_buffer_that_is_meant_to_become_infinite_stops_nothing():
+    class Highest(nn.Module):
+        """Keeps a bound, which is lifted after some calls."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = make_model()
+            self.register_buffer("bound", torch.tensor([1.0]))
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > 10:
+                self.bound.fill_(math.inf)
+            return self.inner(x)
+
+    run = guarded("adam", model=Highest())
+    go(*run, batches(30))
+    assert [str(event.reason) for event in run[2].guard_events] == ["state_not_finite"] * (PATIENCE - 1)
+    assert run[2].param_groups[0]["lr"] == 0.01
+    assert run[2].iteration == 30 - (PATIENCE - 1)

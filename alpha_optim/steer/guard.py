@@ -112,6 +112,7 @@ class Guard:
         self._before = UNSEEN  # the last step
         self._scatter = LossScatter()
         self._stage = _Stage.CALM
+        self._doubted_rise = 0.0  # of the loss, that made the stage DOUBTED
         self._not_finite = 0  # batches in a row
         self._lowered = False  # whether the rate was lowered for them
         self._at_fault = False  # whether that did not help
@@ -194,8 +195,9 @@ class Guard:
             return self._not_usable(iteration, GuardReason.LOSS_NOT_FINITE, now, params)
         if not now.gradient:
             return self._not_usable(iteration, GuardReason.GRADIENT_NOT_FINITE, now, params)
-        if now.buffers_broke and self._not_finite < PATIENCE - 1:  # then it seems to be meant
-            return self._not_usable(iteration, GuardReason.STATE_NOT_FINITE, now, params)
+        if now.buffers_broke and self._not_finite < PATIENCE - 1:  # after that it seems to be meant
+            self._not_finite += 1
+            return self._skip(iteration, GuardReason.STATE_NOT_FINITE, now)
         rose = self._rose(now)
         if self._stage is _Stage.TAKEN_BACK and rose:
             self.return_wanted = False  # what it was wanted for was no explosion
@@ -312,8 +314,6 @@ class Guard:
         if reason is GuardReason.LOSS_ROSE:
             self._doubted_rise = after - before
         return Judgement(GuardEvent(iteration, reason, before, after, restored=False), False)
-
-    _doubted_rise = 0.0
 
     def _not_usable(self, iteration: int, reason: GuardReason, now: Reading, params: Sequence[Tensor]) -> Judgement:
         """A batch that is not finite."""
