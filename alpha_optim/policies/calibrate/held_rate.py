@@ -116,7 +116,13 @@ class HeldRate:
         grows_until = min(self.stands_from, GROWS * self.total_steps)
         if seen.stands:
             self.stands_from = min(self.stands_from, iteration)
-        elif seen.falls and not self._lowered and iteration < grows_until and self.position < highest:
+        elif (
+            seen.falls
+            and not self._lowered
+            and not self._gave_up
+            and iteration < grows_until
+            and self.position < highest
+        ):
             self.position = min(self.position + GROWTH, highest)
             LOG.info(
                 "the loss falls fast: learning rate held times %.3g of the one found",
