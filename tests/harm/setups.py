@@ -28,10 +28,11 @@ class Setup:
         closure: Whether the optimizer is stepped with a closure.
         wrap_loss: Whether `AlphaGuided` is given the loss function.
         cosine: Whether the rate follows a cosine.
+        shortest: So many steps at least tell something.
     """
 
     batch, features, classes, noise = 32, 10, 4, 0.3
-    closure, wrap_loss, cosine = False, True, False
+    closure, wrap_loss, cosine, shortest = False, True, False, 120
 
     def __init__(self, seed: int, steps: int, kind: str = "adam", lr: float | None = None) -> None:
         self.seed, self.steps, self.kind, self.lr = seed, steps, kind, lr
@@ -309,7 +310,7 @@ class RareHard(EasyAndHard):
 class HardPairs(Setup):
     """Two hard batches in a row, every 60 steps."""
 
-    places = (58, 59)
+    places, shortest = (58, 59), 300  # the second pair tells that it is not the rate
 
     def data(self, n: int) -> tuple[Tensor, Tensor]:
         x, y = super().data(n)

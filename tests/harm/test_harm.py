@@ -7,7 +7,6 @@ import pytest
 from tests.harm import setups
 from tests.harm.judge import SITUATIONS, Situation, judge, run
 
-STEPS = 120
 pytestmark = pytest.mark.filterwarnings("ignore")  # situations warn, and what they say is tested elsewhere
 TOTAL = [
     Situation(setups.Mask),
@@ -21,7 +20,7 @@ TOTAL = [
 
 @pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.name)
 def test_with_hold_a_run_is_never_worse(situation):
-    row = judge(situation, seeds=1, steps=STEPS, total=False)
+    row = judge(situation, seeds=1, steps=situation.setup.shortest, total=False)
     assert not row.harmed("hold"), row
 
 
