@@ -386,7 +386,7 @@ class AlphaScheduler(LRScheduler):
 
     def _give_back(self) -> None:
         """Long after the last explosion the rates grow to what they were."""
-        if self._owed > 1.0 and self.optimizer.iteration - self._last_event > PROBATION:  # type: ignore[attr-defined]
+        if self._owed > 1.0 and self._session.iteration - self._last_event > PROBATION:
             factor = min(self._owed, GROWS)
             self._owed /= factor
             self.scale *= factor

@@ -452,7 +452,6 @@ def test_a_point_of_other_tensors_is_forgotten_and_nothing_is_half_written(chang
     data = list(batches(40))
     spiked(run, data[:21], at=20)
     if change == "group":
-        guided.add_param_group({"params": [nn.Parameter(torch.zeros(2))]}) if False else None
         guided.optimizer.param_groups.append({**guided.param_groups[0], "params": [nn.Parameter(torch.zeros(2))]})
     elif change == "replaced":
         extra.weight = new = nn.Parameter(extra.weight.detach().clone())
@@ -623,11 +622,6 @@ def test_a_scaler_that_skips_what_is_not_finite_does_not_hide_it():
 
 
 def test_progress_counts_what_the_guard_skips():
-    run = guarded("adam", policy=None)
-    schedule_run = AlphaGuided(KINDS["sgd"](make_model().parameters()))
-    del schedule_run
-    model, loss_fn, guided, _ = run
-    del guided
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
     guided = AlphaGuided(KINDS["sgd"](model.parameters()), model, loss_fn)
     schedule = torch.optim.lr_scheduler.LinearLR(guided, 1.0, 0.0, total_iters=20)

@@ -9,24 +9,9 @@ import torch
 from torch import nn
 
 from alpha_optim import AlphaGuided, AlphaScheduler, Hold
+from tests.harm.setups import Sam
 from tests.test_guard import all_finite, batches, go, guarded, make_model, snapshot, spiked
 from tests.test_transparency import equal_states
-
-
-class Sam(torch.optim.SGD):
-    """Sharpness-aware minimization: moves to w + e, evaluates the closure there, and steps from w."""
-
-    @torch.no_grad()
-    def step(self, closure):
-        params = [p for group in self.param_groups for p in group["params"]]
-        norm = torch.stack([p.grad.norm() for p in params]).norm()
-        moves = [0.05 * p.grad / norm for p in params]
-        torch._foreach_add_(params, moves)
-        with torch.enable_grad():
-            loss = closure()
-        torch._foreach_sub_(params, moves)
-        super().step()
-        return loss
 
 
 def sam_run(steered, bad, every=1):

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from alpha_optim.alpha.history import AlphaHistory
-from alpha_optim.alpha.loss_trace import RESOLUTION, LossTrace, room_above
+from alpha_optim.alpha.loss_trace import RESOLUTION, SURELY, LossTrace, room_above
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import AlphaStatus, GuardEvent, GuardReason
 
@@ -25,8 +25,6 @@ CERTAIN = 2.0
 """How many standard errors make a difference."""
 SHORT = -0.1
 FAR = 0.8
-SURELY = 4.0
-"""Standard errors by which the loss of a climb has to fall: the lowest of many windows is low by chance."""
 LARGE = 32
 CLIMB = math.log(100.0)
 """A rate that rose by this factor, step by step, says where the loss was lowest and where it began to rise."""

@@ -17,6 +17,8 @@ SURE = 4.0
 AHEAD = 1.0
 """The lowest loss lies behind when the log rate there is so much smaller, and the loss `SURE` standard errors
 above. The lowest of many windows is low by chance; that is why there must be so many."""
+SURELY = 4.0
+"""Standard errors by which the loss of a climb has to fall: the lowest of many windows is low by chance."""
 FALLEN = 2.0
 """A climb has got somewhere when its best window lies so many standard errors below its first."""
 

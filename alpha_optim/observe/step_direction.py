@@ -127,7 +127,7 @@ class AlongGradient:
     def _of(cls, bases: list[Tensor | None], rates: list[Rate], params: list[Tensor], moved: Truth) -> AlongGradient:
         squares = squared_norms(bases, params[0].device if params else torch.device("cpu"))
         length = scaled(scaled(squares, rates), rates).sum().sqrt()
-        versions = _versions(bases)
+        versions = versions_of(bases)
         return cls(Change(bases, rates, True), squares, length, moved, params, versions)
 
     def products(self, gradients: Sequence[Tensor | None]) -> Tensor:
@@ -163,13 +163,13 @@ class AlongGradient:
 
     def intact(self) -> bool:
         """See `Direction`."""
-        return self.versions == _versions(self.change_.bases)
+        return self.versions == versions_of(self.change_.bases)
 
     def keep(self) -> None:
         """Copy the gradients: somebody is about to write to them."""
         bases = self.change_.bases
         bases[:] = [None if base is None else base.detach().clone() for base in bases]
-        self.versions[:] = _versions(bases)
+        self.versions[:] = versions_of(bases)
 
     def state(self) -> dict[str, Any]:
         """See `Direction`."""
@@ -217,7 +217,7 @@ class BetweenPoints:
                 squares.append(torch.dot(difference, difference))
                 if part is not None:
                     products.append(torch.dot(difference, part))
-        made = cls(before, overwrite, params, _sum(squares, device), True, _versions(before))
+        made = cls(before, overwrite, params, _sum(squares, device), True, versions_of(before))
         if free_to_read(device) and not SAFE[0] ** 2 < read([made.length])[0] < SAFE[1] ** 2:
             norms = [_norm64(flat) for difference in made._differences() for flat in (difference.flatten(),)]
             made.length = torch.stack(norms).square().sum()
@@ -269,7 +269,7 @@ class BetweenPoints:
 
     def intact(self) -> bool:
         """See `Direction`."""
-        return self.versions == _versions(self.kept)
+        return self.versions == versions_of(self.kept)
 
     def state(self) -> dict[str, Any]:
         """See `Direction`."""
@@ -288,7 +288,7 @@ def restored(state: dict[str, Any], params: list[Tensor]) -> AlongGradient | Bet
     if "bases" in state:
         return AlongGradient._of(moved, list(state["rates"]), params, state["moved"])
     length = torch.tensor(state["length"], dtype=torch.float64, device=params[0].device)
-    return BetweenPoints(moved, bool(state["is_step"]), params, length, state["length"] != 0.0, _versions(moved))
+    return BetweenPoints(moved, bool(state["is_step"]), params, length, state["length"] != 0.0, versions_of(moved))
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -332,7 +332,7 @@ def _dense_and_real(gradient: Tensor | None) -> bool:
     return gradient is None or not (gradient.is_sparse or gradient.is_complex())
 
 
-def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
+def versions_of(tensors: Sequence[Tensor | None]) -> list[int]:
     """How often tensors have been written to."""
     return [-1 if tensor is None else tensor._version for tensor in tensors]
 

@@ -22,7 +22,6 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +29,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from alpha_optim.alpha.loss_level import LossScatter
-from alpha_optim.alpha.records import GuardEvent, GuardReason
+from alpha_optim.alpha.records import Code, GuardEvent, GuardReason
 from alpha_optim.measure.step_ends import BatchLoss
 from alpha_optim.observe.numbers import read
+from alpha_optim.observe.step_direction import versions_of
 from alpha_optim.steer.best_point import GoodPoint
 from alpha_optim.steer.point import Point, inner_optimizers, keeps_own_weights, persistent_buffers
 from alpha_optim.user_warning import warn_user
@@ -84,7 +84,7 @@ class Judgement(NamedTuple):
     step: bool
 
 
-class _Stage(str, Enum):
+class _Stage(Code):
     """Where the question stands whether a step was an explosion."""
 
     CALM = "calm"
@@ -153,13 +153,13 @@ class Guard:
 
     def step_made(self, params: Sequence[Tensor]) -> None:
         """A step was made from the point kept last."""
-        self.stepped, self._versions = bool(self._last), _versions(params)
+        self.stepped, self._versions = bool(self._last), versions_of(params)
 
     def notice_edits(self, params: Sequence[Tensor]) -> None:
         """Forget points that are not of these tensors, or that the user has moved away from since the last step."""
         if self._last and not self._last.fits(params):  # tensors were added, replaced or resized
             self._forget_points()
-        elif self.stepped and self._versions != _versions(params):
+        elif self.stepped and self._versions != versions_of(params):
             self._forget_points()
             self._before = UNSEEN
             self._scatter.level_unknown()
@@ -405,7 +405,7 @@ class Guard:
             state["last"], params, self._model, self._optimizer
         )
         self.stepped = bool(state["stepped"]) and fits
-        self._versions = _versions(params)
+        self._versions = versions_of(params)
         self._stage = _Stage(state["stage"]) if fits else _Stage.CALM
         finite = state["finite"]
         self._finite = None if finite is None or not fits else list(map(bool, finite))
@@ -419,11 +419,6 @@ class Guard:
         self._at_fault, self._most_not_finite = bool(state["at_fault"]), int(state["most_not_finite"])
         self._helpless = int(state["helpless"])
         self._losses = deque(((int(n), float(loss)) for n, loss in state["losses"]), maxlen=KEPT)
-
-
-def _versions(params: Sequence[Tensor]) -> list[int]:
-    """How often parameters have been written to."""
-    return [param._version for param in params]
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:

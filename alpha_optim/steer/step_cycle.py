@@ -19,7 +19,7 @@ from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.records import DropReason, GuardEvent, GuardReason
 from alpha_optim.measure.pairing import Entry, Pairing
 from alpha_optim.measure.plan import Plan
-from alpha_optim.measure.step_ends import PendingPair, batch_loss
+from alpha_optim.measure.step_ends import PendingPair
 from alpha_optim.observe.checks import check_losses
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.step_direction import parameters_of, rates_of
@@ -183,21 +183,22 @@ class Session:
         if self.active and not self.pairing.iteration.in_step:
             if in_place:
                 self.pairing.gradients_overwritten()
-            self._judge_abandoned()
-            self.pairing.iteration.passes.discard()
-            self.pairing.iteration.lost_losses = []  # judged just now
+            self._judge_lost()
 
-    def _judge_abandoned(self) -> None:
-        """A pass came to no step: a gradient scaler skips what is not finite, and a loss that is not counts."""
-        passes = self.pairing.iteration.passes
-        if passes.reached:
-            self._judge_skipped(batch_loss(passes, None).mean)
+    def _judge_lost(self) -> None:
+        """The passes so far come to no step."""
+        self.pairing.iteration.passes.discard()
+        self._judge_skipped_passes()
 
-    def _judge_skipped_passes(self, params: list[Tensor]) -> bool:
-        """The same for passes whose gradients the loop cleared without us; whether the pass at hand can be used."""
+    def _judge_skipped_passes(self) -> bool:
+        """Judge passes that came to no step: a gradient scaler skips what is not finite, and a loss that is not counts.
+
+        Returns:
+            Whether gradients at hand can be used: not if a point was put back.
+        """
         losses, self.pairing.iteration.lost_losses = self.pairing.iteration.lost_losses, []
         events = [event for loss in losses if (event := self._judge_skipped(loss)) is not None]
-        return not any(event.restored for event in events)  # else its gradients are those of another point
+        return not any(event.restored for event in events)
 
     def _judge_skipped(self, loss: Tensor | None) -> GuardEvent | None:
         if self.guard is None or self._resting or loss is None:
@@ -324,7 +325,7 @@ class Session:
             _write(params, entry.params)
         event, used = None, True
         if self.guard is not None:
-            used = self._judge_skipped_passes(params)
+            used = self._judge_skipped_passes()
             if used:
                 event, used = self._judge(self.guard, params)
         self._record(outcome, event)
@@ -397,7 +398,7 @@ class Session:
         """Judge the point that the last step reached; see `AlphaScheduler.finish`."""
         if self.guard is None or not self.active:
             return
-        self._judge_abandoned()
+        self._judge_lost()
         event = self.guard.finish(self.iteration, loss, parameters_of(self.optimizer))
         if event is not None:
             self.pairing.pending = None

@@ -20,7 +20,6 @@ from tests.harm import setups
 STEPS, SEEDS = 400, 3
 WORSE = 0.05
 """Harmed is a run that lost so much of the progress of the bare one, beyond what the bare ones differ by."""
-SCALARS = (torch.float32, torch.float64)
 
 
 class Situation(NamedTuple):

@@ -25,14 +25,13 @@ class Setup:
     Others change parts of it.
 
     Attributes:
-        closure: Whether the optimizer is stepped with a closure.
         wrap_loss: Whether `AlphaGuided` is given the loss function.
         cosine: Whether the rate follows a cosine.
         shortest: So many steps at least tell something.
     """
 
     batch, features, classes, noise = 32, 10, 4, 0.3
-    closure, wrap_loss, cosine, shortest = False, True, False, 120
+    wrap_loss, cosine, shortest = True, False, 120
 
     def __init__(self, seed: int, steps: int, kind: str = "adam", lr: float | None = None) -> None:
         self.seed, self.steps, self.kind, self.lr = seed, steps, kind, lr
@@ -201,7 +200,20 @@ class InfGradient(NanLoss):
 # ---------------------------------------------------------------- case 4: the loss grows by design
 
 
-class KlWeight(Setup):
+class HandsOver(Setup):
+    """Losses of the samples are handed over."""
+
+    def step(self, n: int, run: Any) -> None:
+        run.optimizer.zero_grad()
+        losses = self.loss(n)
+        if run.guided is None:
+            losses.mean().backward()
+        else:
+            run.guided.backward(losses)
+        run.step(losses.detach().mean())
+
+
+class KlWeight(HandsOver):
     """A second term whose weight grows from 0 to 20."""
 
     wrap_loss = False
@@ -217,15 +229,6 @@ class KlWeight(Setup):
 
     def _sent(self, losses: Tensor, logits: Tensor, n: int) -> Tensor:
         return losses + self.weight(n) * 0.05 * logits.square().mean(1)
-
-    def step(self, n: int, run: Any) -> None:
-        run.optimizer.zero_grad()
-        losses = self.loss(n)
-        if run.guided is None:
-            losses.mean().backward()
-        else:
-            run.guided.backward(losses)
-        run.step(losses.detach().mean())
 
     def evaluate(self) -> float:
         x, y = self.samples(2000, torch.Generator().manual_seed(5))
@@ -350,7 +353,7 @@ class TinyBatches(Setup):
 # ---------------------------------------------------------------- scales of the loss
 
 
-class Regression(Setup):
+class Regression(HandsOver):
     """Mean squared error of targets times a factor."""
 
     factor, offset, tail = 1.0, 0.0, False
@@ -372,15 +375,6 @@ class Regression(Setup):
     def loss(self, n: int) -> Tensor:
         x, y = self.data(n)
         return self.scaled(self.model(x), y)
-
-    def step(self, n: int, run: Any) -> None:
-        run.optimizer.zero_grad()
-        losses = self.loss(n)
-        if run.guided is None:
-            losses.mean().backward()
-        else:
-            run.guided.backward(losses)
-        run.step(losses.detach().mean())
 
     def evaluate(self) -> float:
         x, y = self.samples(2000, torch.Generator().manual_seed(5))
@@ -812,25 +806,28 @@ class Scaled(NanLoss):
         run.step(loss) if finite else run.scheduler_step()
 
 
+class Sam(torch.optim.SGD):
+    """Moves to w + e, evaluates the closure there, and steps from w."""
+
+    radius = 0.02
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        params = [p for g in self.param_groups for p in g["params"]]
+        norm = torch.stack([p.grad.norm() for p in params]).norm() + 1e-12
+        moves = [self.radius * p.grad / norm for p in params]
+        torch._foreach_add_(params, moves)
+        with torch.enable_grad():
+            loss = closure()
+        torch._foreach_sub_(params, moves)
+        super().step()
+        return loss
+
+
 class Sharpness(Setup):
     """Sharpness-aware minimization, which moves to w + e before it calls the closure (case 12)."""
 
-    closure = True
-
     def optimizer(self) -> Any:
-        class Sam(torch.optim.SGD):
-            @torch.no_grad()
-            def step(self, closure: Any = None) -> Any:
-                params = [p for g in self.param_groups for p in g["params"]]
-                norm = torch.stack([p.grad.norm() for p in params]).norm() + 1e-12
-                moves = [0.02 * p.grad / norm for p in params]
-                torch._foreach_add_(params, moves)
-                with torch.enable_grad():
-                    loss = closure()
-                torch._foreach_sub_(params, moves)
-                super().step()
-                return loss
-
         return Sam(self.model.parameters(), lr=0.1, momentum=0.9)
 
     def step(self, n: int, run: Any) -> None:

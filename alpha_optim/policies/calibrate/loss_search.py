@@ -15,7 +15,7 @@ import math
 import statistics
 from typing import Any
 
-from alpha_optim.alpha.loss_trace import RESOLUTION, LossTrace, room_above
+from alpha_optim.alpha.loss_trace import RESOLUTION, SURELY, LossTrace, room_above
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import GuardEvent
 from alpha_optim.alpha.window import rises_of
@@ -55,8 +55,6 @@ EVENTS = 2
 """The second step that is taken back ends the slow climb; one alone can be an outlier."""
 KNEE = "alpha positive"
 FAST, SLOW = "loss lowest in the first climb", "loss lowest in the second climb"
-SURELY = 4.0
-"""Standard errors by which the loss of a climb has to fall: the lowest of many windows is low by chance."""
 APART = math.log(10.0)
 """Climbs whose losses were lowest at log rates this far apart do not agree: by chance it is less than half of it."""
 FAR = math.log(10.0)
