@@ -11,7 +11,7 @@ import alpha_optim
 
 ROOT = pathlib.Path(alpha_optim.__file__).parent
 FOLDERS = [  # each folder or file at the root may import from those above it
-    {"user_warning", "several"},
+    {"user_warning", "several", "distributed"},
     {"alpha"},
     {"observe", "policies", "report"},
     {"slopes"},

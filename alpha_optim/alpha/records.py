@@ -62,6 +62,7 @@ class DropReason(Code):
     NO_BACKWARD = "no_backward"
     EXCEPTION = "exception"
     NOT_FINITE = "not_finite"
+    OTHER_RANK = "other_rank"
     EVICTED = "evicted"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alpha_optim.measure.across_ranks import Together
 from alpha_optim.measure.refresh import Role
 from alpha_optim.measure.step_ends import BatchLoss, PendingStart, batch_loss
 from alpha_optim.observe.backward_passes import BackwardPasses, LossCall
@@ -79,6 +80,7 @@ class Iteration:
         # Of the step that is being made:
         self.in_step = False
         self.loss = BatchLoss(None, None, 0)
+        self.together: Together | None = None  # what all ranks have seen, if there are several
         self.used_gradients: LossGradients | None = None
         self.before: Tensor | list[Tensor] | None = None
         self.start: list[Tensor] | None = None

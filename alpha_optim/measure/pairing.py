@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from alpha_optim.alpha.records import DropReason
+from alpha_optim.distributed import Ranks
+from alpha_optim.measure.across_ranks import Centres, PairAcrossRanks, Report, Scatter, StartAcrossRanks, Together
 from alpha_optim.measure.iteration import Iteration, Task
 from alpha_optim.measure.refresh import Role, Variances
 from alpha_optim.measure.step_ends import (
@@ -27,10 +29,10 @@ from alpha_optim.measure.step_ends import (
     sample_variance,
 )
 from alpha_optim.observe.backward_passes import gamma_of
-from alpha_optim.observe.gradients import GradientHooks, Gradients, Habits
+from alpha_optim.observe.gradients import GradientHooks, Gradients, Habits, LossGradients
 from alpha_optim.observe.losses import LossHooks
 from alpha_optim.observe.model_calls import ModelHooks
-from alpha_optim.observe.numbers import Number, Truth, free_to_read, read
+from alpha_optim.observe.numbers import Number, Truth, free_to_read, read, saved
 from alpha_optim.observe.some_elements import SomeElements, differ
 from alpha_optim.observe.step_direction import (
     AlongGradient,
@@ -64,6 +66,25 @@ class Entry:
     edited: bool
 
 
+@dataclass(frozen=True)
+class EndSeen:
+    """What this process has seen at the end of a step.
+
+    Attributes:
+        start: The step that ends.
+        product: <d, gradient>.
+        edited: Whether parameters were changed between the step and the pass at its end.
+        slopes: Slopes of samples along the step; None if they were not due or could not be had.
+        unseen: Whether they were due and could not be had.
+    """
+
+    start: PendingStart
+    product: Tensor
+    edited: Truth
+    slopes: SampleSlopes | None
+    unseen: bool
+
+
 class Pairing:
     """Hooks iterations and turns pairs of them into measurements."""
 
@@ -87,6 +108,8 @@ class Pairing:
         self._before: list[Tensor] = []  # parameters before a step, reused
         self._some_elements = SomeElements()
         self._keep_direction = False  # the gradients of a step are written to before the next
+        self._ranks: Ranks | None = None
+        self._centres: Centres | None = None  # about which ranks take the scatter of samples
         nothing = Task(0, False, None, None, frozenset(), sample_dim, guarded=False, checks=False)
         self.iteration = self._new(nothing, [])
 
@@ -98,7 +121,15 @@ class Pairing:
 
     # ---------------------------------------------------------------- hooks
 
-    def begin(self, optimizer: Optimizer, backend: Backend | None, number: int, starts: bool, guarded: bool) -> None:
+    def begin(
+        self,
+        optimizer: Optimizer,
+        backend: Backend | None,
+        number: int,
+        starts: bool,
+        guarded: bool,
+        ranks: Ranks | None = None,
+    ) -> None:
         """Hook what the coming iteration needs.
 
         Args:
@@ -107,7 +138,9 @@ class Pairing:
             number: The coming iteration.
             starts: Whether it is the start of a pair.
             guarded: Whether a guard judges its loss, measured or not.
+            ranks: The processes that train the model together, if there are several.
         """
+        self._ranks = ranks
         if backend is None and not guarded and self.iteration.idle:
             return  # nor was there anything to see in the last one
         self._close_backend()
@@ -126,7 +159,7 @@ class Pairing:
         if backend is not None or guarded:
             self._model_hooks.attach()
             each = backend.accumulated if backend is not None and due else None
-            self.gradient_hooks.attach(params, self.iteration.gradients, each)
+            self.gradient_hooks.attach(params, self.iteration.gradients, each, late=ranks is not None)
             self.losses.attach()
         else:
             self._model_hooks.detach()
@@ -173,7 +206,9 @@ class Pairing:
         scalar = fallback if isinstance(fallback, (Tensor, float, int)) else None
         iteration = self.iteration
         loss = batch_loss(iteration.passes, scalar)
-        if loss.variance is not None:
+        if self._ranks is not None:
+            pass  # what is known of variances comes from all ranks
+        elif loss.variance is not None:
             self.variances.saw_loss(loss.variance)
         elif loss.complete and loss.samples != 1:
             loss = replace(loss, variance=self.variances.of_loss)
@@ -184,15 +219,15 @@ class Pairing:
 
     # ---------------------------------------------------------------- the end of a step
 
-    def finish(self, params: Sequence[Tensor], entry: Entry | None = None) -> PendingPair | DropReason | None:
-        """Complete the pair that ends in this iteration; called before the optimizer steps.
+    def finish(self, params: Sequence[Tensor], entry: Entry | None = None) -> EndSeen | DropReason | None:
+        """Look at the end of the step that ends in this iteration; called before the optimizer steps.
 
         Args:
             params: Parameters of the optimizer as they are now.
             entry: Where they were when `step` was called, if the optimizer has moved away since.
 
         Returns:
-            The pair, the reason why it is dropped, or None if there is none.
+            What was seen, the reason why the pair is dropped, or None if there is none.
         """
         pending, self.pending = self.pending, None
         if pending is None:
@@ -211,19 +246,156 @@ class Pairing:
             product = direction.products([param.grad for param in iteration.params])
         backend, slopes = iteration.task.backend, None
         edited = iteration.was_edited()
-        if "end" in iteration.task.due and backend is not None and iteration.loss.samples != 1:
+        due = "end" in iteration.task.due and backend is not None and not self._alone()
+        if due and backend is not None:
             slopes = backend.end_slopes(direction, params if entry is None else entry.params)
-        point = self._observe("end", direction, product, None, False, slopes)
+        return EndSeen(pending, product, edited, slopes, due and slopes is None)
+
+    def _alone(self) -> bool:
+        """Whether the batch has one sample only, whose slope has no scatter."""
+        return self._ranks is None and self.iteration.loss.samples == 1
+
+    def paired(self, seen: EndSeen) -> PendingPair:
+        """Put both ends of a step together."""
+        start, direction = seen.start, seen.start.direction
+        point = self._observe("end", direction, seen.product, None, False, seen.slopes)
+        assert isinstance(start.point, EndPoint)
         return PendingPair(
-            pending.iteration,
+            start.iteration,
             direction.length,
             direction.moved,
-            edited,
-            pending.point,
+            seen.edited,
+            start.point,
             point,
-            pending.lr,
+            start.lr,
             self._doubt,
         )
+
+    # ---------------------------------------------------------------- several processes
+
+    def report(self, seen: EndSeen | DropReason | None, guard: Report) -> Report:
+        """Say what this rank has seen in this iteration.
+
+        Args:
+            seen: What it has seen of the step that ends here.
+            guard: What its guard has seen.
+        """
+        iteration, loss = self.iteration, self.iteration.loss
+        passes, centres = iteration.passes.reached, self._centres or Centres()
+        nothing = not passes and not iteration.passes.recorded and loss.mean is None and loss.samples == 0
+        gamma = gamma_of(passes)
+        gamma = gamma if gamma is not None else torch.zeros(()) if nothing else torch.ones(())
+        share = gamma / max(1, loss.samples)
+        single = loss.individual
+        if single is None and isinstance(seen, EndSeen) and seen.slopes is not None:
+            single = seen.slopes.losses
+        backend = iteration.task.backend
+        report = replace(
+            guard,
+            unpaired=True,
+            loss_unseen=loss.mean is None and not nothing,
+            losses_unseen=not (loss.complete or single is not None or nothing)
+            or bool(backend is not None and backend.unaccounted.reasons),
+            samples=float(loss.samples),
+            gamma=gamma,
+            loss=0.0 if loss.mean is None else loss.mean.double() * gamma.to(loss.mean.device),
+            losses=Scatter.of(single, share, centres.loss),
+        )
+        if not isinstance(seen, EndSeen) or not isinstance(seen.start.point, StartAcrossRanks):
+            return report
+        start, direction = seen.start.point, seen.start.direction
+        assert self._ranks is not None
+        factor = self._ranks.factor
+        return replace(
+            report,
+            unpaired=torch.as_tensor(seen.edited) | torch.as_tensor(start.lost),
+            slopes_unseen=seen.unseen or start.unseen,
+            end=self._scatter(seen.slopes, direction, share, centres.end),
+            start=start.slopes,
+            end_product=seen.product * factor,
+            start_product=start.sent * factor,
+            squared_length=direction.length.square() * factor,
+        )
+
+    @staticmethod
+    def _scatter(slopes: SampleSlopes | None, direction: Direction, share: Tensor, centre: float) -> Scatter:
+        """Scatter of the slopes of this rank's samples along d / |d|."""
+        if slopes is None:
+            return Scatter()
+        values = slopes.values
+        return Scatter.of(values / direction.length.to(values.device), share.to(values.device), centre)
+
+    def exchange(
+        self, seen: EndSeen | DropReason | None, guard: Report, read_now: bool
+    ) -> tuple[Together, PairAcrossRanks | DropReason | None]:
+        """Add up what all ranks have seen in this iteration, and put the step that ends here together.
+
+        Args:
+            seen: What this rank has seen of that step.
+            guard: What its guard has seen.
+            read_now: Whether somebody decides by the sums at once.
+
+        Returns:
+            The sums; and the pair, the reason why it is dropped, or None if there is none.
+        """
+        ranks, iteration, variances = self._ranks, self.iteration, self.variances
+        assert ranks is not None
+        device = iteration.params[0].device
+        if self._centres is None:  # the first time: the means first, then the scatter about them
+            first = ranks.sum(self.report(seen, guard).packed(ranks.sharded, device))
+            self._centres = Together(first, ranks, Centres()).next_centres(Centres())
+        numbers = ranks.sum(self.report(seen, guard).packed(ranks.sharded, device))
+        together = iteration.together = Together(numbers, ranks, self._centres)
+        pair: PairAcrossRanks | DropReason | None = None
+        if not isinstance(seen, EndSeen):
+            pair = seen
+        elif isinstance(seen.start.point, StartAcrossRanks):
+            half = any(param.dtype in (torch.float16, torch.bfloat16) for param in iteration.params)
+            pair = PairAcrossRanks(
+                seen.start.iteration,
+                seen.start.direction.length,
+                ranks.sharded,
+                seen.start.direction.moved,
+                seen.edited,
+                seen.start.point,
+                together,
+                saved(variances.of_loss),
+                saved(variances.of_slope("end")),
+                seen.start.lr,
+                TOLERANCE_HALF if half else TOLERANCE,
+                self._doubt,
+            )
+        if read_now or iteration.task.due or free_to_read(device):
+            self._learn(together, pair, ranks.size)
+            iteration.loss = replace(iteration.loss, variance=variances.of_loss)
+        return together, pair
+
+    def exchange_last(self, loss: float | None, guard: Report) -> Together:
+        """Add up what the guards of all ranks have seen after the last step.
+
+        Args:
+            loss: A loss of this rank there, if there is one.
+            guard: What its guard has seen.
+        """
+        ranks = self._ranks
+        assert ranks is not None
+        report = replace(guard, loss_unseen=loss is None, gamma=1.0, loss=0.0 if loss is None else loss)
+        packed = report.packed(ranks.sharded, self.iteration.params[0].device)
+        return Together(ranks.sum(packed), ranks, Centres())
+
+    def _learn(self, together: Together, pair: PairAcrossRanks | DropReason | None, size: int) -> None:
+        """Take over what the sums say about variances."""
+        assert self._centres is not None
+        variances, task = self.variances, self.iteration.task
+        self._centres = together.next_centres(self._centres)
+        variances.saw_loss(together.loss_variance(saved(variances.of_loss)))
+        if not isinstance(pair, PairAcrossRanks):
+            return
+        if "end" in task.due:
+            variances.looked("end", task.number, together.samples // size)
+        at_start = pair.start.together
+        variances.found("end", together.slope_variance("end", together, saved(variances.of_slope("end"))))
+        variances.found("start", together.slope_variance("start", at_start, saved(variances.of_slope("start"))))
 
     def _observe(
         self,
@@ -370,9 +542,14 @@ class Pairing:
             overwrite = before is self._before and "start" not in iteration.task.due
             direction, product = BetweenPoints.of(before, params, gradients.tensors, overwrite)
         slopes, backend = None, iteration.task.backend
-        if "start" in iteration.task.due and backend is not None and iteration.loss.samples != 1:
+        due = "start" in iteration.task.due and backend is not None and not self._alone()
+        if due and backend is not None:
             slopes = backend.start_slopes(direction, gradients, self._expected(product, gradients.factor))
-        point = self._observe("start", direction, product, gradients.factor, gradients.lost, slopes)
+        point: EndPoint | StartAcrossRanks
+        if self._ranks is None:
+            point = self._observe("start", direction, product, gradients.factor, gradients.lost, slopes)
+        else:
+            point = self._start_across(direction, product, gradients, slopes, due and slopes is None)
         if isinstance(direction, AlongGradient):
             direction.before = None
             if self._keep_direction or self.gradient_hooks.reused(params):
@@ -380,9 +557,38 @@ class Pairing:
         self.pending = PendingStart(iteration.task.number, direction, point, elements, iteration.lr)
         return None
 
+    def _start_across(
+        self,
+        direction: Direction,
+        product: Tensor,
+        gradients: LossGradients,
+        slopes: SampleSlopes | None,
+        unseen: bool,
+    ) -> StartAcrossRanks:
+        """What this rank has seen at the start of a step; told to the others at its end."""
+        iteration, variances, centres = self.iteration, self.variances, self._centres or Centres()
+        together, gamma = iteration.together, gamma_of(iteration.passes.reached)
+        assert together is not None
+        assert self._ranks is not None
+        if "start" in iteration.task.due:
+            variances.looked("start", iteration.task.number, together.samples // self._ranks.size)
+        share = (torch.ones(()) if gamma is None else gamma) / max(1, iteration.loss.samples)
+        return StartAcrossRanks(
+            together,
+            product,
+            gradients.factor,
+            gradients.lost,
+            self._scatter(slopes, direction, share, centres.start),
+            unseen,
+            saved(variances.of_loss),
+            saved(variances.of_slope("start")),
+        )
+
     def _expected(self, product: Tensor, factor: Tensor | None) -> Expected:
         """What the mean over all samples at the start has to be."""
         iteration = self.iteration
+        if self._ranks is not None:  # this rank's samples are a part of all; all together are looked at later
+            return Expected(None, iteration.loss.mean, iteration.interacting, iteration.all_of_loss())
         gamma = gamma_of(iteration.passes.reached)
         slope = product if factor is None else product / factor
         slope = slope if gamma is None else slope / gamma
@@ -400,15 +606,19 @@ class Pairing:
             "habits": [habits.compare_norms, habits.keep_copies, habits.asked],
             "keep_direction": self._keep_direction,
             "variances": self.variances.state_dict(),
-            "pending": None if self.pending is None else self.pending.state_dict(),
+            "pending": None if self.pending is None else self.pending.state_dict(self._ranks),
+            "centres": None if self._centres is None else list(self._centres),
         }
 
-    def load_state_dict(self, state: dict[str, Any], params: list[Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any], params: list[Tensor], ranks: Ranks | None = None) -> None:
         """Take over a state; its tensors move to the devices of ``params``."""
+        self._ranks = ranks
+        centres = state.get("centres")
+        self._centres = None if centres is None else Centres(*centres)
         habits = self.habits
         habits.compare_norms, habits.keep_copies, habits.asked = map(bool, state["habits"])
         self.variances.load_state_dict(state["variances"])
         self._keep_direction = bool(state["keep_direction"])
         self.iteration = self._new(self.iteration.task, params)
-        saved = state["pending"]
-        self.pending = None if saved is None else PendingStart.from_state(saved, params)
+        pending = state["pending"]
+        self.pending = None if pending is None else PendingStart.from_state(pending, params, ranks)

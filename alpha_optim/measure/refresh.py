@@ -79,8 +79,16 @@ class Variances:
 
     def measured(self, role: Role, iteration: int, variance: Number | None, samples: int) -> None:
         """Take note of a measurement of a batch of ``samples``; None: it could not be had."""
+        self.looked(role, iteration, samples)
+        self.found(role, variance)
+
+    def looked(self, role: Role, iteration: int, samples: int) -> None:
+        """Take note of an attempt to measure a batch of ``samples``."""
         self._last[role], self._samples = iteration, samples
         self._counts[role] = self._counts.get(role, 0) + 1
+
+    def found(self, role: Role, variance: Number | None) -> None:
+        """Take note of what came of it; None: it could not be had."""
         before = self._slopes.pop(role, None)
         if variance is not None:
             self._slopes[role] = finite_or(variance, before)

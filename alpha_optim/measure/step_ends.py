@@ -16,6 +16,8 @@ from torch import Tensor
 
 from alpha_optim.alpha.measurement import AlphaMeasurement, measure_alpha
 from alpha_optim.alpha.records import DropReason, Observation
+from alpha_optim.distributed import Ranks
+from alpha_optim.measure.across_ranks import StartAcrossRanks
 from alpha_optim.observe.backward_passes import BackwardPasses, LossCall, gamma_of, loss_weight, total_samples
 from alpha_optim.observe.numbers import Number, Truth, read
 from alpha_optim.observe.step_direction import AlongGradient, BetweenPoints, restored
@@ -30,12 +32,14 @@ class BatchLoss:
         variance: Variance of one sample's loss ``[]`` (ddof=1), or None.
         samples: N, 0 if not known.
         complete: Whether losses of single samples can be had.
+        individual: Losses of the samples ``[N]``, weighted so that their mean is ``mean``; None if not wanted now.
     """
 
     mean: Tensor | None
     variance: Number | None
     samples: int
     complete: bool = False
+    individual: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,28 +112,35 @@ class PendingStart:
 
     iteration: int
     direction: AlongGradient | BetweenPoints
-    point: EndPoint
+    point: EndPoint | StartAcrossRanks
     elements: Tensor
     lr: tuple[float | Tensor, ...]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, ranks: Ranks | None) -> dict[str, Any]:
         """Return plain values and copies of the tensors."""
+        point = self.point
         return {
             "iteration": self.iteration,
             "direction": self.direction.state(),
-            "point": read(self.point.numbers),
+            "point": read(point.numbers) if isinstance(point, EndPoint) else None,
+            "across": point.state_dict(ranks) if isinstance(point, StartAcrossRanks) and ranks is not None else None,
             "elements": self.elements,
             "lr": [rate.clone() if isinstance(rate, Tensor) else rate for rate in self.lr],
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], params: list[Tensor]) -> PendingStart | None:
-        """Build it anew on the devices of ``params``; None if it does not belong to them."""
+    def from_state(cls, state: dict[str, Any], params: list[Tensor], ranks: Ranks | None) -> PendingStart | None:
+        """Build it anew on the devices of ``params``; None if it does not belong to them, or not to this rank."""
         direction = restored(state["direction"], params)
-        if direction is None:
+        point: EndPoint | StartAcrossRanks | None
+        if state.get("across") is not None:
+            point = StartAcrossRanks.from_state(state["across"], ranks)
+        else:
+            point = EndPoint(*state["point"]) if ranks is None else None
+        if direction is None or point is None:
             return None
         elements = state["elements"].to(params[0].device)
-        return cls(int(state["iteration"]), direction, EndPoint(*state["point"]), elements, tuple(state["lr"]))
+        return cls(int(state["iteration"]), direction, point, elements, tuple(state["lr"]))
 
 
 @dataclass(frozen=True)
@@ -206,7 +217,8 @@ def batch_loss(passes: BackwardPasses, fallback: Tensor | float | None) -> Batch
     complete = all(call.complete for entry in seen for call in entry.calls)
     if len(seen) == 1:
         mean, individual = parts[0]
-        return BatchLoss(mean, None if individual is None else sample_variance(individual), samples, complete)
+        variance = None if individual is None else sample_variance(individual)
+        return BatchLoss(mean, variance, samples, complete, individual)
     gamma = gamma_of(seen)
     assert gamma is not None
     weighted = [
@@ -217,8 +229,9 @@ def batch_loss(passes: BackwardPasses, fallback: Tensor | float | None) -> Batch
         for part, entry in zip(parts, seen, strict=True)
         if part[1] is not None
     ]
-    variance = sample_variance(torch.cat(single)) if len(single) == len(seen) else None
-    return BatchLoss(torch.stack(weighted).sum() / gamma, variance, samples, complete)
+    every = torch.cat(single) if len(single) == len(seen) else None
+    variance = None if every is None else sample_variance(every)
+    return BatchLoss(torch.stack(weighted).sum() / gamma, variance, samples, complete, every)
 
 
 def _of_recorded(calls: Sequence[LossCall], samples: int) -> BatchLoss:
@@ -227,7 +240,7 @@ def _of_recorded(calls: Sequence[LossCall], samples: int) -> BatchLoss:
     individual = [call.individual for call in calls if call.individual is not None]
     if len(individual) == len(calls):
         values = torch.cat(individual) if len(individual) > 1 else individual[0]
-        return BatchLoss(values.double().mean(), sample_variance(values), counted or samples, complete=True)
+        return BatchLoss(values.double().mean(), sample_variance(values), counted or samples, True, values)
     weights = [call.samples or 0 if counted else 1 for call in calls]
     means = [call.mean.double() * (w / sum(weights)) for call, w in zip(calls, weights, strict=True)]
     return BatchLoss(torch.stack(means).sum(), None, counted or samples)

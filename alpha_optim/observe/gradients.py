@@ -221,16 +221,27 @@ class GradientHooks:
         self._awaited: int | None = None  # backward pass at whose end we look
         self._params: dict[int, Tensor] = {}
         self._each: Callable[[Tensor], None] | None = None
+        self._late = False
+        self._waiting: list[Tensor] = []  # parameters that ``each`` is called with late
         self._used: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
-    def attach(self, params: Sequence[Tensor], gradients: Gradients, each: Callable[[Tensor], None] | None) -> None:
+    def attach(
+        self,
+        params: Sequence[Tensor],
+        gradients: Gradients,
+        each: Callable[[Tensor], None] | None,
+        late: bool = False,
+    ) -> None:
         """Hook every parameter that can get a gradient; leave hooks that are there where they are.
 
         Args:
             params: The parameters.
             gradients: Takes note of those that get one.
             each: Called with each of them inside the backward pass, if that is wanted.
+            late: Whether gradients are complete only after what others do at the end of the backward pass:
+                `DistributedDataParallel` averages them over ranks there.
         """
+        self._late, self._waiting = late, []
         self._awaited, self._params, self._each = None, gradients._params, each
         # Parameters of lazy layers are hooked once they exist.
         wanted = [param for param in params if not is_lazy(param) and param.requires_grad and param.is_leaf]
@@ -256,11 +267,24 @@ class GradientHooks:
             engine: Any = Variable._execution_engine
             engine.queue_callback(self._ended)
             self._iteration().backward_reached()
-        if self._each is not None:
+        if self._each is not None and self._late:
+            self._waiting.append(param)
+        elif self._each is not None:
             self._each(param)
 
     def _ended(self) -> None:
         self._awaited = None
+        if self._late:  # once more at the end of the queue
+            engine: Any = Variable._execution_engine
+            engine.queue_callback(self._completed)
+        else:
+            self._completed()
+
+    def _completed(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for param in waiting:
+            if self._each is not None:
+                self._each(param)
         if self._handles:
             self._iteration().backward_ended()
 

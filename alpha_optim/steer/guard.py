@@ -30,8 +30,9 @@ from torch.optim import Optimizer
 
 from alpha_optim.alpha.loss_level import LossScatter
 from alpha_optim.alpha.records import Code, GuardEvent, GuardReason
+from alpha_optim.measure.across_ranks import Report, Together
 from alpha_optim.measure.step_ends import BatchLoss
-from alpha_optim.observe.numbers import read
+from alpha_optim.observe.numbers import Number, read, saved
 from alpha_optim.observe.step_direction import versions_of
 from alpha_optim.steer.best_point import GoodPoint
 from alpha_optim.steer.point import Point, inner_optimizers, keeps_own_weights, persistent_buffers
@@ -57,6 +58,7 @@ class Reading(NamedTuple):
         params_broke: Whether a parameter that was finite is so no longer.
         buffers_broke: Whether a buffer is.
         gradient: Whether all gradients are finite, and their squares: second moments would hold an inf for ever.
+        can_return: Whether the point before the last step can be put back, on every rank.
     """
 
     loss: float | None
@@ -65,6 +67,7 @@ class Reading(NamedTuple):
     params_broke: bool = False
     buffers_broke: bool = False
     gradient: bool = True
+    can_return: bool = True
 
     @property
     def error(self) -> float:
@@ -120,7 +123,8 @@ class Guard:
         self._helpless = 0  # returns in a row that did not help
         self._said: set[str] = set()
         self._versions: list[int] = []  # of the parameters after the last step
-        self._finite: list[bool] | None = None  # per tensor of the state, whether it was finite
+        self._finite: Sequence[bool] | Tensor | None = None  # per tensor of the state, whether it was finite
+        self._reported: Tensor = torch.empty(0)  # the same, as it was reported to other ranks
         self._losses: deque[tuple[int, float]] = deque(maxlen=KEPT)  # for the policy
         self.stepped = False  # whether a step was made from the last point
         self.return_wanted = False  # to the good point, by a policy
@@ -137,14 +141,18 @@ class Guard:
         self._losses.clear()
         return losses
 
-    def rest(self, iteration: int, loss: BatchLoss) -> None:
+    def rest(self, iteration: int, loss: BatchLoss | float | None) -> None:
         """Forget all points, since nobody steps the scheduler; losses are read for its policy all the same."""
-        mean = read([loss.mean])[0]
+        mean = read([loss.mean])[0] if isinstance(loss, BatchLoss) else loss
         if mean is not None:
             self._losses.append((iteration, mean))
         if self._last or self.good:
-            self._forget_points()
-            self._before, self._not_finite = UNSEEN, 0
+            self.forget()
+
+    def forget(self) -> None:
+        """Forget all points, and what the last loss was."""
+        self._forget_points()
+        self._before, self._not_finite = UNSEEN, 0
 
     def _forget_points(self) -> None:
         self._last.forget()
@@ -180,16 +188,23 @@ class Guard:
     # ---------------------------------------------------------------- judging
 
     @torch.no_grad()
-    def judge(self, iteration: int, loss: BatchLoss, params: Sequence[Tensor]) -> Judgement:
+    def judge(
+        self, iteration: int, loss: BatchLoss, params: Sequence[Tensor], together: Together | None = None
+    ) -> Judgement:
         """Judge the point reached, with one small transfer from the device, and put right what is wrong.
 
         Args:
             iteration: The iteration whose step is about to be made.
             loss: Its loss.
             params: The parameters, with the gradients the optimizer is about to use.
+            together: What all ranks have seen, if there are several, this one's `report` among them.
         """
-        now, finite = self._read(loss, params)
-        if now.params_broke and self.stepped and self._last:  # else somebody else wrote them
+        finite: Sequence[bool] | Tensor
+        if together is None:
+            now, finite = self._read(loss, params)
+        else:
+            now, finite = self._heard(loss.variance, together), self._reported
+        if now.params_broke and self.stepped and self._last and now.can_return:  # else somebody else wrote them
             return self._take_back(iteration, GuardReason.STATE_NOT_FINITE, now, params)
         if now.loss is not None and not math.isfinite(now.loss):
             return self._not_usable(iteration, GuardReason.LOSS_NOT_FINITE, now, params)
@@ -236,17 +251,27 @@ class Guard:
         return None if event is None else replace(event, skipped=False)  # it was the scaler that did
 
     @torch.no_grad()
-    def finish(self, iteration: int, loss: float | None, params: Sequence[Tensor]) -> GuardEvent | None:
+    def finish(
+        self, iteration: int, loss: float | None, params: Sequence[Tensor], together: Together | None = None
+    ) -> GuardEvent | None:
         """Judge the point that the last step reached, which no batch follows.
 
         Args:
             iteration: The number of steps.
             loss: A loss at that point; None: only whether the point is finite is looked at.
             params: The parameters.
+            together: What all ranks have seen, if there are several.
         """
-        if not self.stepped or not self._last.fits(params):
+        if together is not None:
+            now = self._heard(None, together)
+            loss = now.loss
+            if not now.can_return:
+                return None
+        elif not self.stepped or not self._last.fits(params):
             return None
-        now, _ = self._read(BatchLoss(None if loss is None else torch.tensor(loss), None, 0), params, gradients=False)
+        else:
+            mean = None if loss is None else torch.tensor(loss)
+            now, _ = self._read(BatchLoss(mean, None, 0), params, gradients=False)
         broke = now.params_broke or (loss is not None and not math.isfinite(loss))
         if broke or self._rose(now):
             reason = GuardReason.STATE_NOT_FINITE if broke else GuardReason.LOSS_ROSE
@@ -271,7 +296,9 @@ class Guard:
 
     # ---------------------------------------------------------------- what is done
 
-    def _accept(self, iteration: int, now: Reading, params: Sequence[Tensor], finite: list[bool]) -> None:
+    def _accept(
+        self, iteration: int, now: Reading, params: Sequence[Tensor], finite: Sequence[bool] | Tensor
+    ) -> None:
         """Keep the point from which a step is about to be made."""
         if self.searching:
             self.good.close_window(params, self._model, self._optimizer, self.point_trusted)
@@ -318,7 +345,7 @@ class Guard:
     def _not_usable(self, iteration: int, reason: GuardReason, now: Reading, params: Sequence[Tensor]) -> Judgement:
         """A batch that is not finite."""
         self._not_finite += 1
-        if self._not_finite == self._most_not_finite + 2 and self.stepped:
+        if self._not_finite == self._most_not_finite + 2 and self.stepped and now.can_return:
             judgement = self._take_back(iteration, reason, now, params)
             self._lowered = judgement.event is not None and judgement.event.restored
             return judgement
@@ -338,7 +365,7 @@ class Guard:
 
     def _take_back(self, iteration: int, reason: GuardReason, now: Reading, params: Sequence[Tensor]) -> Judgement:
         """Put the point before the last step back."""
-        restored = self.stepped and self._last.restore(params, self._model)
+        restored = self.stepped and now.can_return and self._last.restore(params, self._model)
         before, after = (math.nan if loss is None else loss for loss in (self._before.loss, now.loss))
         self.stepped = False
         return Judgement(GuardEvent(iteration, reason, before, after, restored), False)
@@ -366,12 +393,56 @@ class Guard:
         finite = [norm <= LARGEST for norm in norms]  # false for nan
         count = len(params) + len(buffers)
         before = self._finite if self._finite is not None and len(self._finite) == count else finite
-        broke = [was and not now for was, now in zip(before, finite, strict=False)]
+        broke = [bool(was) and not now for was, now in zip(before, finite, strict=False)]
         known = len(params)
         reading = Reading(
             mean, variance, loss.samples, any(broke[:known]), any(broke[known:]), all(finite[count:])
         )  # fmt: skip
         return reading, finite[:count]
+
+    @torch.no_grad()
+    def report(self, params: Sequence[Tensor], report: Report, pass_broke: bool, gradients: bool = True) -> Report:
+        """Add to a report what is judged on this rank; nothing is read from the device.
+
+        Args:
+            params: The parameters, with the gradients the optimizer is about to use.
+            report: The report.
+            pass_broke: Whether a pass that came to no step had a loss that is not finite.
+            gradients: Whether to look at gradients, too.
+        """
+        buffers = [b for entry in persistent_buffers(self._model) for b in entry if b.is_floating_point()]
+        given = [param.grad for param in params if gradients and param.grad is not None]
+        norms = _norms([*params, *buffers, *given])
+        device = norms[0].device
+        finite = torch.stack([norm.to(device, torch.float64) for norm in norms]) <= LARGEST  # false for nan
+        known, count = len(params), len(params) + len(buffers)
+        before = finite[:count]
+        if self._finite is not None and len(self._finite) == count:
+            before = torch.as_tensor(self._finite, device=device)
+        broke = before & ~finite[:count]
+        self._reported = finite[:count]
+        return replace(
+            report,
+            params_broke=broke[:known].any(),
+            buffers_broke=broke[known:].any(),
+            gradient_broke=~finite[count:].all(),
+            no_return=not (self.stepped and self._last.fits(params)),
+            pass_broke=pass_broke,
+        )
+
+    @staticmethod
+    def _heard(variance: Number | None, together: Together) -> Reading:
+        """What is judged, over all ranks; with the variance of one sample's loss."""
+        sums = together.sums
+        return Reading(
+            together.loss,
+            saved(variance),
+            together.samples,
+            bool(sums.params_broke),
+            bool(sums.buffers_broke),
+            not sums.gradient_broke,
+            not sums.no_return,
+        )
 
     # ---------------------------------------------------------------- resume
 
@@ -379,7 +450,7 @@ class Guard:
         """Return everything the next judgement needs; tensors are copies."""
         return {
             "last": self._last.state_dict() if self._last else None,
-            "finite": None if self._finite is None else list(self._finite),
+            "finite": None if self._finite is None else torch.as_tensor(self._finite).tolist(),
             "good": self.good.state_dict(),
             "before": list(self._before[:3]),
             "scatter": self._scatter.state_dict(),

@@ -60,6 +60,14 @@ class Reminders:
                 "optimizer.backward(losses)"
             )
 
+    def ranks_leave(self) -> None:
+        """Processes may leave the loop one after the other."""
+        self._say(
+            "inside `with model.join()` processes may leave the training loop one after the other, so they cannot be "
+            "asked what they see: steps are neither measured nor judged there, and rates stay as they are. Batches of "
+            "equal number on all ranks (DistributedSampler, drop_last=True) need no join()."
+        )
+
     def _say(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)

@@ -6,6 +6,7 @@ All mutable state of a wrapped optimizer lives in one `Session`, so that proxies
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,11 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from alpha_optim.alpha.history import AlphaHistory
+from alpha_optim.alpha.history import AlphaHistory, Pending
 from alpha_optim.alpha.records import DropReason, GuardEvent, GuardReason
-from alpha_optim.measure.pairing import Entry, Pairing
+from alpha_optim.distributed import Ranks, fingerprint, initialised, leaves_early
+from alpha_optim.measure.across_ranks import PairAcrossRanks, Report, Together
+from alpha_optim.measure.pairing import EndSeen, Entry, Pairing
 from alpha_optim.measure.plan import Plan
-from alpha_optim.measure.step_ends import PendingPair
 from alpha_optim.observe.checks import check_losses
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.step_direction import parameters_of, rates_of
@@ -86,6 +88,8 @@ class Session:
         self._reached = 0  # steps before which another network's backward pass came through
         self._scheduled_at = 0  # iteration at which the scheduler was stepped last
         self._accepted: Callable[[], None] | None = None  # for the call in progress
+        self._ranks: Ranks | None = None
+        self._started_before = False  # whether a pair began with the last step
         self._saved_guard: dict[str, Any] | None = None
         # Optimizers that fill their state at the first step do so again when it is empty.
         self._lazy_state = not self.optimizer.state
@@ -105,11 +109,24 @@ class Session:
         if not self.active:
             return
         self._start = self.plan.wants(self.iteration)
+        self._find_ranks()
         in_pair = self._start or self.pairing.pending is not None
+        if self._ranks is not None:  # on all of them alike, whatever one could not measure
+            in_pair = self._start or self._started_before
         backend = self.plan.backend() if in_pair else None
-        self.pairing.begin(self.optimizer, backend, self.iteration, self._start, self.guard is not None)
+        guarded = self.guard is not None
+        self.pairing.begin(self.optimizer, backend, self.iteration, self._start, guarded, self._ranks)
         if self.guard is not None and self.guard.lacks_buffers and not self._resting:
             self.pairing.iteration.before_forward = self.guard.keep_buffers
+
+    def _find_ranks(self) -> None:
+        """Look for other processes that train the same model."""
+        if not initialised():
+            self._ranks = None
+            return
+        params = parameters_of(self.optimizer)
+        if self._ranks is None or not self._ranks.train(params):
+            self._ranks = Ranks.found(self.plan.model, params)
 
     @property
     def progress(self) -> int:
@@ -188,15 +205,21 @@ class Session:
     def _judge_lost(self) -> None:
         """The passes so far come to no step."""
         self.pairing.iteration.passes.discard()
-        self._judge_skipped_passes()
+        if self._ranks is None:  # else it is judged at the next step, when ranks talk
+            self._judge_skipped_passes(None)
 
-    def _judge_skipped_passes(self) -> bool:
+    def _judge_skipped_passes(self, together: Together | None) -> bool:
         """Judge passes that came to no step: a gradient scaler skips what is not finite, and a loss that is not counts.
+
+        Args:
+            together: What all ranks have seen, if there are several.
 
         Returns:
             Whether gradients at hand can be used: not if a point was put back.
         """
         losses, self.pairing.iteration.lost_losses = self.pairing.iteration.lost_losses, []
+        if together is not None:
+            losses = [torch.tensor(math.nan)] if together.sums.pass_broke else []
         events = [event for loss in losses if (event := self._judge_skipped(loss)) is not None]
         return not any(event.restored for event in events)
 
@@ -256,10 +279,13 @@ class Session:
             with self._around_step():
                 result = self.optimizer.step(**_with(closure, kwargs))
             self.iteration += 1
+            self._started_before = False
             self.reminders.after_step(self.iteration, measured=False, saw_loss=False)
             self._remind_scheduler()
             self.begin()
             return result
+        if self._ranks is not None and leaves_early(self.plan.model):
+            return self._step_unseen(closure, kwargs)
         if self.guard is not None:
             self.guard.notice_edits(parameters_of(self.optimizer))
         try:
@@ -276,6 +302,20 @@ class Session:
             self._lose_iteration()
             raise
         self._after_step()
+        return result
+
+    def _step_unseen(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
+        """Step without a word to other ranks, some of which may have left the loop."""
+        self.reminders.ranks_leave()
+        self.pairing.pending = None
+        if self.guard is not None:
+            self.guard.forget()
+        self._tell_accepted()
+        with self._around_step():
+            result = self.optimizer.step(**_with(closure, kwargs))
+        self.iteration += 1
+        self._started_before = False
+        self.begin()
         return result
 
     def _watched(self, closure: Callable[[], Any], entry: Entry | None) -> Callable[[], Any]:
@@ -318,16 +358,21 @@ class Session:
             self._reached += 1
             if self._reached == OTHERS:
                 self._steering.reached_by_others()
-        outcome = pairing.finish(params, entry)
+        seen = pairing.finish(params, entry)
         moved = None
         if entry is not None and self.guard is not None:  # judged and kept is the point that the step starts from
             moved = [param.detach().clone() for param in params]
             _write(params, entry.params)
-        event, used = None, True
+        event, used, together = None, True, None
+        outcome: Pending | DropReason | None
+        if self._ranks is not None:
+            together, outcome = self._exchange(self._ranks, seen, params)
+        else:
+            outcome = pairing.paired(seen) if isinstance(seen, EndSeen) else seen
         if self.guard is not None:
-            used = self._judge_skipped_passes()
+            used = self._judge_skipped_passes(together)
             if used:
-                event, used = self._judge(self.guard, params)
+                event, used = self._judge(self.guard, params, together)
         self._record(outcome, event)
         if not used:
             pairing.pending = None
@@ -346,7 +391,29 @@ class Session:
                 kept = kept if entry is None else entry.params
                 pairing.before_step(self.optimizer, kept, rates_of(self.optimizer))
 
-    def _record(self, outcome: PendingPair | DropReason | None, event: GuardEvent | None) -> None:
+    def _exchange(
+        self, ranks: Ranks, seen: EndSeen | DropReason | None, params: list[Tensor]
+    ) -> tuple[Together, PairAcrossRanks | DropReason | None]:
+        """Tell all ranks what this one has seen, and hear what they have.
+
+        Raises:
+            ValueError: If they do not train one model.
+            RuntimeError: If one does not answer, or has other learning rates.
+        """
+        apart = ranks.compare_models(params)
+        if apart is not None:
+            raise ValueError(apart)
+        rates, steered = [group.get("lr") for group in self.optimizer.param_groups], self._steering is not None
+        report = Report(rates=fingerprint(rates) if steered else 0.0)
+        if self.guard is not None and not self._resting:
+            lost = read(self.pairing.iteration.lost_losses)
+            report = self.guard.report(params, report, not all(map(math.isfinite, lost)))
+        together, outcome = self.pairing.exchange(seen, report, read_now=steered)
+        if steered:
+            ranks.check_rates(together.sums.rates, rates)
+        return together, outcome
+
+    def _record(self, outcome: Pending | DropReason | None, event: GuardEvent | None) -> None:
         """Take the pair that ends here into the history; that of a batch that is not finite is dropped."""
         if isinstance(outcome, DropReason):
             self.history.drop(outcome)
@@ -365,7 +432,9 @@ class Session:
         """Whether nobody steps the scheduler."""
         return self.iteration - self._scheduled_at >= RESTS
 
-    def _judge(self, guard: Guard, params: list[Tensor]) -> tuple[GuardEvent | None, bool]:
+    def _judge(
+        self, guard: Guard, params: list[Tensor], together: Together | None
+    ) -> tuple[GuardEvent | None, bool]:
         """Let the guard judge the point reached; returns what it did and whether the step is made.
 
         Raises:
@@ -378,9 +447,9 @@ class Session:
                 "AlphaScheduler(..., guard=False)."
             )
         if self._resting:
-            guard.rest(self.iteration, self.pairing.iteration.loss)
+            guard.rest(self.iteration, self.pairing.iteration.loss if together is None else together.loss)
             return None, True
-        event, used = guard.judge(self.iteration, self.pairing.iteration.loss, params)
+        event, used = guard.judge(self.iteration, self.pairing.iteration.loss, params, together)
         if event is None:
             return None, used
         with_own = guard.good.point.with_optimizer
@@ -399,7 +468,10 @@ class Session:
         if self.guard is None or not self.active:
             return
         self._judge_lost()
-        event = self.guard.finish(self.iteration, loss, parameters_of(self.optimizer))
+        params, together = parameters_of(self.optimizer), None
+        if self._ranks is not None:
+            together = self.pairing.exchange_last(loss, self.guard.report(params, Report(), False, gradients=False))
+        event = self.guard.finish(self.iteration, loss, params, together)
         if event is not None:
             self.pairing.pending = None
             self._note(event)
@@ -437,6 +509,7 @@ class Session:
         """Move on to the next iteration."""
         pairing, iteration = self.pairing, self.pairing.iteration
         self.iteration += 1
+        self._started_before = self._start
         saw_loss = iteration.loss.mean is not None or iteration.losses_declined
         measured = pairing.pending is not None and iteration.gradients.any_seen
         self.reminders.after_step(self.iteration, measured, saw_loss)
@@ -472,6 +545,7 @@ class Session:
             "skipped": self.skipped,
             "searching": self.searching,
             "scheduled_at": self._scheduled_at,
+            "started_before": self._started_before,
             "events": [{**asdict(event), "reason": str(event.reason)} for event in self.events],
         }
 
@@ -491,8 +565,10 @@ class Session:
             self._saved_guard = state["guard"]
             self.skipped, self.searching = int(state.get("skipped", 0)), bool(state.get("searching", False))
             self._scheduled_at = int(state.get("scheduled_at", self.iteration))
+            self._started_before = bool(state.get("started_before", False))
             if int(state["version"]) >= 2:
-                self.pairing.load_state_dict(state["pairing"], parameters_of(self.optimizer))
+                self._find_ranks()
+                self.pairing.load_state_dict(state["pairing"], parameters_of(self.optimizer), self._ranks)
                 self.plan.load_state_dict(state["plan"])
             else:  # an older one: the pending measurement is dropped, what was learned is learned anew
                 self.plan.load_state_dict(None)
