@@ -229,8 +229,8 @@ class Together:
 
     @property
     def gamma(self) -> float:
-        """Factor between the mean loss and what the mean over ranks is sent backward with."""
-        return float(self.sums.gamma) / self._size
+        """Factor between the mean loss and what the mean over ranks is sent backward with; 1 if none was seen."""
+        return float(self.sums.gamma) / self._size or 1.0
 
     @property
     def loss(self) -> float | None:

@@ -282,7 +282,8 @@ class Pairing:
         """
         iteration, loss = self.iteration, self.iteration.loss
         passes, centres = iteration.passes.reached, self._centres or Centres()
-        nothing = not passes and not iteration.passes.recorded and loss.mean is None and loss.samples == 0
+        empty = all(entry.samples == 0 for entry in passes)
+        nothing = empty and loss.mean is None  # this rank has no data
         gamma = gamma_of(passes)
         gamma = gamma if gamma is not None else torch.zeros(()) if nothing else torch.ones(())
         share = gamma / max(1, loss.samples)
