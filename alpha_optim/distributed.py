@@ -7,6 +7,8 @@ process group of two or more ranks is initialised, `Ranks.found` returns None an
 
 from __future__ import annotations
 
+import base64
+import io
 import struct
 import zlib
 from collections.abc import Sequence
@@ -206,10 +208,28 @@ def fingerprint(rates: Sequence[Any]) -> float:
     return float(zlib.crc32(struct.pack(f"{len(plain)}d", *plain)))
 
 
+def as_text(state: dict[str, Any]) -> str:
+    """A state as text, which distributed checkpoints keep in a param group."""
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    return base64.b85encode(zlib.compress(stream.getvalue())).decode("ascii")
+
+
+def from_text(text: str) -> Any:
+    """The state again."""
+    return torch.load(io.BytesIO(zlib.decompress(base64.b85decode(text))), weights_only=True)
+
+
 def leaves_early(model: nn.Module | None) -> bool:
-    """Whether ranks may leave the loop one after the other (``with model.join()``), so that nobody can be asked."""
+    """Whether ranks may leave the loop one after the other (``with model.join()``), so that nobody can be asked.
+
+    That a context was left again is not told.
+    """
     wrapper = _wrapper_of(model)
-    return wrapper is not None and bool(wrapper._join_config.enable)
+    if wrapper is None:
+        return False
+    config = wrapper._join_config
+    return bool(config.enable) and not config.throw_on_early_termination
 
 
 def _far(one: float, other: float) -> bool:

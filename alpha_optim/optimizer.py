@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from alpha_optim.alpha.diagnosis import Diagnosis, diagnose
 from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.records import GuardEvent
+from alpha_optim.distributed import as_text, from_text, initialised
 from alpha_optim.measure.plan import Every, Plan
 from alpha_optim.observe.checks import check_arguments, check_membership
 from alpha_optim.several import HOOKS, Several, make_hooks
@@ -271,6 +272,10 @@ class AlphaGuided(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state: dict[str, Any] = {**self.optimizer.state_dict(), KEY: self._session.state_dict()}
+        if initialised() and state["param_groups"]:
+            # Distributed checkpoints keep nothing but state and groups.
+            first, *others = state["param_groups"]
+            state["param_groups"] = [{**first, KEY: as_text(self._session.state_dict(tensors=False))}, *others]
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state)
             state = state if replaced is None else replaced
@@ -288,13 +293,18 @@ class AlphaGuided(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        groups = [{name: value for name, value in group.items() if name != KEY} for group in state_dict["param_groups"]]
         ours = state_dict.get(KEY)
+        if ours is None:
+            texts = [group[KEY] for group in state_dict["param_groups"] if group.get(KEY)]
+            ours = from_text(texts[0]) if texts else None
         if ours is not None and ours["version"] > VERSION:
             raise ValueError(
                 f"this state dict has version {ours['version']} of alpha_optim's state, this package reads "
                 f"up to {VERSION}: update alpha_optim, or delete its key {KEY!r} to start measuring anew"
             )
-        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        bare = {key: value for key, value in state_dict.items() if key != KEY}
+        self.optimizer.load_state_dict({**bare, "param_groups": groups})
         self._session.load_state_dict(ours)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import GuardEvent, GuardReason
+from alpha_optim.distributed import as_text, from_text, initialised
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
 from alpha_optim.steer.checks import check_scheduler_state, check_scheduling
@@ -485,6 +486,7 @@ class AlphaScheduler(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the rest of the run depends on, as plain values."""
+        policy = base.state_of(self.policy)
         return {
             "version": VERSION,
             "scale": self.scale,
@@ -505,7 +507,8 @@ class AlphaScheduler(LRScheduler):
             "sparse": self._sparse,
             "cooling": None if self._cooling is None else list(self._cooling),
             "said": sorted(self._said),
-            "policy": base.state_of(self.policy),
+            # A distributed checkpoint finds its way by keys, and those of a policy's state change as it goes on.
+            "policy": as_text(policy) if initialised() else policy,
             "policy_name": base.name_of(self.policy),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
         }
@@ -535,7 +538,8 @@ class AlphaScheduler(LRScheduler):
         self._cooling = None if cooling is None else (int(cooling[0]), int(cooling[1]))
         self._said = set(state_dict.get("said", ()))
         self.last_epoch = self._seen_progress
-        base.restore(self.policy, state_dict["policy"])
+        policy = state_dict["policy"]
+        base.restore(self.policy, from_text(policy) if isinstance(policy, str) else policy)
         if self.schedule is not None and state_dict["schedule"] is not None:
             self.schedule.load_state_dict(state_dict["schedule"])
         self._factor_now = float(state_dict.get("factor_now", 1.0))
@@ -572,7 +576,7 @@ class _Listener:
         if scheduler is not None:
             scheduler._not_stepped()
 
-    def detached(self) -> None:
+    def nothing_seen(self) -> None:
         """Tell the scheduler, whose search is over."""
         scheduler = self._scheduler()
         if scheduler is not None:

@@ -263,9 +263,10 @@ class Together:
             return None
         return self._variance(self.sums.end if role == "end" else self.sums.start, at._unit, known)
 
-    @staticmethod
-    def _variance(scatter: Scatter, unit: float, known: float | None) -> float | None:
-        return known if scatter.count < 2 else unit * unit * scatter.variance()
+    def _variance(self, scatter: Scatter, unit: float, known: float | None) -> float | None:
+        share = 1.0 / self._batches  # samples that several ranks are fed count once
+        once = Scatter(scatter.count * share, float(scatter.total) * share, float(scatter.squares) * share)
+        return known if once.count < 2 else unit * unit * once.variance()
 
     def adds_up(self, role: str, at: Together, length: float, tolerance: float) -> bool:
         """Whether the slopes of all samples give the slope of the gradients; True if only some samples were looked at.

@@ -252,8 +252,12 @@ class Pairing:
         return EndSeen(pending, product, edited, slopes, due and slopes is None)
 
     def _alone(self) -> bool:
-        """Whether the batch has one sample only, whose slope has no scatter."""
-        return self._ranks is None and self.iteration.loss.samples == 1
+        """Whether the batch has one sample only, whose slope has no scatter; among several ranks, whether it has none."""
+        return self.without_data() if self._ranks is not None else self.iteration.loss.samples == 1
+
+    def without_data(self) -> bool:
+        """Whether this rank has no samples, and so nothing to say about losses."""
+        return self.iteration.loss.mean is None and all(entry.samples == 0 for entry in self.iteration.passes.reached)
 
     def paired(self, seen: EndSeen) -> PendingPair:
         """Put both ends of a step together."""
@@ -273,6 +277,10 @@ class Pairing:
 
     # ---------------------------------------------------------------- several processes
 
+    def leave_ranks(self) -> None:
+        """Measure by itself what this process sees."""
+        self._ranks = None
+
     def report(self, seen: EndSeen | DropReason | None, guard: Report) -> Report:
         """Say what this rank has seen in this iteration.
 
@@ -282,8 +290,7 @@ class Pairing:
         """
         iteration, loss = self.iteration, self.iteration.loss
         passes, centres = iteration.passes.reached, self._centres or Centres()
-        empty = all(entry.samples == 0 for entry in passes)
-        nothing = empty and loss.mean is None  # this rank has no data
+        nothing = self.without_data()
         gamma = gamma_of(passes)
         gamma = gamma if gamma is not None else torch.zeros(()) if nothing else torch.ones(())
         share = gamma / max(1, loss.samples)
@@ -534,14 +541,15 @@ class Pairing:
         params = iteration.params
         elements = self._some_elements.of(params)
         direction: AlongGradient | BetweenPoints
+        weights = None if self._ranks is None else self._ranks.weights
         if isinstance(before, Tensor):
-            direction = AlongGradient.of(optimizer, differ(elements, before))
+            direction = AlongGradient.of(optimizer, differ(elements, before), weights)
             direction.before = iteration.start
             product = direction.products(gradients.tensors)
         else:
             # Where slopes of samples are due the point itself is needed, too.
             overwrite = before is self._before and "start" not in iteration.task.due
-            direction, product = BetweenPoints.of(before, params, gradients.tensors, overwrite)
+            direction, product = BetweenPoints.of(before, params, gradients.tensors, overwrite, weights)
         slopes, backend = None, iteration.task.backend
         due = "start" in iteration.task.due and backend is not None and not self._alone()
         if due and backend is not None:
@@ -600,14 +608,18 @@ class Pairing:
 
     # ---------------------------------------------------------------- resume
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: the pending step, variances, what was learned about the loop."""
-        habits = self.habits
+    def state_dict(self, tensors: bool = True) -> dict[str, Any]:
+        """Return what a resumed run needs: the pending step, variances, what was learned about the loop.
+
+        Args:
+            tensors: Whether the pending step is in it.
+        """
+        habits, pending = self.habits, self.pending if tensors else None
         return {
             "habits": [habits.compare_norms, habits.keep_copies, habits.asked],
             "keep_direction": self._keep_direction,
             "variances": self.variances.state_dict(),
-            "pending": None if self.pending is None else self.pending.state_dict(self._ranks),
+            "pending": None if pending is None else pending.state_dict(self._ranks),
             "centres": None if self._centres is None else list(self._centres),
         }
 

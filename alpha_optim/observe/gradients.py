@@ -21,6 +21,7 @@ from torch.autograd import Variable
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from alpha_optim.distributed import local
 from alpha_optim.observe.hooks import weakly
 from alpha_optim.observe.numbers import Truth
 from alpha_optim.observe.some_elements import factor_between, stays_view, together, view_of
@@ -320,7 +321,7 @@ def _otherwise(now: Tensor, then: Tensor | None, factor: Tensor) -> Tensor:
 
 def _norms(gradients: Sequence[Tensor]) -> Tensor:
     """Norms of gradients, float64 ``[K]``."""
-    values = [g.detach()._values() if g.is_sparse else g.detach() for g in gradients]
+    values = [g.detach()._values() if g.is_sparse else g.detach() for g in map(local, gradients)]
     half = any(value.dtype in (torch.float16, torch.bfloat16) for value in values)
     norms = torch._foreach_norm(values, 2.0, dtype=torch.float32 if half else None)
     return torch.stack([norm.to(values[0].device, torch.float64) for norm in norms])

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from alpha_optim.distributed import local
 from alpha_optim.observe.numbers import Truth, free_to_read
 
 BLOCKS, RUN = 16, 16  # a run of float32 is one cache line, and a cache line is what reading costs
@@ -33,7 +34,8 @@ def layout(elements: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def view_of(tensor: Tensor) -> Tensor:
     """Some elements of a tensor; a view, except of tensors with gaps ``[blocks, run]`` or ``[n]``."""
-    values = tensor.detach() if tensor.requires_grad else tensor
+    values = local(tensor)
+    values = values.detach() if values.requires_grad else values
     if values.is_sparse:
         values = values._values()
     if values.is_complex():
@@ -47,6 +49,7 @@ def view_of(tensor: Tensor) -> Tensor:
 
 def stays_view(tensor: Tensor) -> bool:
     """Whether a view made by `view_of` shows what is written to the tensor later."""
+    tensor = local(tensor)
     return not tensor.is_sparse and not tensor.is_complex() and tensor.is_contiguous()
 
 
@@ -74,7 +77,7 @@ class SomeElements:
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
         """Elements of tensors as they are now ``[n]``."""
-        places = [tensor.data_ptr() for tensor in tensors]
+        places = [local(tensor).data_ptr() for tensor in tensors]
         if places != self._places:
             self._views = [view_of(tensor) for tensor in tensors]
             self._places = places if all(map(stays_view, tensors)) else []

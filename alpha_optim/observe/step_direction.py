@@ -20,9 +20,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from alpha_optim.distributed import local
 from alpha_optim.observe.numbers import Truth, free_to_read, read
 
 Rate = float | Tensor
+Weights = Sequence[float] | None
+"""What parameters count for in a sum over processes, one each; None where all count the same."""
 
 PIECE = 1 << 16
 """Elements of a piece on the CPU: difference and gradient of a piece stay in the cache for two products."""
@@ -95,6 +98,7 @@ class AlongGradient:
         moved: Whether any parameter changed.
         params: The parameters.
         versions: Versions of the gradients when the step was made.
+        weights: What the parameters count for, one each, in a sum over processes; None where all count the same.
         before: A copy of the parameters before the step, as long as somebody needs it.
     """
 
@@ -104,15 +108,17 @@ class AlongGradient:
     moved: Truth
     params: list[Tensor]
     versions: list[int]
+    weights: Weights = None
     before: list[Tensor] | None = None
 
     @classmethod
-    def of(cls, optimizer: Optimizer, moved: Truth) -> AlongGradient:
+    def of(cls, optimizer: Optimizer, moved: Truth, weights: Weights = None) -> AlongGradient:
         """The step that plain SGD has just made.
 
         Args:
             optimizer: The optimizer.
             moved: Whether any of its parameters changed.
+            weights: See the class.
         """
         bases: list[Tensor | None] = []
         rates: list[Rate] = []
@@ -121,14 +127,22 @@ class AlongGradient:
             rate = rate if group["maximize"] else -rate
             bases += [param.grad for param in group["params"]]
             rates += [rate] * len(group["params"])
-        return cls._of(bases, rates, parameters_of(optimizer), moved)
+        return cls._of(bases, rates, parameters_of(optimizer), moved, weights)
 
     @classmethod
-    def _of(cls, bases: list[Tensor | None], rates: list[Rate], params: list[Tensor], moved: Truth) -> AlongGradient:
+    def _of(
+        cls,
+        bases: list[Tensor | None],
+        rates: list[Rate],
+        params: list[Tensor],
+        moved: Truth,
+        weights: Weights = None,
+    ) -> AlongGradient:
         squares = squared_norms(bases, params[0].device if params else torch.device("cpu"))
+        squares = squares if weights is None else scaled(squares, weights)
         length = scaled(scaled(squares, rates), rates).sum().sqrt()
         versions = versions_of(bases)
-        return cls(Change(bases, rates, True), squares, length, moved, params, versions)
+        return cls(Change(bases, rates, True), squares, length, moved, params, versions, weights)
 
     def products(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """See `Direction`; the norms are known where these are the gradients of the step itself."""
@@ -140,7 +154,9 @@ class AlongGradient:
             None if base is None or gradient is None else dot(base, gradient)
             for base, gradient in zip(bases, gradients, strict=True)
         ]
-        return scaled(stacked(values, device), self.change_.rates).sum()
+        together = stacked(values, device)
+        together = together if self.weights is None else scaled(together, self.weights)
+        return scaled(together, self.change_.rates).sum()
 
     def change(self, end: Sequence[Tensor] | None = None) -> Change:
         """See `Direction`."""
@@ -188,6 +204,7 @@ class BetweenPoints:
         length: |d|.
         moved: Whether any parameter changed.
         versions: Versions of the copy when the step was made.
+        weights: See `AlongGradient`.
     """
 
     kept: list[Tensor]
@@ -196,10 +213,16 @@ class BetweenPoints:
     length: Tensor
     moved: Truth
     versions: list[int]
+    weights: Weights = None
 
     @classmethod
     def of(
-        cls, before: list[Tensor], params: list[Tensor], gradients: Sequence[Tensor | None], overwrite: bool
+        cls,
+        before: list[Tensor],
+        params: list[Tensor],
+        gradients: Sequence[Tensor | None],
+        overwrite: bool,
+        weights: Weights = None,
     ) -> tuple[BetweenPoints, Tensor]:
         """The step just made, and <d, gradient> along it, from one pass over the difference.
 
@@ -208,19 +231,27 @@ class BetweenPoints:
             params: The parameters.
             gradients: Gradients at the start of the step.
             overwrite: Whether the step may be written over ``before``, which nobody else needs.
+            weights: See `AlongGradient`.
         """
         device = params[0].device
         squares: list[Tensor] = []
         products: list[Tensor] = []
-        for old, now, gradient in zip(before, params, gradients, strict=True):
+        for place, (old, now, gradient) in enumerate(zip(before, params, gradients, strict=True)):
             for difference, part in _pieces(old, now, gradient, overwrite):
-                squares.append(torch.dot(difference, difference))
+                square, product = torch.dot(difference, difference), None
                 if part is not None:
-                    products.append(torch.dot(difference, part))
-        made = cls(before, overwrite, params, _sum(squares, device), True, versions_of(before))
+                    product = torch.dot(difference, part)
+                if weights is not None:
+                    square = square.double() * weights[place]
+                    product = None if product is None else product.double() * weights[place]
+                squares.append(square)
+                if product is not None:
+                    products.append(product)
+        made = cls(before, overwrite, params, _sum(squares, device), True, versions_of(before), weights)
         if free_to_read(device) and not SAFE[0] ** 2 < read([made.length])[0] < SAFE[1] ** 2:
             norms = [_norm64(flat) for difference in made._differences() for flat in (difference.flatten(),)]
-            made.length = torch.stack(norms).square().sum()
+            lengths = torch.stack(norms).square()
+            made.length = (lengths if weights is None else scaled(lengths, weights)).sum()
         made.length = made.length.sqrt()
         made.moved = made.length != 0.0
         return made, _sum(products, device)
@@ -231,22 +262,24 @@ class BetweenPoints:
             return
         after = self.params if end is None else end
         for old, now in zip(self.kept, after, strict=True):
-            yield as_real(at_least_float32(now.detach()) - at_least_float32(old))
+            yield as_real(at_least_float32(local(now).detach()) - at_least_float32(old))
 
     def products(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """See `Direction`."""
+        weights = self.weights or [1.0] * len(self.kept)
         if self.is_step:
-            pairs = zip(self.kept, gradients, strict=True)
-            values = [dot(step, gradient) for step, gradient in pairs if gradient is not None]
+            steps = zip(self.kept, gradients, weights, strict=True)
+            values = [(dot(step, gradient), weight) for step, gradient, weight in steps if gradient is not None]
         else:
             values = [
-                torch.dot(difference, part)
-                for old, now, gradient in zip(self.kept, self.params, gradients, strict=True)
+                (torch.dot(difference, part), weight)
+                for old, now, gradient, weight in zip(self.kept, self.params, gradients, weights, strict=True)
                 if gradient is not None
                 for difference, part in _pieces(old, now, gradient, overwrite=False)
                 if part is not None
             ]
-        return _sum(values, self.params[0].device)
+        weighted = [value if weight == 1.0 else value.double() * weight for value, weight in values]
+        return _sum(weighted, self.params[0].device)
 
     def change(self, end: Sequence[Tensor] | None = None) -> Change:
         """See `Direction`; as much memory as the parameters unless the step itself was kept."""
@@ -259,7 +292,7 @@ class BetweenPoints:
     def belongs_to(self, params: Sequence[Tensor]) -> bool:
         """See `Direction`."""
         pairs = zip(self.kept, params, strict=False)
-        return same_tensors(self.params, params) and all(kept.shape == p.shape for kept, p in pairs)
+        return same_tensors(self.params, params) and all(kept.shape == local(p).shape for kept, p in pairs)
 
     def start(self) -> list[Tensor]:
         """See `Direction`."""
@@ -338,7 +371,8 @@ def versions_of(tensors: Sequence[Tensor | None]) -> list[int]:
 
 
 def copied(store: list[Tensor], now: Sequence[Tensor]) -> list[Tensor]:
-    """Copy ``now`` into ``store``, reusing its memory where shapes and places agree."""
+    """Copy ``now`` into ``store``, reusing its memory where shapes and places agree; of DTensors the local parts."""
+    now = [local(tensor) for tensor in now]
     if len(store) == len(now) and all(
         a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(store, now, strict=True)
     ):
@@ -355,7 +389,8 @@ def _pieces(
 
     The same memory may hold one piece after the other: a piece is valid until the next.
     """
-    now = now.detach()
+    now = local(now).detach()
+    gradient = None if gradient is None else local(gradient)
     plain = now.dtype in _PLAIN and now.is_contiguous() and old.is_contiguous()
     if plain and gradient is not None:
         plain = gradient.dtype == now.dtype and gradient.layout == torch.strided and gradient.is_contiguous()
@@ -463,6 +498,7 @@ def scaled(values: Tensor, rates: Sequence[Rate]) -> Tensor:
 
 def as_real(tensor: Tensor) -> Tensor:
     """The tensor without graph, dense and real; the real and imaginary part of a complex one."""
+    tensor = local(tensor)
     tensor = tensor.detach() if tensor.requires_grad else tensor
     tensor = tensor.to_dense() if tensor.is_sparse else tensor
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from alpha_optim.distributed import is_sharded
 from alpha_optim.observe.model_calls import innermost
 from alpha_optim.observe.step_direction import is_plain_sgd, parameters_of
 from alpha_optim.slopes.backpack import BackpackBackend
@@ -73,6 +74,8 @@ def obstacle(name: str, optimizer: Optimizer, model: nn.Module | None, sample_di
     """Say what stands against a backend here, or None."""
     if name == "gradients":
         return None
+    if any(map(is_sharded, parameters_of(optimizer))):
+        return "parameters are spread over processes (DTensor), and slopes of single samples need all of them"
     if model is None:
         return "it needs the model: AlphaGuided(optimizer, model, loss_fn)"
     if isinstance(model, torch.jit.ScriptModule):

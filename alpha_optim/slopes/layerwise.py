@@ -88,12 +88,14 @@ class LayerwiseBackend:
 
     def end_slopes(self, direction: Direction, point: Sequence[Tensor]) -> SampleSlopes | None:
         """Slopes along the previous step."""
+        self._leave_rules_for_losses()
         if self._by_rules:
             return self._from_rules(self._rules.end_slopes())
         return self._from_model(point, direction, None)
 
     def start_slopes(self, direction: Direction, gradients: LossGradients, expected: Expected) -> SampleSlopes | None:
         """Slopes along the step just made."""
+        self._leave_rules_for_losses()
         if self._by_rules:
             slopes = self._from_rules(self._rules.start_slopes(direction.change()))
             assert self._passes is not None
@@ -103,6 +105,14 @@ class LayerwiseBackend:
             self._by_rules = False  # the model as a whole may do better
             self._rules.close()
         return self._from_model(direction.start(), direction, expected)
+
+    def _leave_rules_for_losses(self) -> None:
+        """Losses of samples inside a model that returns their mean are seen when the model as a whole is run again."""
+        assert self._passes is not None
+        calls = [call for entry in self._passes.reached for call in entry.calls]
+        if self._by_rules and calls and all(call.returned and call.individual is None for call in calls):
+            self._by_rules = False
+            self._rules.close()
 
     def _from_rules(self, slopes: SampleSlopes | None) -> SampleSlopes | None:
         """What the layers gave; where they could not, the model as a whole is tried from the next iteration on."""

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from alpha_optim.alpha.loss_level import LossScatter
 from alpha_optim.alpha.records import Code, GuardEvent, GuardReason
+from alpha_optim.distributed import local
 from alpha_optim.measure.across_ranks import Report, Together
 from alpha_optim.measure.step_ends import BatchLoss
 from alpha_optim.observe.numbers import Number, read, saved
@@ -296,9 +297,7 @@ class Guard:
 
     # ---------------------------------------------------------------- what is done
 
-    def _accept(
-        self, iteration: int, now: Reading, params: Sequence[Tensor], finite: Sequence[bool] | Tensor
-    ) -> None:
+    def _accept(self, iteration: int, now: Reading, params: Sequence[Tensor], finite: Sequence[bool] | Tensor) -> None:
         """Keep the point from which a step is about to be made."""
         if self.searching:
             self.good.close_window(params, self._model, self._optimizer, self.point_trusted)
@@ -494,7 +493,7 @@ class Guard:
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The norm of each tensor ``[]``, in a type wide enough."""
-    plain = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
+    plain = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in map(local, tensors)]
     plain = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in plain]
     narrow = [t.dtype in (torch.float16, torch.bfloat16) for t in plain]
     if not any(narrow):

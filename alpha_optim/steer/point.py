@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from alpha_optim.distributed import local
 from alpha_optim.observe.step_direction import copied, same_tensors
 
 OWN_WEIGHTS = ("ScheduleFree", "Lookahead", "SAM", "Prodigy", "DAdapt")
@@ -174,6 +175,7 @@ class Point:
         self.buffers = [self._copied([], now) for now in self._buffers]
 
     def _copied(self, store: list[Tensor], now: list[Tensor]) -> list[Tensor]:
+        now = [local(tensor) for tensor in now]
         if not self._on_host:
             return copied(store, now)
         if len(store) == len(now) and all(
@@ -205,7 +207,7 @@ class Point:
             self.forget()
             return False
         for param, kept in zip(params, self.params, strict=True):
-            param.copy_(kept)
+            local(param).copy_(kept)
         self.restore_buffers(model)
         if self._own is not None:
             self._own.restore()
@@ -222,11 +224,12 @@ class Point:
         now = {id(buffer) for buffers in persistent_buffers(model) for buffer in buffers}
         for buffers, copies in zip(self._buffers, self.buffers, strict=True):
             unchanged = all(
-                id(buffer) in now and buffer.shape == kept.shape for buffer, kept in zip(buffers, copies, strict=True)
+                id(buffer) in now and local(buffer).shape == kept.shape
+                for buffer, kept in zip(buffers, copies, strict=True)
             )
             if unchanged:
                 for buffer, kept in zip(buffers, copies, strict=True):
-                    buffer.copy_(kept)
+                    local(buffer).copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything."""
@@ -244,7 +247,7 @@ class Point:
         buffers = persistent_buffers(model)
         flat = [*params, *(buffer for entry in buffers for buffer in entry)]
         kept = [*state["params"], *(copy for entry in state["buffers"] for copy in entry)]
-        if not params or [t.shape for t in flat] != [t.shape for t in kept]:
+        if not params or [local(t).shape for t in flat] != [t.shape for t in kept]:
             return False
         self.keep(params, model, optimizer)
         for mine, saved in zip(self.params, state["params"], strict=True):

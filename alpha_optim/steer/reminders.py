@@ -63,9 +63,9 @@ class Reminders:
     def ranks_leave(self) -> None:
         """Processes may leave the loop one after the other."""
         self._say(
-            "inside `with model.join()` processes may leave the training loop one after the other, so they cannot be "
-            "asked what they see: steps are neither measured nor judged there, and rates stay as they are. Batches of "
-            "equal number on all ranks (DistributedSampler, drop_last=True) need no join()."
+            "with model.join() processes may leave the training loop one after the other, so they cannot be asked what "
+            "they see: from here on steps are neither measured nor judged, and no rate is searched. As many batches on "
+            "every rank (DistributedSampler with drop_last=True) need no join()."
         )
 
     def _say(self, text: str) -> None:

@@ -27,6 +27,7 @@ from alpha_optim.observe.numbers import read
 from alpha_optim.observe.step_direction import parameters_of, rates_of
 from alpha_optim.steer.guard import Guard
 from alpha_optim.steer.reminders import UNSCHEDULED, Reminders
+from alpha_optim.user_warning import warn_user
 
 VERSION = 3
 RESTS = 2
@@ -50,8 +51,8 @@ class Steering(Protocol):
     def not_stepped(self) -> None:
         """Several steps were made without the scheduler's."""
 
-    def detached(self) -> None:
-        """The optimizer steps alone from here on."""
+    def nothing_seen(self) -> None:
+        """Steps are no longer seen from here on."""
 
     def reached_by_others(self) -> None:
         """Backward passes of another network come through the parameters."""
@@ -89,6 +90,7 @@ class Session:
         self._scheduled_at = 0  # iteration at which the scheduler was stepped last
         self._accepted: Callable[[], None] | None = None  # for the call in progress
         self._ranks: Ranks | None = None
+        self._separate = False  # whether processes were found to train models of their own
         self._started_before = False  # whether a pair began with the last step
         self._saved_guard: dict[str, Any] | None = None
         # Optimizers that fill their state at the first step do so again when it is empty.
@@ -121,7 +123,7 @@ class Session:
 
     def _find_ranks(self) -> None:
         """Look for other processes that train the same model."""
-        if not initialised():
+        if self._separate or not initialised():
             self._ranks = None
             return
         params = parameters_of(self.optimizer)
@@ -192,7 +194,7 @@ class Session:
         self.pairing.close()
         self.pairing.pending = None
         if self.active and self._steering is not None:
-            self._steering.detached()
+            self._steering.nothing_seen()
         self.active = False
 
     def gradients_cleared(self, in_place: bool) -> None:
@@ -274,6 +276,8 @@ class Session:
             self._tell_accepted()
             self.iteration += 1
             return self.optimizer.step(**_with(closure, kwargs))
+        if self._fills_state(closure):
+            return self.optimizer.step(**kwargs)
         if self.pairing.iteration.idle:
             self._tell_accepted()
             with self._around_step():
@@ -304,9 +308,18 @@ class Session:
         self._after_step()
         return result
 
+    def _fills_state(self, closure: Callable[[], Any] | None) -> bool:
+        """Whether this is no step of training: distributed checkpoints make one at rate 0 to fill an empty state."""
+        if closure is not None or self.optimizer.state or self.pairing.iteration.gradients.any_seen:
+            return False
+        rates = [group.get("lr") for group in self.optimizer.param_groups]
+        return all(isinstance(rate, (float, Tensor)) and float(rate) == 0.0 for rate in rates)
+
     def _step_unseen(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Step without a word to other ranks, some of which may have left the loop."""
         self.reminders.ranks_leave()
+        if self._steering is not None:
+            self._steering.nothing_seen()
         self.pairing.pending = None
         if self.guard is not None:
             self.guard.forget()
@@ -365,7 +378,7 @@ class Session:
             _write(params, entry.params)
         event, used, together = None, True, None
         outcome: Pending | DropReason | None
-        if self._ranks is not None:
+        if self._ranks is not None and self._train_one_model(self._ranks, params):
             together, outcome = self._exchange(self._ranks, seen, params)
         else:
             outcome = pairing.paired(seen) if isinstance(seen, EndSeen) else seen
@@ -391,18 +404,30 @@ class Session:
                 kept = kept if entry is None else entry.params
                 pairing.before_step(self.optimizer, kept, rates_of(self.optimizer))
 
+    def _train_one_model(self, ranks: Ranks, params: list[Tensor]) -> bool:
+        """Whether all ranks hold the same model; where only this one is watched, it is measured by itself if not.
+
+        Raises:
+            ValueError: If a scheduler is to find a rate for all of them.
+        """
+        apart = ranks.compare_models(params)
+        if apart is None:
+            return True
+        if self._steering is not None:
+            raise ValueError(apart)
+        warn_user(f"{apart}. Every process is measured by itself.")
+        self._separate, self._ranks = True, None
+        self.pairing.leave_ranks()
+        return False
+
     def _exchange(
         self, ranks: Ranks, seen: EndSeen | DropReason | None, params: list[Tensor]
     ) -> tuple[Together, PairAcrossRanks | DropReason | None]:
         """Tell all ranks what this one has seen, and hear what they have.
 
         Raises:
-            ValueError: If they do not train one model.
             RuntimeError: If one does not answer, or has other learning rates.
         """
-        apart = ranks.compare_models(params)
-        if apart is not None:
-            raise ValueError(apart)
         rates, steered = [group.get("lr") for group in self.optimizer.param_groups], self._steering is not None
         report = Report(rates=fingerprint(rates) if steered else 0.0)
         if self.guard is not None and not self._resting:
@@ -432,9 +457,7 @@ class Session:
         """Whether nobody steps the scheduler."""
         return self.iteration - self._scheduled_at >= RESTS
 
-    def _judge(
-        self, guard: Guard, params: list[Tensor], together: Together | None
-    ) -> tuple[GuardEvent | None, bool]:
+    def _judge(self, guard: Guard, params: list[Tensor], together: Together | None) -> tuple[GuardEvent | None, bool]:
         """Let the guard judge the point reached; returns what it did and whether the step is made.
 
         Raises:
@@ -510,7 +533,9 @@ class Session:
         pairing, iteration = self.pairing, self.pairing.iteration
         self.iteration += 1
         self._started_before = self._start
+        together = iteration.together
         saw_loss = iteration.loss.mean is not None or iteration.losses_declined
+        saw_loss = saw_loss or (together is not None and pairing.without_data())
         measured = pairing.pending is not None and iteration.gradients.any_seen
         self.reminders.after_step(self.iteration, measured, saw_loss)
         self._remind_scheduler()
@@ -533,14 +558,19 @@ class Session:
 
     # ---------------------------------------------------------------- resume
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything of ours as plain values and tensors."""
+    def state_dict(self, tensors: bool = True) -> dict[str, Any]:
+        """Return everything of ours as plain values and tensors.
+
+        Args:
+            tensors: Whether the pending step and the guard's points, which are as large as the parameters, are in it.
+        """
+        guard = self._saved_guard if self.guard is None else self.guard.state_dict() if tensors else None
         return {
             "version": VERSION,
             "iteration": self.iteration,
             "history": self.history.state_dict(),
-            "pairing": self.pairing.state_dict(),
-            "guard": self._saved_guard if self.guard is None else self.guard.state_dict(),
+            "pairing": self.pairing.state_dict(tensors),
+            "guard": guard if tensors else None,
             "plan": self.plan.state_dict(),
             "skipped": self.skipped,
             "searching": self.searching,

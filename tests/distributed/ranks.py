@@ -12,6 +12,7 @@ import torch.multiprocessing
 
 def run(function, size, *args, seconds=60):
     """Call ``function(rank, *args)`` in processes of their own; returns what each returned, in the order of ranks."""
+    # Every process imports torch anew, which is most of the time a test takes: ask for many things at once.
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_work, (function, size, folder, seconds, args), nprocs=size)
         return [torch.load(pathlib.Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(size)]

@@ -1,0 +1,199 @@
+"""Models, data and loops that run on one process or on several; rank r of R gets every R-th sample."""
+
+import contextlib
+import pathlib
+import warnings
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from alpha_optim import AlphaGuided
+
+BATCH = 24
+TRUTH = torch.randn(5, 3, generator=torch.Generator().manual_seed(77), dtype=torch.float64)
+OPTIMIZERS = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.5),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01),
+}
+
+
+class Branches(nn.Module):
+    """Two ways to the output, of which a call takes one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other, self.head = nn.Linear(5, 16), nn.Linear(5, 16), nn.Linear(16, 3)
+
+    def forward(self, x, other=False):
+        return self.head(torch.tanh(self.other(x) if other else self.one(x)))
+
+
+class ReturnsLoss(nn.Module):
+    """A model in the manner of Transformers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
+
+    def forward(self, x, labels):
+        logits = self.body(x)
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def mlp(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3)).to(dtype)
+
+
+def batch(step, dtype=torch.float64, total=BATCH):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(total, 5, generator=generator, dtype=torch.float64)
+    return x.to(dtype), (x @ TRUTH).argmax(1)
+
+
+def of_rank(step, rank, size, **kwargs):
+    x, y = batch(step, **kwargs)
+    return x[rank::size], y[rank::size]
+
+
+NUMBERS = (
+    "alpha", "alpha_std", "step_length", "loss_start", "loss_end", "slope_start", "slope_end", "loss_variance_start",
+    "loss_variance_end", "slope_variance_start", "slope_variance_end", "samples_start", "samples_end",
+)  # fmt: skip
+
+
+def record(optimizer):
+    """What was measured, as plain values by iteration."""
+    return {
+        m.iteration: (str(m.information), [float(getattr(m, name)) for name in NUMBERS])
+        for m in optimizer.alpha_history
+    }
+
+
+def wrapped(model, size, **kwargs):
+    return DistributedDataParallel(model, **kwargs) if size > 1 else model
+
+
+def plain(
+    rank, size, optimizer="adamw", backend="auto", variance="exact", given="ddp", dtype=torch.float64, total=BATCH
+):
+    """The textbook loop; ``given`` says what AlphaGuided gets, and who averages the gradients."""
+    model, loss_fn = mlp(dtype), nn.CrossEntropyLoss()
+    net = wrapped(model, size) if given != "by hand" else model
+    to_give = {"ddp": net, "inner": model, "by hand": model, "nothing": None}[given]
+    guided = AlphaGuided(
+        OPTIMIZERS[optimizer](model.parameters()),
+        to_give,
+        None if to_give is None else loss_fn,
+        backend=backend,
+        variance=variance,
+    )
+    for step in range(7):
+        x, y = of_rank(step, rank, size, dtype=dtype, total=total)
+        guided.zero_grad()
+        loss_fn(net(x), y).backward()
+        if given == "by hand" and size > 1:
+            for param in model.parameters():
+                torch.distributed.all_reduce(param.grad)
+                param.grad /= size
+        guided.step()
+    return record(guided)
+
+
+def way(rank, size, name, variance="exact"):
+    """A loop with something special; in one process, the same passes over all samples."""
+    model = Branches().double()
+    options = {
+        "bucket view": {"gradient_as_bucket_view": True},
+        "static graph": {"static_graph": True},
+        "unused": {"find_unused_parameters": True},
+        "unused on one rank": {"find_unused_parameters": True},
+    }.get(name, {})
+    if "unused" not in name:
+        model.other = None
+    net, loss_fn = wrapped(model, size, **options), nn.CrossEntropyLoss()
+    guided = AlphaGuided(OPTIMIZERS["adamw"](model.parameters()), net, loss_fn, variance=variance)
+
+    def sent(x, y, share=1.0, **kwargs):
+        (share * loss_fn(net(x, **kwargs), y)).backward()
+
+    for step in range(7):
+        guided.zero_grad()
+        x, y = of_rank(step, rank, size)
+        every = batch(step)
+        parts = [(every[0][r::2], every[1][r::2]) for r in range(2)]
+        if name == "accumulation":
+            for half in range(2):
+                mine = slice(half * len(x) // 2, (half + 1) * len(x) // 2)
+                quiet = net.no_sync() if size > 1 and half == 0 else contextlib.nullcontext()
+                if size > 1:
+                    with quiet:
+                        sent(x[mine], y[mine], 0.5)
+                else:
+                    for part in parts:
+                        third = slice(half * len(part[0]) // 2, (half + 1) * len(part[0]) // 2)
+                        sent(part[0][third], part[1][third], 0.25)
+        elif name == "unequal batches":
+            cut = 17
+            if size > 1:
+                sent(*((t[:cut], t[cut:])[rank] for t in every))
+            else:  # the mean of the ranks' means
+                sent(every[0][:cut], every[1][:cut], 0.5)
+                sent(every[0][cut:], every[1][cut:], 0.5)
+        elif name == "unused on one rank":
+            if size > 1:
+                sent(x, y, other=rank == 1)
+            else:
+                sent(*parts[0], 0.5)
+                sent(*parts[1], 0.5, other=True)
+        elif name == "a rank without data":
+            if size > 1 and rank == 1:
+                (net(x[:0]).sum() * 0.0).backward()
+            elif size > 1:
+                sent(x, y)
+            else:
+                sent(*parts[0], 0.5)
+        elif name == "functional":
+            guided.backward(functional.cross_entropy(net(x), y, reduction="none"))
+        else:
+            scale = 1024.0 if name == "scaled" else 1.0
+            sent(x, y, scale)
+            if name == "scaled":
+                for param in model.parameters():
+                    if param.grad is not None:
+                        param.grad.div_(scale)
+            if name == "clipped":
+                nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        guided.step()
+    return record(guided)
+
+
+WAYS = (
+    "bucket view", "static graph", "unused", "unused on one rank", "accumulation", "unequal batches",
+    "a rank without data", "functional", "scaled", "clipped",
+)  # fmt: skip
+
+
+def returns_loss(rank, size, variance="exact"):
+    model = ReturnsLoss().double()
+    net = wrapped(model, size)
+    guided = AlphaGuided(OPTIMIZERS["adamw"](model.parameters()), net, variance=variance)
+    for step in range(7):
+        guided.zero_grad()
+        net(*of_rank(step, rank, size))["loss"].backward()
+        guided.step()
+    return record(guided)
+
+
+def said(function, *args):
+    """What a function returns, and what it warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = function(*args)
+    here = pathlib.Path(__file__).parent  # warnings point at the line of the user, who is we
+    return result, [str(entry.message) for entry in caught if here in pathlib.Path(entry.filename).parents]

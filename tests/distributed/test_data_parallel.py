@@ -1,0 +1,171 @@
+"""DistributedDataParallel: alpha on several ranks is that of one process on all their samples."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tests.distributed import setups
+from tests.distributed.ranks import run
+from tests.reference.per_sample_loop import observe_run
+
+BACKENDS = [
+    (optimizer, backend, variance, given)
+    for optimizer in setups.OPTIMIZERS
+    for backend in ("auto", "backpack", "cached", "layerwise", "gradients")
+    for variance in ("exact", "sampled")
+    for given in ("ddp", "inner")
+    if optimizer == "sgd" or backend != "backpack"
+] + [(optimizer, "auto", "exact", given) for optimizer in setups.OPTIMIZERS for given in ("by hand", "nothing")]
+FEW = 16
+"""Samples of all ranks together: no more than ``variance="sampled"`` takes in one process, so that both take all."""
+WAYS = [(name, variance) for name in setups.WAYS for variance in ("exact", "sampled")]
+FOUR = [
+    ("adamw", "auto", "exact", "ddp"),
+    ("sgd", "backpack", "exact", "ddp"),
+    ("momentum", "cached", "sampled", "inner"),
+]
+
+
+def samples(variance):
+    return FEW if variance == "sampled" else setups.BATCH
+
+
+def on_ranks(rank, size):
+    """Everything at once: starting processes is what takes time."""
+    backends = BACKENDS if size == 2 else FOUR
+    found = {"plain": {}, "ways": {}, "float32": {}, "said": {}}
+    for case in backends:
+        found["plain"][case], found["said"][case] = setups.said(
+            lambda case=case: setups.plain(rank, size, *case, total=samples(case[2]))
+        )
+        found["float32"][case] = setups.plain(rank, size, *case, dtype=torch.float32, total=samples(case[2]))
+    if size == 2:
+        found["ways"] = {case: setups.said(setups.way, rank, size, *case) for case in WAYS}
+        found["returns"] = {v: setups.returns_loss(rank, size, v) for v in ("exact", "sampled")}
+        found["subset"] = setups.plain(rank, size, "adamw", variance="sampled", total=64)
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request):
+    return run(on_ranks, request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def two():
+    return run(on_ranks, 2, 2)
+
+
+def assert_same(found, expected, relative, absent=()):
+    """Every measurement of ``found`` agrees with that of the same iteration in ``expected``."""
+    assert len(found) >= len(expected) - len(absent)
+    for iteration, (information, numbers) in found.items():
+        assert information == expected[iteration][0]
+        scale = {name: abs(value) for name, value in zip(setups.NUMBERS, expected[iteration][1], strict=True)}
+        # Slopes differ by rounding of their parts: relative to the larger of slope and noise.
+        for end in ("start", "end"):
+            noise = scale[f"slope_variance_{end}"]
+            scale[f"slope_{end}"] = max(scale[f"slope_{end}"], 0.0 if math.isnan(noise) else noise**0.5)
+        for name, one, other in zip(setups.NUMBERS, numbers, expected[iteration][1], strict=True):
+            if math.isnan(one) or math.isnan(other):
+                assert math.isnan(one) == math.isnan(other), name
+            else:
+                assert abs(one - other) <= relative * max(scale[name], 1e-300), (iteration, name, one, other)
+
+
+def test_all_ranks_have_the_same_history(ranks):
+    for name in ("plain", "float32", "ways"):
+        for case, history in ranks[0][name].items():
+            assert all(repr(rank[name][case]) == repr(history) for rank in ranks[1:]), case
+
+
+@pytest.mark.compatibility("Process", "DistributedDataParallel, two and four processes: alpha of all ranks' samples")
+def test_equals_one_process_on_all_samples(ranks):
+    for case, history in ranks[0]["plain"].items():
+        optimizer, backend, variance, given = case
+        expected = setups.plain(
+            0, 1, optimizer, backend, variance, "nothing" if given == "nothing" else "inner", total=samples(variance)
+        )
+        # Gradients averaged after the backward pass are copied from the second step on.
+        assert_same(history, expected, 1e-12, absent={0} if given == "by hand" else ())
+        assert len(history) == 6 - (given == "by hand")
+
+
+def test_equals_one_process_in_float32(ranks):
+    for case, history in ranks[0]["float32"].items():
+        optimizer, backend, variance, given = case
+        expected = setups.plain(
+            0, 1, optimizer, backend, variance, "nothing" if given == "nothing" else "inner",
+            dtype=torch.float32, total=samples(variance),
+        )  # fmt: skip
+        close = {n: (i, v) for n, (i, v) in history.items() if n < 3}  # later the parameters themselves differ
+        assert_same(close, {n: e for n, e in expected.items() if n < 3}, 1e-4, absent={0} if given == "by hand" else ())
+
+
+def test_equals_one_backward_pass_per_sample(ranks):
+    case = ("adamw", "auto", "exact", "ddp")
+    model, loss_fn = setups.mlp(), nn.CrossEntropyLoss()
+    rows = observe_run(
+        model,
+        lambda output, y, i: loss_fn(output, y),
+        loss_fn,
+        setups.OPTIMIZERS["adamw"](model.parameters()),
+        [setups.batch(step) for step in range(7)],
+    )
+    for iteration, row in enumerate(rows):
+        numbers = dict(zip(setups.NUMBERS, ranks[0]["plain"][case][iteration][1], strict=True))
+        for name, value in row.items():
+            assert numbers[name] == pytest.approx(value, rel=1e-11, abs=1e-13), name
+
+
+def test_nothing_is_said(two):
+    assert all(not said for said in two[0]["said"].values())
+
+
+@pytest.mark.compatibility(
+    "Process", "DDP with no_sync, unused parameters, bucket views, static graph, unequal batches"
+)
+@pytest.mark.parametrize("case", WAYS, ids=" ".join)
+def test_ways_of_data_parallel_training(two, case):
+    name, variance = case
+    history, said = two[0]["ways"][case]
+    assert not said
+    assert len(history) == 6
+    if variance == "sampled":  # other samples than in one process
+        assert history[5][0] == "full" or name == "a rank without data"
+        return
+    assert_same(history, setups.way(0, 1, name), 1e-11)
+
+
+def test_a_model_that_returns_its_loss(two):
+    for variance, history in two[0]["returns"].items():
+        assert [information for information, _ in history.values()] == ["full"] * 6
+        if variance == "exact":
+            expected = setups.returns_loss(0, 1)
+            # The variance of losses at the very first start is seen a step later than in one process.
+            del history[0], expected[0]
+            assert_same(history, expected, 1e-11)
+
+
+def test_sampled_variances_are_those_of_the_first_samples_of_every_rank(two):
+    """At the first step all samples are looked at, later 16 of each rank."""
+    model, loss_fn = setups.mlp(), nn.CrossEntropyLoss()
+    optimizer = setups.OPTIMIZERS["adamw"](model.parameters())
+    gradients, steps = [], []
+    for step in range(2):
+        x, y = setups.batch(step, total=64)
+        rows = []
+        for i in [i for rank in range(2) for i in range(rank, 64, 2)[:16]]:
+            loss = loss_fn(model(x[i : i + 1]), y[i : i + 1])
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        gradients.append(torch.stack(rows))
+        before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        steps.append(nn.utils.parameters_to_vector(model.parameters()).detach() - before)
+    slopes = gradients[1] @ steps[0] / steps[0].norm()
+    measured = dict(zip(setups.NUMBERS, two[0]["subset"][0][1], strict=True))
+    assert measured["slope_variance_end"] == pytest.approx(float(slopes.var()), rel=1e-10)
