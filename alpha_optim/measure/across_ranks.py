@@ -1,12 +1,12 @@
 """What ranks tell each other at a step: one report each, added up, and alpha of a step from such sums.
 
-A report is `SIZE` float64 numbers: counts, sums and centred second moments, and what the guard wants to know. Counts that
-stay small share a number. Means of ranks are weighted as training weights them: the loss is sum(Gamma_r L_r) /
+A report is `SIZE` float64 numbers: counts, sums and centred second moments, and what the guard wants to know. Counts
+that stay small share a number. Means of ranks are weighted as training weights them: the loss is sum(Gamma_r L_r) /
 sum(Gamma_r), with Gamma_r the factor with which rank r sends its mean loss L_r backward, and sample i of rank r weighs
 Gamma_r N / (N_r sum(Gamma)), as samples of micro-batches do in one process.
 
-Second moments are taken about a centre that all ranks know, the mean of the last step. So one sum is enough, and nothing
-cancels as in mean of squares minus squared mean.
+Second moments are taken about a centre that all ranks know, the mean of the last step. So one sum is enough, and
+nothing cancels as in mean of squares minus squared mean.
 """
 
 from __future__ import annotations
@@ -324,6 +324,7 @@ class StartAcrossRanks:
         unseen: Whether they were due and could not be had.
         loss_variance: Variance of one sample's loss as it was known before.
         slope_variance: Variance of one sample's slope as it was known before.
+        of: The rank, and how many there are.
     """
 
     together: Together
@@ -334,13 +335,14 @@ class StartAcrossRanks:
     unseen: bool
     loss_variance: float | None
     slope_variance: float | None
+    of: tuple[int, int]
 
     @property
     def sent(self) -> Number:
         """<d, gradient> of what was sent backward."""
         return self.product if self.factor is None else self.product / self.factor
 
-    def state_dict(self, ranks: Ranks) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return plain values, and whose they are."""
         slopes = self.slopes
         product, factor, lost, total, squares = read(
@@ -348,7 +350,7 @@ class StartAcrossRanks:
         )
         return {
             "together": self.together.state_dict(),
-            "of": [ranks.rank, ranks.size],
+            "of": list(self.of),
             "own": [product, factor, lost, slopes.count, total, squares, self.unseen],
             "variances": [self.loss_variance, self.slope_variance],
         }
@@ -359,9 +361,17 @@ class StartAcrossRanks:
         if ranks is None or list(state["of"]) != [ranks.rank, ranks.size]:
             return None
         product, factor, lost, count, total, squares, unseen = state["own"]
-        together = Together.from_state(state["together"], ranks)
+        of_loss, of_slope = state["variances"]
         return cls(
-            together, product, factor, bool(lost), Scatter(count, total, squares), bool(unseen), *state["variances"]
+            Together.from_state(state["together"], ranks),
+            product,
+            factor,
+            bool(lost),
+            Scatter(count, total, squares),
+            bool(unseen),
+            of_loss,
+            of_slope,
+            (ranks.rank, ranks.size),
         )
 
 

@@ -215,6 +215,10 @@ class Iteration:
         """Whether the losses seen are all that reached the outputs of the model; True if not looked at."""
         return all(matches_loss(entry, self.calls) for entry in self.passes.reached)
 
+    def without_data(self) -> bool:
+        """Whether there were no samples, and so no losses, as on a rank that has run out of data."""
+        return self.loss.mean is None and all(entry.samples == 0 for entry in self.passes.reached)
+
     def was_edited(self) -> Truth:
         """Whether the parameters were changed between the last step and the pass of this iteration."""
         pending = self.task.pending

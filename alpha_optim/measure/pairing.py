@@ -17,22 +17,24 @@ from torch.optim import Optimizer
 
 from alpha_optim.alpha.records import DropReason
 from alpha_optim.distributed import Ranks
-from alpha_optim.measure.across_ranks import Centres, PairAcrossRanks, Report, Scatter, StartAcrossRanks, Together
+from alpha_optim.measure.across_ranks import StartAcrossRanks
+from alpha_optim.measure.exchange import TOLERANCE, TOLERANCE_HALF, Exchange
 from alpha_optim.measure.iteration import Iteration, Task
 from alpha_optim.measure.refresh import Role, Variances
 from alpha_optim.measure.step_ends import (
     BatchLoss,
     EndPoint,
+    EndSeen,
     PendingPair,
     PendingStart,
     batch_loss,
     sample_variance,
 )
 from alpha_optim.observe.backward_passes import gamma_of
-from alpha_optim.observe.gradients import GradientHooks, Gradients, Habits, LossGradients
+from alpha_optim.observe.gradients import GradientHooks, Gradients, Habits
 from alpha_optim.observe.losses import LossHooks
 from alpha_optim.observe.model_calls import ModelHooks
-from alpha_optim.observe.numbers import Number, Truth, free_to_read, read, saved
+from alpha_optim.observe.numbers import Number, Truth, free_to_read, read
 from alpha_optim.observe.some_elements import SomeElements, differ
 from alpha_optim.observe.step_direction import (
     AlongGradient,
@@ -45,10 +47,6 @@ from alpha_optim.observe.step_direction import (
 )
 from alpha_optim.slopes.base import Backend, Expected, SampleSlopes
 from alpha_optim.slopes.forward_mode import OTHER_TERMS
-
-TOLERANCE, TOLERANCE_HALF = 1e-2, 5e-2
-"""Deviation of the mean over all samples from the slope of the gradients, relative to the slopes of samples, at which
-they count as not adding up to the gradient, with parameters of 32 and of 16 bits; rounding in float32 is 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +62,6 @@ class Entry:
     elements: Tensor
     params: list[Tensor]
     edited: bool
-
-
-@dataclass(frozen=True)
-class EndSeen:
-    """What this process has seen at the end of a step.
-
-    Attributes:
-        start: The step that ends.
-        product: <d, gradient>.
-        edited: Whether parameters were changed between the step and the pass at its end.
-        slopes: Slopes of samples along the step; None if they were not due or could not be had.
-        unseen: Whether they were due and could not be had.
-    """
-
-    start: PendingStart
-    product: Tensor
-    edited: Truth
-    slopes: SampleSlopes | None
-    unseen: bool
 
 
 class Pairing:
@@ -108,8 +87,7 @@ class Pairing:
         self._before: list[Tensor] = []  # parameters before a step, reused
         self._some_elements = SomeElements()
         self._keep_direction = False  # the gradients of a step are written to before the next
-        self._ranks: Ranks | None = None
-        self._centres: Centres | None = None  # about which ranks take the scatter of samples
+        self.exchange: Exchange | None = None  # with the other processes that train the model, if there are any
         nothing = Task(0, False, None, None, frozenset(), sample_dim, guarded=False, checks=False)
         self.iteration = self._new(nothing, [])
 
@@ -140,7 +118,7 @@ class Pairing:
             guarded: Whether a guard judges its loss, measured or not.
             ranks: The processes that train the model together, if there are several.
         """
-        self._ranks = ranks
+        self.talk_to(ranks)
         if backend is None and not guarded and self.iteration.idle:
             return  # nor was there anything to see in the last one
         self._close_backend()
@@ -165,6 +143,13 @@ class Pairing:
             self._model_hooks.detach()
             self.gradient_hooks.detach()
             self.losses.detach()
+
+    def talk_to(self, ranks: Ranks | None) -> None:
+        """Exchange what is seen with these ranks; None: measure by itself what this process sees."""
+        if ranks is None:
+            self.exchange = None
+        elif self.exchange is None or self.exchange.ranks is not ranks:
+            self.exchange = Exchange(ranks, self.variances, self._doubt)
 
     def _due(self, backend: Backend, number: int, starts: bool) -> frozenset[Role]:
         """At which ends of a step variances are measured anew."""
@@ -206,7 +191,7 @@ class Pairing:
         scalar = fallback if isinstance(fallback, (Tensor, float, int)) else None
         iteration = self.iteration
         loss = batch_loss(iteration.passes, scalar)
-        if self._ranks is not None:
+        if self.exchange is not None:
             pass  # what is known of variances comes from all ranks
         elif loss.variance is not None:
             self.variances.saw_loss(loss.variance)
@@ -246,18 +231,15 @@ class Pairing:
             product = direction.products([param.grad for param in iteration.params])
         backend, slopes = iteration.task.backend, None
         edited = iteration.was_edited()
-        due = "end" in iteration.task.due and backend is not None and not self._alone()
+        due = "end" in iteration.task.due and backend is not None and not self._nothing_to_scatter()
         if due and backend is not None:
             slopes = backend.end_slopes(direction, params if entry is None else entry.params)
         return EndSeen(pending, product, edited, slopes, due and slopes is None)
 
-    def _alone(self) -> bool:
-        """Whether the batch has one sample only, whose slope has no scatter; among several ranks, whether it has none."""
-        return self.without_data() if self._ranks is not None else self.iteration.loss.samples == 1
-
-    def without_data(self) -> bool:
-        """Whether this rank has no samples, and so nothing to say about losses."""
-        return self.iteration.loss.mean is None and all(entry.samples == 0 for entry in self.iteration.passes.reached)
+    def _nothing_to_scatter(self) -> bool:
+        """Whether the batch has one sample only; of several processes, whether this one has none."""
+        iteration = self.iteration
+        return iteration.loss.samples == 1 if self.exchange is None else iteration.without_data()
 
     def paired(self, seen: EndSeen) -> PendingPair:
         """Put both ends of a step together."""
@@ -274,136 +256,6 @@ class Pairing:
             start.lr,
             self._doubt,
         )
-
-    # ---------------------------------------------------------------- several processes
-
-    def leave_ranks(self) -> None:
-        """Measure by itself what this process sees."""
-        self._ranks = None
-
-    def report(self, seen: EndSeen | DropReason | None, guard: Report) -> Report:
-        """Say what this rank has seen in this iteration.
-
-        Args:
-            seen: What it has seen of the step that ends here.
-            guard: What its guard has seen.
-        """
-        iteration, loss = self.iteration, self.iteration.loss
-        passes, centres = iteration.passes.reached, self._centres or Centres()
-        nothing = self.without_data()
-        gamma = gamma_of(passes)
-        gamma = gamma if gamma is not None else torch.zeros(()) if nothing else torch.ones(())
-        share = gamma / max(1, loss.samples)
-        single = loss.individual
-        if single is None and isinstance(seen, EndSeen) and seen.slopes is not None:
-            single = seen.slopes.losses
-        backend = iteration.task.backend
-        report = replace(
-            guard,
-            unpaired=True,
-            loss_unseen=loss.mean is None and not nothing,
-            losses_unseen=not (loss.complete or single is not None or nothing)
-            or bool(backend is not None and backend.unaccounted.reasons),
-            samples=float(loss.samples),
-            gamma=gamma,
-            loss=0.0 if loss.mean is None else loss.mean.double() * gamma.to(loss.mean.device),
-            losses=Scatter.of(single, share, centres.loss),
-        )
-        if not isinstance(seen, EndSeen) or not isinstance(seen.start.point, StartAcrossRanks):
-            return report
-        start, direction = seen.start.point, seen.start.direction
-        assert self._ranks is not None
-        factor = self._ranks.factor
-        return replace(
-            report,
-            unpaired=torch.as_tensor(seen.edited) | torch.as_tensor(start.lost),
-            slopes_unseen=seen.unseen or start.unseen,
-            end=self._scatter(seen.slopes, direction, share, centres.end),
-            start=start.slopes,
-            end_product=seen.product * factor,
-            start_product=start.sent * factor,
-            squared_length=direction.length.square() * factor,
-        )
-
-    @staticmethod
-    def _scatter(slopes: SampleSlopes | None, direction: Direction, share: Tensor, centre: float) -> Scatter:
-        """Scatter of the slopes of this rank's samples along d / |d|."""
-        if slopes is None:
-            return Scatter()
-        values = slopes.values
-        return Scatter.of(values / direction.length.to(values.device), share.to(values.device), centre)
-
-    def exchange(
-        self, seen: EndSeen | DropReason | None, guard: Report, read_now: bool
-    ) -> tuple[Together, PairAcrossRanks | DropReason | None]:
-        """Add up what all ranks have seen in this iteration, and put the step that ends here together.
-
-        Args:
-            seen: What this rank has seen of that step.
-            guard: What its guard has seen.
-            read_now: Whether somebody decides by the sums at once.
-
-        Returns:
-            The sums; and the pair, the reason why it is dropped, or None if there is none.
-        """
-        ranks, iteration, variances = self._ranks, self.iteration, self.variances
-        assert ranks is not None
-        device = iteration.params[0].device
-        if self._centres is None:  # the first time: the means first, then the scatter about them
-            first = ranks.sum(self.report(seen, guard).packed(ranks.sharded, device))
-            self._centres = Together(first, ranks, Centres()).next_centres(Centres())
-        numbers = ranks.sum(self.report(seen, guard).packed(ranks.sharded, device))
-        together = iteration.together = Together(numbers, ranks, self._centres)
-        pair: PairAcrossRanks | DropReason | None = None
-        if not isinstance(seen, EndSeen):
-            pair = seen
-        elif isinstance(seen.start.point, StartAcrossRanks):
-            half = any(param.dtype in (torch.float16, torch.bfloat16) for param in iteration.params)
-            pair = PairAcrossRanks(
-                seen.start.iteration,
-                seen.start.direction.length,
-                ranks.sharded,
-                seen.start.direction.moved,
-                seen.edited,
-                seen.start.point,
-                together,
-                saved(variances.of_loss),
-                saved(variances.of_slope("end")),
-                seen.start.lr,
-                TOLERANCE_HALF if half else TOLERANCE,
-                self._doubt,
-            )
-        if read_now or iteration.task.due or free_to_read(device):
-            self._learn(together, pair, ranks.size)
-            iteration.loss = replace(iteration.loss, variance=variances.of_loss)
-        return together, pair
-
-    def exchange_last(self, loss: float | None, guard: Report) -> Together:
-        """Add up what the guards of all ranks have seen after the last step.
-
-        Args:
-            loss: A loss of this rank there, if there is one.
-            guard: What its guard has seen.
-        """
-        ranks = self._ranks
-        assert ranks is not None
-        report = replace(guard, loss_unseen=loss is None, gamma=1.0, loss=0.0 if loss is None else loss)
-        packed = report.packed(ranks.sharded, self.iteration.params[0].device)
-        return Together(ranks.sum(packed), ranks, Centres())
-
-    def _learn(self, together: Together, pair: PairAcrossRanks | DropReason | None, size: int) -> None:
-        """Take over what the sums say about variances."""
-        assert self._centres is not None
-        variances, task = self.variances, self.iteration.task
-        self._centres = together.next_centres(self._centres)
-        variances.saw_loss(together.loss_variance(saved(variances.of_loss)))
-        if not isinstance(pair, PairAcrossRanks):
-            return
-        if "end" in task.due:
-            variances.looked("end", task.number, together.samples // size)
-        at_start = pair.start.together
-        variances.found("end", together.slope_variance("end", together, saved(variances.of_slope("end"))))
-        variances.found("start", together.slope_variance("start", at_start, saved(variances.of_slope("start"))))
 
     def _observe(
         self,
@@ -541,7 +393,7 @@ class Pairing:
         params = iteration.params
         elements = self._some_elements.of(params)
         direction: AlongGradient | BetweenPoints
-        weights = None if self._ranks is None else self._ranks.weights
+        weights = None if self.exchange is None else self.exchange.ranks.weights
         if isinstance(before, Tensor):
             direction = AlongGradient.of(optimizer, differ(elements, before), weights)
             direction.before = iteration.start
@@ -551,14 +403,14 @@ class Pairing:
             overwrite = before is self._before and "start" not in iteration.task.due
             direction, product = BetweenPoints.of(before, params, gradients.tensors, overwrite, weights)
         slopes, backend = None, iteration.task.backend
-        due = "start" in iteration.task.due and backend is not None and not self._alone()
+        due = "start" in iteration.task.due and backend is not None and not self._nothing_to_scatter()
         if due and backend is not None:
             slopes = backend.start_slopes(direction, gradients, self._expected(product, gradients.factor))
         point: EndPoint | StartAcrossRanks
-        if self._ranks is None:
+        if self.exchange is None:
             point = self._observe("start", direction, product, gradients.factor, gradients.lost, slopes)
         else:
-            point = self._start_across(direction, product, gradients, slopes, due and slopes is None)
+            point = self.exchange.start(iteration, direction, product, slopes, due and slopes is None)
         if isinstance(direction, AlongGradient):
             direction.before = None
             if self._keep_direction or self.gradient_hooks.reused(params):
@@ -566,37 +418,10 @@ class Pairing:
         self.pending = PendingStart(iteration.task.number, direction, point, elements, iteration.lr)
         return None
 
-    def _start_across(
-        self,
-        direction: Direction,
-        product: Tensor,
-        gradients: LossGradients,
-        slopes: SampleSlopes | None,
-        unseen: bool,
-    ) -> StartAcrossRanks:
-        """What this rank has seen at the start of a step; told to the others at its end."""
-        iteration, variances, centres = self.iteration, self.variances, self._centres or Centres()
-        together, gamma = iteration.together, gamma_of(iteration.passes.reached)
-        assert together is not None
-        assert self._ranks is not None
-        if "start" in iteration.task.due:
-            variances.looked("start", iteration.task.number, together.samples // self._ranks.size)
-        share = (torch.ones(()) if gamma is None else gamma) / max(1, iteration.loss.samples)
-        return StartAcrossRanks(
-            together,
-            product,
-            gradients.factor,
-            gradients.lost,
-            self._scatter(slopes, direction, share, centres.start),
-            unseen,
-            saved(variances.of_loss),
-            saved(variances.of_slope("start")),
-        )
-
     def _expected(self, product: Tensor, factor: Tensor | None) -> Expected:
         """What the mean over all samples at the start has to be."""
         iteration = self.iteration
-        if self._ranks is not None:  # this rank's samples are a part of all; all together are looked at later
+        if self.exchange is not None:  # this rank's samples are a part of all; all together are looked at later
             return Expected(None, iteration.loss.mean, iteration.interacting, iteration.all_of_loss())
         gamma = gamma_of(iteration.passes.reached)
         slope = product if factor is None else product / factor
@@ -619,15 +444,15 @@ class Pairing:
             "habits": [habits.compare_norms, habits.keep_copies, habits.asked],
             "keep_direction": self._keep_direction,
             "variances": self.variances.state_dict(),
-            "pending": None if pending is None else pending.state_dict(self._ranks),
-            "centres": None if self._centres is None else list(self._centres),
+            "pending": None if pending is None else pending.state_dict(),
+            "exchange": None if self.exchange is None else self.exchange.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], params: list[Tensor], ranks: Ranks | None = None) -> None:
         """Take over a state; its tensors move to the devices of ``params``."""
-        self._ranks = ranks
-        centres = state.get("centres")
-        self._centres = None if centres is None else Centres(*centres)
+        self.talk_to(ranks)
+        if self.exchange is not None and state.get("exchange") is not None:
+            self.exchange.load_state_dict(state["exchange"])
         habits = self.habits
         habits.compare_norms, habits.keep_copies, habits.asked = map(bool, state["habits"])
         self.variances.load_state_dict(state["variances"])

@@ -21,6 +21,7 @@ from alpha_optim.measure.across_ranks import StartAcrossRanks
 from alpha_optim.observe.backward_passes import BackwardPasses, LossCall, gamma_of, loss_weight, total_samples
 from alpha_optim.observe.numbers import Number, Truth, read
 from alpha_optim.observe.step_direction import AlongGradient, BetweenPoints, restored
+from alpha_optim.slopes.base import SampleSlopes
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,14 @@ class PendingStart:
     elements: Tensor
     lr: tuple[float | Tensor, ...]
 
-    def state_dict(self, ranks: Ranks | None) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return plain values and copies of the tensors."""
         point = self.point
         return {
             "iteration": self.iteration,
             "direction": self.direction.state(),
             "point": read(point.numbers) if isinstance(point, EndPoint) else None,
-            "across": point.state_dict(ranks) if isinstance(point, StartAcrossRanks) and ranks is not None else None,
+            "across": point.state_dict() if isinstance(point, StartAcrossRanks) else None,
             "elements": self.elements,
             "lr": [rate.clone() if isinstance(rate, Tensor) else rate for rate in self.lr],
         }
@@ -141,6 +142,25 @@ class PendingStart:
             return None
         elements = state["elements"].to(params[0].device)
         return cls(int(state["iteration"]), direction, point, elements, tuple(state["lr"]))
+
+
+@dataclass(frozen=True)
+class EndSeen:
+    """What this process has seen at the end of a step.
+
+    Attributes:
+        start: The step that ends.
+        product: <d, gradient>.
+        edited: Whether parameters were changed between the step and the pass at its end.
+        slopes: Slopes of samples along the step; None if they were not due or could not be had.
+        unseen: Whether they were due and could not be had.
+    """
+
+    start: PendingStart
+    product: Tensor
+    edited: Truth
+    slopes: SampleSlopes | None
+    unseen: bool
 
 
 @dataclass(frozen=True)

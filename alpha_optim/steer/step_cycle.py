@@ -20,8 +20,9 @@ from alpha_optim.alpha.history import AlphaHistory, Pending
 from alpha_optim.alpha.records import DropReason, GuardEvent, GuardReason
 from alpha_optim.distributed import Ranks, fingerprint, initialised, leaves_early
 from alpha_optim.measure.across_ranks import PairAcrossRanks, Report, Together
-from alpha_optim.measure.pairing import EndSeen, Entry, Pairing
+from alpha_optim.measure.pairing import Entry, Pairing
 from alpha_optim.measure.plan import Plan
+from alpha_optim.measure.step_ends import EndSeen
 from alpha_optim.observe.checks import check_losses
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.step_direction import parameters_of, rates_of
@@ -417,7 +418,7 @@ class Session:
             raise ValueError(apart)
         warn_user(f"{apart}. Every process is measured by itself.")
         self._separate, self._ranks = True, None
-        self.pairing.leave_ranks()
+        self.pairing.talk_to(None)
         return False
 
     def _exchange(
@@ -433,7 +434,9 @@ class Session:
         if self.guard is not None and not self._resting:
             lost = read(self.pairing.iteration.lost_losses)
             report = self.guard.report(params, report, not all(map(math.isfinite, lost)))
-        together, outcome = self.pairing.exchange(seen, report, read_now=steered)
+        exchange = self.pairing.exchange
+        assert exchange is not None
+        together, outcome = exchange.at_step(self.pairing.iteration, seen, report, read_now=steered)
         if steered:
             ranks.check_rates(together.sums.rates, rates)
         return together, outcome
@@ -493,7 +496,9 @@ class Session:
         self._judge_lost()
         params, together = parameters_of(self.optimizer), None
         if self._ranks is not None:
-            together = self.pairing.exchange_last(loss, self.guard.report(params, Report(), False, gradients=False))
+            report = self.guard.report(params, Report(), False, gradients=False)
+            assert self.pairing.exchange is not None
+            together = self.pairing.exchange.after_last(loss, report, params[0].device)
         event = self.guard.finish(self.iteration, loss, params, together)
         if event is not None:
             self.pairing.pending = None
@@ -535,7 +540,7 @@ class Session:
         self._started_before = self._start
         together = iteration.together
         saw_loss = iteration.loss.mean is not None or iteration.losses_declined
-        saw_loss = saw_loss or (together is not None and pairing.without_data())
+        saw_loss = saw_loss or (together is not None and iteration.without_data())
         measured = pairing.pending is not None and iteration.gradients.any_seen
         self.reminders.after_step(self.iteration, measured, saw_loss)
         self._remind_scheduler()

@@ -104,9 +104,7 @@ def resume(rank, size, folder):
                     state = {"model": of_model, "optimizer": of_optimizer, "scheduler": scheduler.state_dict()}
                     dcp.load(state, checkpoint_id=path)
                     of_model, of_optimizer, of_scheduler, options = *state.values(), None
-                set_state_dict(
-                    model, guided, model_state_dict=of_model, optim_state_dict=of_optimizer, options=options
-                )
+                set_state_dict(model, guided, model_state_dict=of_model, optim_state_dict=of_optimizer, options=options)
             scheduler.load_state_dict(of_scheduler)
             assert "alpha_guided" not in guided.param_groups[0]
             count, iteration = len(guided.alpha_history), guided.iteration
@@ -163,7 +161,9 @@ def test_a_rank_dies_and_the_run_goes_on(tmp_path):
         "-m", "tests.distributed.dying_run", str(tmp_path),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "did not get an answer from all others" in result.stderr
     first, second = (torch.load(tmp_path / f"end {rank}.pt") for rank in range(2))

@@ -48,14 +48,19 @@ def on_ranks(rank, size):
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request):
-    return run(on_ranks, request.param, request.param)
-
-
 @pytest.fixture(scope="module")
 def two():
     return run(on_ranks, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def four():
+    return run(on_ranks, 4, 4)
+
+
+@pytest.fixture(params=["two", "four"])
+def ranks(request):
+    return request.getfixturevalue(request.param)
 
 
 def assert_same(found, expected, relative, absent=()):

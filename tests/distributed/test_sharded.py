@@ -154,7 +154,7 @@ def four():
 
 def assert_slopes_of_one_process(ranks, case):
     (history, backend), said = ranks[0][case]
-    how, optimizer, given = case
+    how, optimizer, _ = case
     assert all(repr(rank[case][0]) == repr(ranks[0][case][0]) for rank in ranks)
     assert backend == "gradients"
     assert not said

@@ -1,0 +1,211 @@
+"""Puts a rank's report together, has all of them added up, and learns from the sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alpha_optim.alpha.records import DropReason
+from alpha_optim.distributed import Ranks
+from alpha_optim.measure.across_ranks import Centres, PairAcrossRanks, Report, Scatter, StartAcrossRanks, Together
+from alpha_optim.measure.iteration import Iteration
+from alpha_optim.measure.refresh import Variances
+from alpha_optim.measure.step_ends import EndSeen
+from alpha_optim.observe.backward_passes import gamma_of
+from alpha_optim.observe.numbers import free_to_read, saved
+from alpha_optim.observe.step_direction import Direction
+from alpha_optim.slopes.base import SampleSlopes
+
+TOLERANCE, TOLERANCE_HALF = 1e-2, 5e-2
+"""Deviation of the mean over all samples from the slope of the gradients, relative to the slopes of samples, at which
+they count as not adding up to the gradient, with parameters of 32 and of 16 bits; rounding in float32 is 1e-6."""
+
+
+class Exchange:
+    """Talks to the other ranks of a run, once at every step that is measured or judged."""
+
+    def __init__(self, ranks: Ranks, variances: Variances, on_doubt: Callable[[], None]) -> None:
+        """Start with nothing known.
+
+        Args:
+            ranks: This process and the others.
+            variances: Where the variances over all ranks' samples are kept.
+            on_doubt: Called when samples do not add up to the gradient.
+        """
+        self.ranks, self._variances, self._on_doubt = ranks, variances, on_doubt
+        self._centres: Centres | None = None
+
+    def at_step(
+        self, iteration: Iteration, seen: EndSeen | DropReason | None, guard: Report, read_now: bool
+    ) -> tuple[Together, PairAcrossRanks | DropReason | None]:
+        """Add up what all ranks have seen in an iteration, and put the step that ends in it together.
+
+        Args:
+            iteration: The iteration, whose step is about to be made.
+            seen: What this rank has seen of the step that ends.
+            guard: What its guard has seen.
+            read_now: Whether somebody decides by the sums at once.
+
+        Returns:
+            The sums; and the pair, the reason why it is dropped, or None if there is none.
+        """
+        ranks, variances = self.ranks, self._variances
+        device = iteration.params[0].device
+        if self._centres is None:  # the first time: the means first, then the scatter about them
+            first = ranks.sum(self._report(iteration, seen, guard).packed(ranks.sharded, device))
+            self._centres = Together(first, ranks, Centres()).next_centres(Centres())
+        numbers = ranks.sum(self._report(iteration, seen, guard).packed(ranks.sharded, device))
+        together = iteration.together = Together(numbers, ranks, self._centres)
+        pair: PairAcrossRanks | DropReason | None = None
+        if not isinstance(seen, EndSeen):
+            pair = seen
+        elif isinstance(seen.start.point, StartAcrossRanks):
+            half = any(param.dtype in (torch.float16, torch.bfloat16) for param in iteration.params)
+            pair = PairAcrossRanks(
+                seen.start.iteration,
+                seen.start.direction.length,
+                ranks.sharded,
+                seen.start.direction.moved,
+                seen.edited,
+                seen.start.point,
+                together,
+                saved(variances.of_loss),
+                saved(variances.of_slope("end")),
+                seen.start.lr,
+                TOLERANCE_HALF if half else TOLERANCE,
+                self._on_doubt,
+            )
+        if read_now or iteration.task.due or free_to_read(device):
+            self._learn(iteration, together, pair)
+            iteration.loss = replace(iteration.loss, variance=variances.of_loss)
+        return together, pair
+
+    def start(
+        self,
+        iteration: Iteration,
+        direction: Direction,
+        product: Tensor,
+        slopes: SampleSlopes | None,
+        unseen: bool,
+    ) -> StartAcrossRanks:
+        """What this rank has seen at the start of a step; told to the others at its end.
+
+        Args:
+            iteration: The iteration in which the step was made.
+            direction: The step.
+            product: <d, gradient that the optimizer used>.
+            slopes: Slopes of this rank's samples, None if they were not due or could not be had.
+            unseen: Whether they were due and could not be had.
+        """
+        variances, together, gradients = self._variances, iteration.together, iteration.used_gradients
+        assert together is not None
+        assert gradients is not None
+        if "start" in iteration.task.due:
+            variances.looked("start", iteration.task.number, together.samples // self.ranks.size)
+        centre = 0.0 if self._centres is None else self._centres.start
+        return StartAcrossRanks(
+            together,
+            product,
+            gradients.factor,
+            gradients.lost,
+            _scatter(slopes, direction, _share(iteration), centre),
+            unseen or _mixed(iteration),
+            saved(variances.of_loss),
+            saved(variances.of_slope("start")),
+            (self.ranks.rank, self.ranks.size),
+        )
+
+    def after_last(self, loss: float | None, guard: Report, device: torch.device) -> Together:
+        """Add up what the guards of all ranks have seen after the last step.
+
+        Args:
+            loss: A loss of this rank there, if there is one.
+            guard: What its guard has seen.
+            device: Where the parameters are.
+        """
+        report = replace(guard, loss_unseen=loss is None, gamma=1.0, loss=0.0 if loss is None else loss)
+        return Together(self.ranks.sum(report.packed(self.ranks.sharded, device)), self.ranks, Centres())
+
+    def _report(self, iteration: Iteration, seen: EndSeen | DropReason | None, guard: Report) -> Report:
+        """Say what this rank has seen in an iteration."""
+        loss, centres = iteration.loss, self._centres or Centres()
+        nothing, single = iteration.without_data(), loss.individual
+        if single is None and isinstance(seen, EndSeen) and seen.slopes is not None:
+            single = seen.slopes.losses
+        backend = iteration.task.backend
+        refused = backend is not None and bool(backend.unaccounted.reasons)
+        gamma = _gamma(iteration)
+        report = replace(
+            guard,
+            unpaired=True,
+            loss_unseen=loss.mean is None and not nothing,
+            losses_unseen=refused or not (loss.complete or single is not None or nothing),
+            samples=float(loss.samples),
+            gamma=gamma,
+            loss=0.0 if loss.mean is None else loss.mean.double() * gamma.to(loss.mean.device),
+            losses=Scatter.of(single, _share(iteration), centres.loss),
+        )
+        if not isinstance(seen, EndSeen) or not isinstance(seen.start.point, StartAcrossRanks):
+            return report
+        start, direction, factor = seen.start.point, seen.start.direction, self.ranks.factor
+        return replace(
+            report,
+            unpaired=torch.as_tensor(seen.edited) | torch.as_tensor(start.lost),
+            slopes_unseen=seen.unseen or start.unseen or _mixed(iteration),
+            end=_scatter(seen.slopes, direction, _share(iteration), centres.end),
+            start=start.slopes,
+            end_product=seen.product * factor,
+            start_product=start.sent * factor,
+            squared_length=direction.length.square() * factor,
+        )
+
+    def _learn(self, iteration: Iteration, together: Together, pair: PairAcrossRanks | DropReason | None) -> None:
+        """Take over what the sums say about variances."""
+        variances, task = self._variances, iteration.task
+        self._centres = together.next_centres(self._centres or Centres())
+        variances.saw_loss(together.loss_variance(saved(variances.of_loss)))
+        if not isinstance(pair, PairAcrossRanks):
+            return
+        if "end" in task.due:
+            variances.looked("end", task.number, together.samples // self.ranks.size)
+        at_start = pair.start.together
+        variances.found("end", together.slope_variance("end", together, saved(variances.of_slope("end"))))
+        variances.found("start", together.slope_variance("start", at_start, saved(variances.of_slope("start"))))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"centres": None if self._centres is None else list(self._centres)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
+        self._centres = None if state["centres"] is None else Centres(*state["centres"])
+
+
+def _gamma(iteration: Iteration) -> Tensor:
+    """Factor with which this rank sends its mean loss backward; 1 where it was not seen, 0 without data."""
+    gamma = gamma_of(iteration.passes.reached)
+    if gamma is not None:
+        return gamma
+    return torch.zeros(()) if iteration.without_data() else torch.ones(())
+
+
+def _share(iteration: Iteration) -> Tensor:
+    """What the loss of one sample of this rank is multiplied by in what it sends backward."""
+    return _gamma(iteration) / max(1, iteration.loss.samples)
+
+
+def _mixed(iteration: Iteration) -> bool:
+    """Whether losses with different numbers of samples were sent backward together."""
+    return any(entry.mixed for entry in iteration.passes.reached)
+
+
+def _scatter(slopes: SampleSlopes | None, direction: Direction, share: Tensor, centre: float) -> Scatter:
+    """Scatter of the slopes of this rank's samples along d / |d|."""
+    if slopes is None:
+        return Scatter()
+    values = slopes.values
+    return Scatter.of(values / direction.length.to(values.device), share.to(values.device), centre)
