@@ -122,17 +122,16 @@ class Ranks:
 
     # ---------------------------------------------------------------- talking
 
-    def sum(self, numbers: Tensor) -> Tensor:
-        """Add up numbers ``[K]`` over all ranks, in place; the same bits on each.
+    def sum(self, numbers: Tensor) -> Sum:
+        """Begin to add up numbers ``[K]`` over all ranks, in place; the same bits on each.
 
         Raises:
             RuntimeError: If a rank does not answer.
         """
         try:
-            torch.distributed.all_reduce(numbers, group=self._group)
+            return Sum(numbers, torch.distributed.all_reduce(numbers, group=self._group, async_op=True), self)
         except RuntimeError as error:
-            raise self._lost(error) from error
-        return numbers
+            raise self.lost(error) from error
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, a plain object, in the order of ranks.
@@ -144,10 +143,11 @@ class Ranks:
         try:
             torch.distributed.all_gather_object(found, value, group=self._group)
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise self.lost(error) from error
         return found
 
-    def _lost(self, error: RuntimeError) -> RuntimeError:
+    def lost(self, error: RuntimeError) -> RuntimeError:
+        """The error to raise where a rank does not answer."""
         return RuntimeError(
             f"rank {self.rank} of {self.size} did not get an answer from all others ({type(error).__name__}: "
             f"{str(error)[:200]}). A process has died, or has left the training loop early; every rank must call "
@@ -200,6 +200,35 @@ class Ranks:
             f"ranks have different learning rates, so their models drift apart: {', '.join(apart[:4])}; the others: "
             f"{usual}. Something wrote a rate on some ranks only, or a state was loaded on some ranks only."
         )
+
+
+class Sum:
+    """Numbers that are being added up over all ranks."""
+
+    def __init__(self, numbers: Tensor, work: Any, ranks: Ranks) -> None:
+        """Keep them.
+
+        Args:
+            numbers: What is added up, in place.
+            work: What `torch.distributed` says that it is doing; None if it is done.
+            ranks: Those who add.
+        """
+        self._numbers, self._work, self._ranks = numbers, work, ranks
+
+    def read(self) -> list[float]:
+        """Wait for all ranks and return the sums.
+
+        Raises:
+            RuntimeError: If a rank does not answer.
+        """
+        if self._work is not None:
+            work, self._work = self._work, None
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise self._ranks.lost(error) from error
+        numbers: list[float] = self._numbers.tolist()
+        return numbers
 
 
 def fingerprint(rates: Sequence[Any]) -> float:

@@ -77,3 +77,20 @@ def shuffled_batches(data: Data, batch_size: int, steps: int, seed: int) -> list
         order = torch.randperm(len(data.y_train), generator=generator)
         batches += [order[k : k + batch_size] for k in range(0, len(order) - batch_size + 1, batch_size)]
     return batches[:steps]
+
+
+def text() -> tuple[Tensor, int]:
+    """The English of Python's own help pages as character codes ``[400,000 or more]``, and how many codes there are."""
+    from pydoc_data.topics import topics
+
+    letters = "\n".join(topics[name] for name in sorted(topics))
+    codes = {letter: code for code, letter in enumerate(sorted(set(letters)))}
+    return torch.tensor([codes[letter] for letter in letters]), len(codes)
+
+
+def pieces(codes: Tensor, length: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random pieces of a text and the same one letter on, ``[count, length]`` each."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(codes) - length - 1, (count, 1), generator=generator)
+    places = starts + torch.arange(length)
+    return codes[places], codes[places + 1]

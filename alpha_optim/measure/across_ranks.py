@@ -22,7 +22,7 @@ from torch import Tensor
 
 from alpha_optim.alpha.measurement import AlphaMeasurement, measure_alpha
 from alpha_optim.alpha.records import DropReason, Observation
-from alpha_optim.distributed import Ranks
+from alpha_optim.distributed import Ranks, Sum
 from alpha_optim.observe.numbers import Number, Truth, read
 
 SIZE = 16
@@ -52,6 +52,7 @@ class Scatter:
         """Take the scatter of values ``[n]`` times a weight; empty for None."""
         if values is None or values.numel() == 0:
             return cls()
+        weight = weight.to(values.device) if isinstance(weight, Tensor) else weight
         apart = values.double() * weight - centre
         return cls(float(values.numel()), apart.sum(), apart.square().sum())
 
@@ -203,9 +204,9 @@ def _apart(radix: int, number: float, count: int) -> list[float]:
 
 
 class Together:
-    """The sum of all ranks' reports; read from the device when somebody asks."""
+    """The sum of all ranks' reports; waited for and read from the device when somebody asks."""
 
-    def __init__(self, numbers: Tensor, ranks: Ranks, centres: Centres) -> None:
+    def __init__(self, numbers: Sum, ranks: Ranks, centres: Centres) -> None:
         """Keep it.
 
         Args:
@@ -220,7 +221,7 @@ class Together:
     @cached_property
     def sums(self) -> Report:
         """The numbers, read."""
-        return Report.unpacked(self._numbers.tolist(), self._sharded)
+        return Report.unpacked(self._numbers.read(), self._sharded)
 
     @property
     def samples(self) -> int:
@@ -303,12 +304,13 @@ class Together:
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
         centres = self.centres
-        return {"numbers": self._numbers.tolist(), "centres": [centres.loss, centres.end, centres.start]}
+        return {"numbers": self._numbers.read(), "centres": [centres.loss, centres.end, centres.start]}
 
     @classmethod
     def from_state(cls, state: dict[str, Any], ranks: Ranks) -> Together:
         """Build it anew."""
-        return cls(torch.tensor(state["numbers"], dtype=torch.float64), ranks, Centres(*state["centres"]))
+        numbers = torch.tensor(state["numbers"], dtype=torch.float64)
+        return cls(Sum(numbers, None, ranks), ranks, Centres(*state["centres"]))
 
 
 @dataclass(frozen=True)

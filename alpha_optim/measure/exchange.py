@@ -12,11 +12,11 @@ from torch import Tensor
 from alpha_optim.alpha.records import DropReason
 from alpha_optim.distributed import Ranks
 from alpha_optim.measure.across_ranks import Centres, PairAcrossRanks, Report, Scatter, StartAcrossRanks, Together
-from alpha_optim.measure.iteration import Iteration
+from alpha_optim.measure.iteration import Iteration, Task
 from alpha_optim.measure.refresh import Variances
 from alpha_optim.measure.step_ends import EndSeen
 from alpha_optim.observe.backward_passes import gamma_of
-from alpha_optim.observe.numbers import free_to_read, saved
+from alpha_optim.observe.numbers import Number, Truth, free_to_read, saved
 from alpha_optim.observe.step_direction import Direction
 from alpha_optim.slopes.base import SampleSlopes
 
@@ -38,6 +38,7 @@ class Exchange:
         """
         self.ranks, self._variances, self._on_doubt = ranks, variances, on_doubt
         self._centres: Centres | None = None
+        self._unread: tuple[Task, Together, PairAcrossRanks | DropReason | None] | None = None
 
     def at_step(
         self, iteration: Iteration, seen: EndSeen | DropReason | None, guard: Report, read_now: bool
@@ -53,6 +54,7 @@ class Exchange:
         Returns:
             The sums; and the pair, the reason why it is dropped, or None if there is none.
         """
+        self._learn()
         ranks, variances = self.ranks, self._variances
         device = iteration.params[0].device
         if self._centres is None:  # the first time: the means first, then the scatter about them
@@ -79,8 +81,9 @@ class Exchange:
                 TOLERANCE_HALF if half else TOLERANCE,
                 self._on_doubt,
             )
-        if read_now or iteration.task.due or free_to_read(device):
-            self._learn(iteration, together, pair)
+        self._unread = (iteration.task, together, pair)
+        if read_now or iteration.task.due:  # else ranks add up while the next forward pass runs
+            self._learn()
             iteration.loss = replace(iteration.loss, variance=variances.of_loss)
         return together, pair
 
@@ -138,7 +141,7 @@ class Exchange:
             single = seen.slopes.losses
         backend = iteration.task.backend
         refused = backend is not None and bool(backend.unaccounted.reasons)
-        gamma = _gamma(iteration)
+        gamma, share = _gamma(iteration), _share(iteration)
         report = replace(
             guard,
             unpaired=True,
@@ -146,26 +149,29 @@ class Exchange:
             losses_unseen=refused or not (loss.complete or single is not None or nothing),
             samples=float(loss.samples),
             gamma=gamma,
-            loss=0.0 if loss.mean is None else loss.mean.double() * gamma.to(loss.mean.device),
-            losses=Scatter.of(single, _share(iteration), centres.loss),
+            loss=0.0 if loss.mean is None else _plain(loss.mean) * gamma,
+            losses=Scatter.of(single, share, centres.loss),
         )
         if not isinstance(seen, EndSeen) or not isinstance(seen.start.point, StartAcrossRanks):
             return report
         start, direction, factor = seen.start.point, seen.start.direction, self.ranks.factor
         return replace(
             report,
-            unpaired=torch.as_tensor(seen.edited) | torch.as_tensor(start.lost),
+            unpaired=_either(seen.edited, start.lost),
             slopes_unseen=seen.unseen or start.unseen or _mixed(iteration),
-            end=_scatter(seen.slopes, direction, _share(iteration), centres.end),
+            end=_scatter(seen.slopes, direction, share, centres.end),
             start=start.slopes,
-            end_product=seen.product * factor,
-            start_product=start.sent * factor,
-            squared_length=direction.length.square() * factor,
+            end_product=_plain(seen.product) * factor,
+            start_product=_plain(start.sent) * factor,
+            squared_length=_plain(direction.length) ** 2 * factor,
         )
 
-    def _learn(self, iteration: Iteration, together: Together, pair: PairAcrossRanks | DropReason | None) -> None:
-        """Take over what the sums say about variances."""
-        variances, task = self._variances, iteration.task
+    def _learn(self) -> None:
+        """Take over what the last sums say about variances."""
+        if self._unread is None:
+            return
+        (task, together, pair), self._unread = self._unread, None
+        variances = self._variances
         self._centres = together.next_centres(self._centres or Centres())
         variances.saw_loss(together.loss_variance(saved(variances.of_loss)))
         if not isinstance(pair, PairAcrossRanks):
@@ -178,22 +184,35 @@ class Exchange:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
+        self._learn()
         return {"centres": None if self._centres is None else list(self._centres)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
+        self._unread = None
         self._centres = None if state["centres"] is None else Centres(*state["centres"])
 
 
-def _gamma(iteration: Iteration) -> Tensor:
+def _plain(number: Number) -> Number:
+    """A number as a float where that waits for nothing: arithmetic with tensors of one element is slow."""
+    if isinstance(number, Tensor):
+        return float(number) if free_to_read(number.device) else number.double()
+    return number
+
+
+def _either(one: Truth, other: Truth) -> Truth:
+    return one | other if isinstance(one, Tensor) else bool(one) | other if isinstance(other, Tensor) else one or other
+
+
+def _gamma(iteration: Iteration) -> Number:
     """Factor with which this rank sends its mean loss backward; 1 where it was not seen, 0 without data."""
     gamma = gamma_of(iteration.passes.reached)
     if gamma is not None:
-        return gamma
-    return torch.zeros(()) if iteration.without_data() else torch.ones(())
+        return _plain(gamma)
+    return 0.0 if iteration.without_data() else 1.0
 
 
-def _share(iteration: Iteration) -> Tensor:
+def _share(iteration: Iteration) -> Number:
     """What the loss of one sample of this rank is multiplied by in what it sends backward."""
     return _gamma(iteration) / max(1, iteration.loss.samples)
 
@@ -203,9 +222,9 @@ def _mixed(iteration: Iteration) -> bool:
     return any(entry.mixed for entry in iteration.passes.reached)
 
 
-def _scatter(slopes: SampleSlopes | None, direction: Direction, share: Tensor, centre: float) -> Scatter:
+def _scatter(slopes: SampleSlopes | None, direction: Direction, share: Number, centre: float) -> Scatter:
     """Scatter of the slopes of this rank's samples along d / |d|."""
     if slopes is None:
         return Scatter()
     values = slopes.values
-    return Scatter.of(values / direction.length.to(values.device), share.to(values.device), centre)
+    return Scatter.of(values / direction.length.to(values.device), share, centre)

@@ -440,12 +440,13 @@ class Pairing:
             tensors: Whether the pending step is in it.
         """
         habits, pending = self.habits, self.pending if tensors else None
+        exchange = None if self.exchange is None else self.exchange.state_dict()  # reads what waits to be read
         return {
             "habits": [habits.compare_norms, habits.keep_copies, habits.asked],
             "keep_direction": self._keep_direction,
             "variances": self.variances.state_dict(),
             "pending": None if pending is None else pending.state_dict(),
-            "exchange": None if self.exchange is None else self.exchange.state_dict(),
+            "exchange": exchange,
         }
 
     def load_state_dict(self, state: dict[str, Any], params: list[Tensor], ranks: Ranks | None = None) -> None:

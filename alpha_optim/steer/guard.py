@@ -33,7 +33,7 @@ from alpha_optim.alpha.records import Code, GuardEvent, GuardReason
 from alpha_optim.distributed import local
 from alpha_optim.measure.across_ranks import Report, Together
 from alpha_optim.measure.step_ends import BatchLoss
-from alpha_optim.observe.numbers import Number, read, saved
+from alpha_optim.observe.numbers import Number, free_to_read, read, saved
 from alpha_optim.observe.step_direction import versions_of
 from alpha_optim.steer.best_point import GoodPoint
 from alpha_optim.steer.point import Point, inner_optimizers, keeps_own_weights, persistent_buffers
@@ -79,6 +79,7 @@ class Reading(NamedTuple):
 
 
 UNSEEN = Reading(None, None, 0)
+UNSEEN_LOSS = BatchLoss(None, None, 0)
 
 
 class Judgement(NamedTuple):
@@ -125,7 +126,7 @@ class Guard:
         self._said: set[str] = set()
         self._versions: list[int] = []  # of the parameters after the last step
         self._finite: Sequence[bool] | Tensor | None = None  # per tensor of the state, whether it was finite
-        self._reported: Tensor = torch.empty(0)  # the same, as it was reported to other ranks
+        self._reported: Sequence[bool] | Tensor = ()  # the same, as it was reported to other ranks
         self._losses: deque[tuple[int, float]] = deque(maxlen=KEPT)  # for the policy
         self.stepped = False  # whether a step was made from the last point
         self.return_wanted = False  # to the good point, by a policy
@@ -386,14 +387,11 @@ class Guard:
 
     def _read(self, loss: BatchLoss, params: Sequence[Tensor], gradients: bool = True) -> tuple[Reading, list[bool]]:
         """Read what is judged in one transfer; also, per tensor of the state, whether it is finite."""
-        buffers = [b for entry in persistent_buffers(self._model) for b in entry if b.is_floating_point()]
-        given = [param.grad for param in params if gradients and param.grad is not None]
-        norms, mean, variance = _together(_norms([*params, *buffers, *given]), loss.mean, loss.variance)
+        found, known, count = self._norms(params, gradients)
+        norms, mean, variance = _together(found, loss.mean, loss.variance)
         finite = [norm <= LARGEST for norm in norms]  # false for nan
-        count = len(params) + len(buffers)
         before = self._finite if self._finite is not None and len(self._finite) == count else finite
         broke = [bool(was) and not now for was, now in zip(before, finite, strict=False)]
-        known = len(params)
         reading = Reading(
             mean, variance, loss.samples, any(broke[:known]), any(broke[known:]), all(finite[count:])
         )  # fmt: skip
@@ -409,25 +407,34 @@ class Guard:
             pass_broke: Whether a pass that came to no step had a loss that is not finite.
             gradients: Whether to look at gradients, too.
         """
-        buffers = [b for entry in persistent_buffers(self._model) for b in entry if b.is_floating_point()]
-        given = [param.grad for param in params if gradients and param.grad is not None]
-        norms = _norms([*params, *buffers, *given])
-        device = norms[0].device
-        finite = torch.stack([norm.to(device, torch.float64) for norm in norms]) <= LARGEST  # false for nan
-        known, count = len(params), len(params) + len(buffers)
+        common = replace(report, no_return=not (self.stepped and self._last.fits(params)), pass_broke=pass_broke)
+        if free_to_read(params[0].device):
+            now, self._reported = self._read(UNSEEN_LOSS, params, gradients)
+            return replace(
+                common,
+                params_broke=now.params_broke,
+                buffers_broke=now.buffers_broke,
+                gradient_broke=not now.gradient,
+            )
+        norms, known, count = self._norms(params, gradients)
+        finite = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]) <= LARGEST  # false for nan
         before = finite[:count]
         if self._finite is not None and len(self._finite) == count:
-            before = torch.as_tensor(self._finite, device=device)
+            before = torch.as_tensor(self._finite, device=finite.device)
         broke = before & ~finite[:count]
         self._reported = finite[:count]
         return replace(
-            report,
+            common,
             params_broke=broke[:known].any(),
             buffers_broke=broke[known:].any(),
             gradient_broke=~finite[count:].all(),
-            no_return=not (self.stepped and self._last.fits(params)),
-            pass_broke=pass_broke,
         )
+
+    def _norms(self, params: Sequence[Tensor], gradients: bool) -> tuple[list[Tensor], int, int]:
+        """Norms of parameters, buffers and gradients, and how many are of parameters, and of them and buffers."""
+        buffers = [b for entry in persistent_buffers(self._model) for b in entry if b.is_floating_point()]
+        given = [param.grad for param in params if gradients and param.grad is not None]
+        return _norms([*params, *buffers, *given]), len(params), len(params) + len(buffers)
 
     @staticmethod
     def _heard(variance: Number | None, together: Together) -> Reading:

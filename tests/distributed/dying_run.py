@@ -49,6 +49,7 @@ def main(folder):
     history = guided.alpha_history.alphas.tolist()
     end = {"attempt": attempt, "began": began, "iteration": guided.iteration, "rates": rates, "history": history}
     torch.save(end, folder / f"end {rank}.pt")
+    torch.distributed.barrier()  # without it gloo sometimes aborts at the end
     torch.distributed.destroy_process_group()
 
 

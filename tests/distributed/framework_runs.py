@@ -120,4 +120,5 @@ if __name__ == "__main__":
     said = [str(entry.message) for entry in caught if here in pathlib.Path(entry.filename).parents]
     torch.save({**result, "said": said}, folder / f"{os.environ['RANK']}.pt")
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # without it gloo sometimes aborts at the end
         torch.distributed.destroy_process_group()
