@@ -249,7 +249,9 @@ class AlphaGuided(Optimizer):
     def __repr__(self) -> str:
         """Show backend, reason and the wrapped optimizer."""
         name, reason = self._session.plan.choice
-        return f"AlphaGuided(backend={name!r}: {reason}; iteration {self.iteration})\n{self.optimizer!r}"
+        ranks = self._session.ranks
+        where = "" if ranks is None else f" on {ranks.size} ranks"
+        return f"AlphaGuided(backend={name!r}: {reason}; iteration {self.iteration}{where})\n{self.optimizer!r}"
 
     # ---------------------------------------------------------------- leaving
 

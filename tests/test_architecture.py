@@ -62,6 +62,13 @@ def test_pure_parts_know_nothing_of_torch(path):
         assert not [name for name in imported(path) if name.split(".")[0] == "torch"]
 
 
+def test_only_one_file_knows_torch_distributed():
+    for path in MODULES:
+        names = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        found = {name for name in (*imported(path), *names) if name.startswith("torch.distributed")}
+        assert not found or path.name == "distributed.py", (path, found)
+
+
 def test_only_the_scheduler_writes_learning_rates():
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):

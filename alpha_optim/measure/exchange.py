@@ -11,7 +11,15 @@ from torch import Tensor
 
 from alpha_optim.alpha.records import DropReason
 from alpha_optim.distributed import Ranks
-from alpha_optim.measure.across_ranks import Centres, PairAcrossRanks, Report, Scatter, StartAcrossRanks, Together
+from alpha_optim.measure.across_ranks import (
+    RANKS,
+    Centres,
+    PairAcrossRanks,
+    Report,
+    Scatter,
+    StartAcrossRanks,
+    Together,
+)
 from alpha_optim.measure.iteration import Iteration, Task
 from alpha_optim.measure.refresh import Variances
 from alpha_optim.measure.step_ends import EndSeen
@@ -35,7 +43,12 @@ class Exchange:
             ranks: This process and the others.
             variances: Where the variances over all ranks' samples are kept.
             on_doubt: Called when samples do not add up to the gradient.
+
+        Raises:
+            ValueError: If there are more ranks than can be counted.
         """
+        if ranks.size >= RANKS:
+            raise ValueError(f"alpha can be measured over fewer than {RANKS} ranks, there are {ranks.size}")
         self.ranks, self._variances, self._on_doubt = ranks, variances, on_doubt
         self._centres: Centres | None = None
         self._unread: tuple[Task, Together, PairAcrossRanks | DropReason | None] | None = None

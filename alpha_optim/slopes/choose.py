@@ -78,6 +78,8 @@ def obstacle(name: str, optimizer: Optimizer, model: nn.Module | None, sample_di
         return "parameters are spread over processes (DTensor), and slopes of single samples need all of them"
     if model is None:
         return "it needs the model: AlphaGuided(optimizer, model, loss_fn)"
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        return "SyncBatchNorm talks to other processes in its forward pass, which a repetition must not"
     if isinstance(model, torch.jit.ScriptModule):
         return "a scripted model takes no hooks"
     if name == "layerwise":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from alpha_optim.alpha.history import AlphaHistory, Pending
 from alpha_optim.alpha.records import DropReason, GuardEvent, GuardReason
-from alpha_optim.distributed import Ranks, fingerprint, initialised, leaves_early
+from alpha_optim.distributed import Ranks, fingerprint, initialised, leaves_early, local
 from alpha_optim.measure.across_ranks import PairAcrossRanks, Report, Together
 from alpha_optim.measure.pairing import Entry, Pairing
 from alpha_optim.measure.plan import Plan
@@ -90,7 +90,8 @@ class Session:
         self._reached = 0  # steps before which another network's backward pass came through
         self._scheduled_at = 0  # iteration at which the scheduler was stepped last
         self._accepted: Callable[[], None] | None = None  # for the call in progress
-        self._ranks: Ranks | None = None
+        self.ranks: Ranks | None = None
+        """The processes that train the model together, if there are several."""
         self._separate = False  # whether processes were found to train models of their own
         self._started_before = False  # whether a pair began with the last step
         self._saved_guard: dict[str, Any] | None = None
@@ -114,22 +115,22 @@ class Session:
         self._start = self.plan.wants(self.iteration)
         self._find_ranks()
         in_pair = self._start or self.pairing.pending is not None
-        if self._ranks is not None:  # on all of them alike, whatever one could not measure
+        if self.ranks is not None:  # on all of them alike, whatever one could not measure
             in_pair = self._start or self._started_before
         backend = self.plan.backend() if in_pair else None
         guarded = self.guard is not None
-        self.pairing.begin(self.optimizer, backend, self.iteration, self._start, guarded, self._ranks)
+        self.pairing.begin(self.optimizer, backend, self.iteration, self._start, guarded, self.ranks)
         if self.guard is not None and self.guard.lacks_buffers and not self._resting:
             self.pairing.iteration.before_forward = self.guard.keep_buffers
 
     def _find_ranks(self) -> None:
         """Look for other processes that train the same model."""
         if self._separate or not initialised():
-            self._ranks = None
+            self.ranks = None
             return
         params = parameters_of(self.optimizer)
-        if self._ranks is None or not self._ranks.train(params):
-            self._ranks = Ranks.found(self.plan.model, params)
+        if self.ranks is None or not self.ranks.train(params):
+            self.ranks = Ranks.found(self.plan.model, params)
 
     @property
     def progress(self) -> int:
@@ -208,7 +209,7 @@ class Session:
     def _judge_lost(self) -> None:
         """The passes so far come to no step."""
         self.pairing.iteration.passes.discard()
-        if self._ranks is None:  # else it is judged at the next step, when ranks talk
+        if self.ranks is None:  # else it is judged at the next step, when ranks talk
             self._judge_skipped_passes(None)
 
     def _judge_skipped_passes(self, together: Together | None) -> bool:
@@ -289,7 +290,7 @@ class Session:
             self._remind_scheduler()
             self.begin()
             return result
-        if self._ranks is not None and leaves_early(self.plan.model):
+        if self.ranks is not None and leaves_early(self.plan.model):
             return self._step_unseen(closure, kwargs)
         if self.guard is not None:
             self.guard.notice_edits(parameters_of(self.optimizer))
@@ -314,7 +315,9 @@ class Session:
         if closure is not None or self.optimizer.state or self.pairing.iteration.gradients.any_seen:
             return False
         rates = [group.get("lr") for group in self.optimizer.param_groups]
-        return all(isinstance(rate, (float, Tensor)) and float(rate) == 0.0 for rate in rates)
+        gradients = [param.grad for param in parameters_of(self.optimizer) if param.grad is not None]
+        still = all(isinstance(rate, (float, Tensor)) and float(rate) == 0.0 for rate in rates)
+        return still and bool(gradients) and not any(bool(local(gradient).any()) for gradient in gradients)
 
     def _step_unseen(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Step without a word to other ranks, some of which may have left the loop."""
@@ -379,8 +382,8 @@ class Session:
             _write(params, entry.params)
         event, used, together = None, True, None
         outcome: Pending | DropReason | None
-        if self._ranks is not None and self._train_one_model(self._ranks, params):
-            together, outcome = self._exchange(self._ranks, seen, params)
+        if self.ranks is not None and self._train_one_model(self.ranks, params):
+            together, outcome = self._exchange(self.ranks, seen, params)
         else:
             outcome = pairing.paired(seen) if isinstance(seen, EndSeen) else seen
         if self.guard is not None:
@@ -417,7 +420,7 @@ class Session:
         if self._steering is not None:
             raise ValueError(apart)
         warn_user(f"{apart}. Every process is measured by itself.")
-        self._separate, self._ranks = True, None
+        self._separate, self.ranks = True, None
         self.pairing.talk_to(None)
         return False
 
@@ -495,7 +498,7 @@ class Session:
             return
         self._judge_lost()
         params, together = parameters_of(self.optimizer), None
-        if self._ranks is not None:
+        if self.ranks is not None:
             report = self.guard.report(params, Report(), False, gradients=False)
             assert self.pairing.exchange is not None
             together = self.pairing.exchange.after_last(loss, report, params[0].device)
@@ -603,7 +606,7 @@ class Session:
             self._started_before = bool(state.get("started_before", False))
             if int(state["version"]) >= 2:
                 self._find_ranks()
-                self.pairing.load_state_dict(state["pairing"], parameters_of(self.optimizer), self._ranks)
+                self.pairing.load_state_dict(state["pairing"], parameters_of(self.optimizer), self.ranks)
                 self.plan.load_state_dict(state["plan"])
             else:  # an older one: the pending measurement is dropped, what was learned is learned anew
                 self.plan.load_state_dict(None)

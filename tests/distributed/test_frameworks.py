@@ -51,3 +51,17 @@ def test_two_processes(name, tmp_path):
     assert first["samples"] == [samples]
     assert not first["said"]
     assert not second["said"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("with_ddp", "information: full"), ("with_fsdp", "38 measured over both halves")]
+)
+def test_the_examples(name, said):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", *TORCHRUN, "-m", f"examples.{name}", "--steps", "40"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert said in result.stdout
+    assert result.stdout.count("the same on all ranks: True") == 2
