@@ -8,8 +8,11 @@ process group of two or more ranks is initialised, `Ranks.found` returns None an
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import struct
+import sys
+import weakref
 import zlib
 from collections.abc import Sequence
 from operator import is_ as is_same
@@ -20,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 _PLAIN = (Tensor, nn.Parameter)
+_STEERED = 1 << 36
+"""Added to a fingerprint: sums of the rest stay below it."""
 SAME_MODEL = 1e-6
 """Relative difference of the sums of parameters up to which ranks hold the same model."""
 
@@ -60,16 +65,45 @@ class Ranks:
             params: The parameters that they train.
             batches: How many of them are fed the same batch.
         """
+        self._params = list(params)
+        self.sharded = any(map(is_sharded, params))
+        self.batches = batches
+        self._exchanges = 0
+        self._wrapper: weakref.ref[DistributedDataParallel] | None = None
+        self._looked_for = False  # whether a wrapper was looked for
+        self._take(group)
+
+    def _take(self, group: Any) -> None:
         self._group = group
         self.size: int = torch.distributed.get_world_size(group)
         self.rank: int = torch.distributed.get_rank(group)
-        self.sharded = any(map(is_sharded, params))
-        self.batches = batches
-        weights = [1.0 / self._copies(param) for param in params]
+        weights = [1.0 / self._copies(param) for param in self._params]
         self.factor = weights[0] if len(set(weights)) == 1 else 1.0
         self.weights = None if len(set(weights)) <= 1 else weights
-        self._params = list(params)
-        self._compared = False
+
+    def _find_wrapper(self) -> DistributedDataParallel | None:
+        """The `DistributedDataParallel` that averages the gradients, whatever of it was given; looked for once."""
+        if not self._looked_for and not self.sharded:
+            self._looked_for = True
+            mine = set(map(id, self._params))
+            # It may have been made after the optimizer, and nothing in a model points to it.
+            for thing in gc.get_objects():
+                if DistributedDataParallel in type(thing).__mro__ and mine & set(map(id, thing.parameters())):
+                    self._wrapper = weakref.ref(thing)
+                    self._take(thing.process_group)
+                    break
+        return None if self._wrapper is None else self._wrapper()
+
+    def leave_early(self) -> bool:
+        """Whether ranks may leave the loop one after the other (``with model.join()``), so that nobody can be asked.
+
+        That such a context was left again is not told.
+        """
+        wrapper = self._find_wrapper()
+        if wrapper is None:
+            return False
+        config = wrapper._join_config
+        return bool(config.enable) and not config.throw_on_early_termination
 
     def train(self, params: Sequence[Tensor]) -> bool:
         """Whether these are the parameters that they train."""
@@ -79,8 +113,8 @@ class Ranks:
     def found(cls, model: nn.Module | None, params: Sequence[Tensor]) -> Ranks | None:
         """Find the ranks that train a model; None if this process is alone.
 
-        They are those of the model's own process group if it is a `DistributedDataParallel`, those of the mesh of its
-        parameters if they are DTensors, and else all.
+        They are those of the `DistributedDataParallel` around the model, those of the mesh of its parameters if these
+        are DTensors, and else all.
 
         Args:
             model: The model, if it was given.
@@ -89,9 +123,9 @@ class Ranks:
         Raises:
             ValueError: If parameters lie on a mesh that is neither all ranks nor a row of them.
         """
-        if not params or not initialised() or torch.distributed.get_world_size() < 2:
+        if not params or not several():
             return None
-        group, batches = _group_of(model), 1
+        group, batches = None, 1
         meshes = {param.device_mesh for param in params if is_sharded(param)}  # type: ignore[attr-defined] # - DTensor
         if meshes:
             largest = max(meshes, key=lambda mesh: mesh.size())
@@ -157,43 +191,50 @@ class Ranks:
     # ---------------------------------------------------------------- agreeing
 
     def compare_models(self, params: Sequence[Tensor]) -> str | None:
-        """Say, once, whether ranks hold different parameters, so that they do not train one model.
+        """Say whether ranks hold different parameters, so that they do not train one model; looked at now and then.
 
         Args:
             params: The parameters.
 
         Returns:
-            What is wrong; None if nothing is.
+            What is wrong; None if nothing is. All ranks get an answer, or none.
         """
-        if self._compared or self.sharded:
+        count, self._exchanges = self._exchanges, self._exchanges + 1
+        if self.sharded or count & (count - 1):  # at 0, 1, 2, 4, 8, ...
             return None
-        self._compared = True
         total = sum(float(param.detach().double().abs().sum()) for param in params)
-        count = sum(param.numel() for param in params)
-        seen = self.gather((total, count))
-        apart = [rank for rank, (other, size) in enumerate(seen) if size != count or _far(other, total)]
-        if not apart:
+        seen = self.gather((total, sum(param.numel() for param in params)))
+        totals, counts = [entry[0] for entry in seen], {entry[1] for entry in seen}
+        # False where they are not finite.
+        if len(counts) == 1 and not max(totals) - min(totals) > SAME_MODEL * max(totals):
             return None
+        other = next((rank for rank, entry in enumerate(seen) if entry != seen[self.rank]), self.rank)
         return (
-            f"rank {self.rank} and rank {apart[0]} hold different parameters, so they do not train one model: sums of "
-            f"magnitudes {total:.6g} and {seen[apart[0]][0]:.6g}. Wrap the model in DistributedDataParallel (it sends "
-            "the parameters of rank 0 to all), or, where processes train models of their own, start them without a "
-            "common process group"
+            f"rank {self.rank} and rank {other} hold different parameters, so they do not train one model: sums of "
+            f"magnitudes {total:.9g} and {totals[other]:.9g}. Wrap the model in DistributedDataParallel (it sends the "
+            "parameters of rank 0 to all, and averages gradients), or, where processes train models of their own, "
+            "start them without a common process group"
         )
 
-    def check_rates(self, summed: float, rates: Sequence[Any]) -> None:
+    def check_rates(self, summed: float, rates: Sequence[Any] | None) -> None:
         """Make sure that all ranks have the same learning rates.
 
         Args:
             summed: Sum of `fingerprint` over ranks.
-            rates: Learning rates of this rank.
+            rates: Learning rates of this rank; None if no scheduler steers it.
 
         Raises:
             RuntimeError: On every rank, naming those that deviate.
         """
         if summed == self.size * fingerprint(rates):
             return
-        seen = self.gather([float(rate) for rate in rates])
+        steered = int(summed) // _STEERED
+        if steered not in (0, self.size):
+            raise RuntimeError(
+                f"{steered} of {self.size} ranks have an AlphaScheduler, rank {self.rank} has "
+                f"{'none' if rates is None else 'one'}: every rank needs one, since each writes its own rates"
+            )
+        seen = self.gather([float(rate) for rate in rates or ()])
         usual = max(seen, key=seen.count)
         apart = [f"rank {rank}: {other}" for rank, other in enumerate(seen) if other != usual]
         raise RuntimeError(
@@ -231,10 +272,50 @@ class Sum:
         return numbers
 
 
-def fingerprint(rates: Sequence[Any]) -> float:
-    """A whole number below 2^32 that tells learning rates apart; rates that are tensors do not enter."""
+def fingerprint(rates: Sequence[Any] | None) -> float:
+    """A whole number that tells learning rates apart, and says that a scheduler writes them; 0 without (None).
+
+    Rates that are tensors do not enter. Sums of it over fewer than 2^17 ranks are exact.
+    """
+    if rates is None:
+        return 0.0
     plain = [rate for rate in rates if isinstance(rate, float)]
-    return float(zlib.crc32(struct.pack(f"{len(plain)}d", *plain)))
+    return float(_STEERED + zlib.crc32(struct.pack(f"{len(plain)}d", *plain)) % (1 << 19))
+
+
+def several() -> bool:
+    """Whether there is a process group of two or more ranks."""
+    return initialised() and torch.distributed.get_world_size() > 1
+
+
+def unsummed(param: Tensor, gradient: Tensor) -> float:
+    """By what the product with a gradient counts more than ``param`` does: a DTensor's gradient may wait to be summed.
+
+    That is so for parameters that all ranks hold and each sees a part of the inputs of (sequence parallelism).
+    """
+    if not is_sharded(gradient) or not is_sharded(param):
+        return 1.0
+    mesh, factor = gradient.device_mesh, 1.0  # type: ignore[attr-defined] # - a DTensor
+    places = zip(param.placements, gradient.placements, strict=True)  # type: ignore[attr-defined] # - a DTensor
+    for dimension, (of_param, of_gradient) in enumerate(places):
+        if of_gradient.is_partial() and of_param.is_replicate():
+            factor *= mesh.size(dimension)
+    return factor
+
+
+def asked_by_checkpoint() -> bool:
+    """Whether `torch.distributed.checkpoint` asks for a state dict, or steps to fill an empty state.
+
+    It gives no other sign of itself: it calls `state_dict` and `step` as anybody does.
+    """
+    frame = sys._getframe(1)
+    for _ in range(12):
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
 
 
 def as_text(state: dict[str, Any]) -> str:
@@ -247,36 +328,6 @@ def as_text(state: dict[str, Any]) -> str:
 def from_text(text: str) -> Any:
     """The state again."""
     return torch.load(io.BytesIO(zlib.decompress(base64.b85decode(text))), weights_only=True)
-
-
-def leaves_early(model: nn.Module | None) -> bool:
-    """Whether ranks may leave the loop one after the other (``with model.join()``), so that nobody can be asked.
-
-    That a context was left again is not told.
-    """
-    wrapper = _wrapper_of(model)
-    if wrapper is None:
-        return False
-    config = wrapper._join_config
-    return bool(config.enable) and not config.throw_on_early_termination
-
-
-def _far(one: float, other: float) -> bool:
-    return abs(one - other) > SAME_MODEL * (abs(one) + abs(other))  # False where they are not finite
-
-
-def _wrapper_of(model: nn.Module | None) -> DistributedDataParallel | None:
-    """The `DistributedDataParallel` that a model is, perhaps compiled."""
-    while model is not None and not isinstance(model, DistributedDataParallel):
-        inner = getattr(model, "_orig_mod", None)
-        model = inner if isinstance(inner, nn.Module) else None
-    return model
-
-
-def _group_of(model: nn.Module | None) -> Any:
-    """The process group of a `DistributedDataParallel`; None (all) elsewhere."""
-    wrapper = _wrapper_of(model)
-    return None if wrapper is None else wrapper.process_group
 
 
 def _data_parallel(model: nn.Module | None, size: int) -> int:

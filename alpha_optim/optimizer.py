@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from alpha_optim.alpha.diagnosis import Diagnosis, diagnose
 from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.records import GuardEvent
-from alpha_optim.distributed import as_text, from_text, initialised
+from alpha_optim.distributed import as_text, asked_by_checkpoint, from_text
 from alpha_optim.measure.plan import Every, Plan
 from alpha_optim.observe.checks import check_arguments, check_membership
 from alpha_optim.several import HOOKS, Several, make_hooks
@@ -274,10 +274,10 @@ class AlphaGuided(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state: dict[str, Any] = {**self.optimizer.state_dict(), KEY: self._session.state_dict()}
-        if initialised() and state["param_groups"]:
-            # Distributed checkpoints keep nothing but state and groups.
+        if state["param_groups"] and asked_by_checkpoint():  # which keeps nothing but state and groups
             first, *others = state["param_groups"]
-            state["param_groups"] = [{**first, KEY: as_text(self._session.state_dict(tensors=False))}, *others]
+            text = as_text({**self._session.state_dict(tensors=False), "counts": _counts(state["state"])})
+            state["param_groups"] = [{**first, KEY: text}, *others]
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state)
             state = state if replaced is None else replaced
@@ -300,6 +300,8 @@ class AlphaGuided(Optimizer):
         if ours is None:
             texts = [group[KEY] for group in state_dict["param_groups"] if group.get(KEY)]
             ours = from_text(texts[0]) if texts else None
+            if ours is not None and ours["counts"] != _counts(state_dict["state"]):
+                ours = None  # a bare optimizer has moved on since
         if ours is not None and ours["version"] > VERSION:
             raise ValueError(
                 f"this state dict has version {ours['version']} of alpha_optim's state, this package reads "
@@ -329,3 +331,9 @@ class AlphaGuided(Optimizer):
         self._session.load_state_dict(state["ours"])
         if not state["active"]:
             self._session.detach()
+
+
+def _counts(state: dict[Any, Any]) -> float:
+    """The steps that an optimizer has counted in its state, over all parameters."""
+    steps = [entry["step"] for entry in state.values() if isinstance(entry, dict) and "step" in entry]
+    return sum(map(float, steps))

@@ -102,13 +102,6 @@ def test_backend_impossible_for_the_optimizer(model):
     assert hooks(model) == 0
 
 
-def test_samples_of_a_model_that_talks_in_its_forward_pass():
-    model = nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4))
-    assert AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model).backend == "gradients"
-    with pytest.raises(ValueError, match="SyncBatchNorm talks to other processes"):
-        AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, backend="layerwise")
-
-
 def test_backend_impossible_for_the_model():
     net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -65,7 +65,8 @@ class Scatter:
         if self.count < 2:
             return math.nan
         total = float(self.total)
-        return max(0.0, float(self.squares) - total * total / self.count) / (self.count - 1)
+        value = (float(self.squares) - total * total / self.count) / (self.count - 1)
+        return 0.0 if value < 0.0 else value  # nan stays nan
 
 
 class Centres(NamedTuple):
@@ -94,7 +95,7 @@ class Report:
         samples: N of this rank.
         gamma: Gamma_r.
         loss: Gamma_r L_r.
-        losses: Scatter of single losses.
+        losses: Scatter of single losses; the sum of all of them is ``loss``.
         end: Scatter of single slopes along the step that ends here, divided by its length.
         start: The same at its start.
         end_product: <d, gradient> of the local parts of the parameters, at the end of the step.
@@ -122,12 +123,10 @@ class Report:
     start_product: Number = 0.0
     squared_length: Number = 0.0
 
-    def packed(self, sharded: bool, device: torch.device) -> Tensor:
+    def packed(self, device: torch.device) -> Tensor:
         """The numbers as they travel, float64 ``[SIZE]``.
 
         Args:
-            sharded: Whether parameters are spread over ranks: then there are no slopes of single samples, and the
-                length of the step takes their place.
             device: Where the ranks add them up.
         """
         numbers: list[Any] = [
@@ -139,9 +138,9 @@ class Report:
             _together(SAMPLES, self.end.count, self.start.count),
             self.gamma,
             self.loss,
-            self.losses.total,
             self.losses.squares,
-            self.squared_length if sharded else self.end.total,
+            self.squared_length,
+            self.end.total,
             self.end.squares,
             self.start.total,
             self.start.squares,
@@ -153,7 +152,7 @@ class Report:
         return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
 
     @classmethod
-    def unpacked(cls, numbers: Sequence[float], sharded: bool) -> Report:
+    def unpacked(cls, numbers: Sequence[float]) -> Report:
         """The sum of all reports from the numbers that came back."""
         params, buffers, gradient = _apart(RANKS, numbers[1], 3)
         unpaired, no_return, passes = _apart(RANKS, numbers[2], 3)
@@ -174,12 +173,12 @@ class Report:
             samples=samples,
             gamma=numbers[6],
             loss=numbers[7],
-            losses=Scatter(counted, numbers[8], numbers[9]),
-            end=Scatter(at_end, 0.0 if sharded else numbers[10], numbers[11]),
+            losses=Scatter(counted, 0.0, numbers[8]),
+            squared_length=numbers[9],
+            end=Scatter(at_end, numbers[10], numbers[11]),
             start=Scatter(at_start, numbers[12], numbers[13]),
             end_product=numbers[14],
             start_product=numbers[15],
-            squared_length=numbers[10] if sharded else 0.0,
         )
 
 
@@ -215,13 +214,13 @@ class Together:
             centres: About what scatters were taken.
         """
         self._numbers = numbers
-        self._size, self._sharded, self._batches = ranks.size, ranks.sharded, ranks.batches
+        self._size, self._batches = ranks.size, ranks.batches
         self.centres = centres
 
     @cached_property
     def sums(self) -> Report:
         """The numbers, read."""
-        return Report.unpacked(self._numbers.read(), self._sharded)
+        return Report.unpacked(self._numbers.read())
 
     @property
     def samples(self) -> int:
@@ -248,9 +247,18 @@ class Together:
 
     def loss_variance(self, known: float | None) -> float | None:
         """Variance of one sample's loss over all ranks; as it was known before where it was not measured here."""
-        if self.sums.losses_unseen or self.sums.loss_unseen:
+        sums = self.sums
+        if sums.losses_unseen or sums.loss_unseen:
             return None
-        return self._variance(self.sums.losses, self._unit, known)
+        count, centre = sums.losses.count, self.centres.loss
+        if count < 2:
+            return known
+        apart = float(sums.loss) / sums.samples - centre  # of the mean of all samples
+        if count == sums.samples:
+            return self._variance(replace(sums.losses, total=count * apart), self._unit, known)
+        # Of some samples only, about the mean of all.
+        value = float(sums.losses.squares) / count - apart * apart
+        return self._unit**2 * (0.0 if value < 0.0 else value)
 
     def slope_variance(self, role: str, at: Together, known: float | None) -> float | None:
         """Variance of one sample's slope; as it was known before where it was not measured here.
@@ -291,15 +299,13 @@ class Together:
     def next_centres(self, before: Centres) -> Centres:
         """Means of this step; where there are none, those of the last."""
         sums = self.sums
-        found = [
-            scatter.mean(centre) if scatter.count else old
-            for scatter, centre, old in (
-                (sums.losses, self.centres.loss, before.loss),
-                (sums.end, self.centres.end, before.end),
-                (sums.start, self.centres.start, before.start),
-            )
-        ]
-        return Centres(*(value if math.isfinite(value) else 0.0 for value in found))
+        seen = self.loss is not None and sums.samples > 0
+        found = Centres(
+            float(sums.loss) / sums.samples if seen else before.loss,
+            sums.end.mean(self.centres.end) if sums.end.count else before.end,
+            sums.start.mean(self.centres.start) if sums.start.count else before.start,
+        )
+        return Centres(*(value if math.isfinite(value) else old for value, old in zip(found, before, strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -383,9 +389,6 @@ class PairAcrossRanks:
 
     Attributes:
         iteration: Iteration n of the start.
-        length: |d| of this rank's parameters.
-        sharded: Whether those are a part of all.
-        moved: Whether any of them changed.
         edited: Whether they were changed between the step and the pass at its end.
         start: What was seen at the start.
         end: The sum of the iteration that the step ended in.
@@ -397,9 +400,6 @@ class PairAcrossRanks:
     """
 
     iteration: int
-    length: Number
-    sharded: bool
-    moved: Truth
     edited: Truth
     start: StartAcrossRanks
     end: Together
@@ -415,7 +415,7 @@ class PairAcrossRanks:
         return [pair._measured() for pair in pairs]
 
     def _measured(self) -> AlphaMeasurement | DropReason:
-        length, moved, edited, lost, *lr = read([self.length, self.moved, self.edited, self.start.lost, *self.lr])
+        edited, lost, *lr = read([self.edited, self.start.lost, *self.lr])
         at_start, at_end = self.start.together, self.end
         if edited:
             return DropReason.PARAMETERS_CHANGED
@@ -423,10 +423,7 @@ class PairAcrossRanks:
             return DropReason.GRADIENTS_MODIFIED
         if at_end.sums.unpaired:
             return DropReason.OTHER_RANK
-        if self.sharded:
-            length = math.sqrt(float(at_end.sums.squared_length))
-            moved = length > 0.0
-        length = length if moved or not math.isfinite(length) else 0.0
+        length = math.sqrt(float(at_end.sums.squared_length))
         loss_variance = at_end.loss_variance(self.loss_variance)
         start = Observation(
             at_start.samples,

@@ -23,7 +23,7 @@ from alpha_optim.measure.across_ranks import (
 from alpha_optim.measure.iteration import Iteration, Task
 from alpha_optim.measure.refresh import Variances
 from alpha_optim.measure.step_ends import EndSeen
-from alpha_optim.observe.backward_passes import gamma_of
+from alpha_optim.observe.backward_passes import gamma_of, shares_of_one_mean
 from alpha_optim.observe.numbers import Number, Truth, free_to_read, saved
 from alpha_optim.observe.step_direction import Direction
 from alpha_optim.slopes.base import SampleSlopes
@@ -71,20 +71,19 @@ class Exchange:
         ranks, variances = self.ranks, self._variances
         device = iteration.params[0].device
         if self._centres is None:  # the first time: the means first, then the scatter about them
-            first = ranks.sum(self._report(iteration, seen, guard).packed(ranks.sharded, device))
+            first = ranks.sum(self._report(iteration, seen, guard).packed(device))
             self._centres = Together(first, ranks, Centres()).next_centres(Centres())
-        numbers = ranks.sum(self._report(iteration, seen, guard).packed(ranks.sharded, device))
+        numbers = ranks.sum(self._report(iteration, seen, guard).packed(device))
         together = iteration.together = Together(numbers, ranks, self._centres)
         pair: PairAcrossRanks | DropReason | None = None
         if not isinstance(seen, EndSeen):
             pair = seen
-        elif isinstance(seen.start.point, StartAcrossRanks):
+        elif not isinstance(seen.start.point, StartAcrossRanks):
+            pair = DropReason.OTHER_RANK  # the step was made before there were others
+        else:
             half = any(param.dtype in (torch.float16, torch.bfloat16) for param in iteration.params)
             pair = PairAcrossRanks(
                 seen.start.iteration,
-                seen.start.direction.length,
-                ranks.sharded,
-                seen.start.direction.moved,
                 seen.edited,
                 seen.start.point,
                 together,
@@ -120,8 +119,6 @@ class Exchange:
         variances, together, gradients = self._variances, iteration.together, iteration.used_gradients
         assert together is not None
         assert gradients is not None
-        if "start" in iteration.task.due:
-            variances.looked("start", iteration.task.number, together.samples // self.ranks.size)
         centre = 0.0 if self._centres is None else self._centres.start
         return StartAcrossRanks(
             together,
@@ -144,7 +141,7 @@ class Exchange:
             device: Where the parameters are.
         """
         report = replace(guard, loss_unseen=loss is None, gamma=1.0, loss=0.0 if loss is None else loss)
-        return Together(self.ranks.sum(report.packed(self.ranks.sharded, device)), self.ranks, Centres())
+        return Together(self.ranks.sum(report.packed(device)), self.ranks, Centres())
 
     def _report(self, iteration: Iteration, seen: EndSeen | DropReason | None, guard: Report) -> Report:
         """Say what this rank has seen in an iteration."""
@@ -154,15 +151,15 @@ class Exchange:
             single = seen.slopes.losses
         backend = iteration.task.backend
         refused = backend is not None and bool(backend.unaccounted.reasons)
-        gamma, share = _gamma(iteration), _share(iteration)
+        share = _share(iteration)
         report = replace(
             guard,
             unpaired=True,
             loss_unseen=loss.mean is None and not nothing,
             losses_unseen=refused or not (loss.complete or single is not None or nothing),
             samples=float(loss.samples),
-            gamma=gamma,
-            loss=0.0 if loss.mean is None else _plain(loss.mean) * gamma,
+            gamma=self._weight(iteration),
+            loss=0.0 if loss.mean is None else _plain(loss.mean) * _gamma(iteration),
             losses=Scatter.of(single, share, centres.loss),
         )
         if not isinstance(seen, EndSeen) or not isinstance(seen.start.point, StartAcrossRanks):
@@ -176,8 +173,16 @@ class Exchange:
             start=start.slopes,
             end_product=_plain(seen.product) * factor,
             start_product=_plain(start.sent) * factor,
-            squared_length=_plain(direction.length) ** 2 * factor,
+            squared_length=_length(direction) ** 2 * factor,
         )
+
+    def _weight(self, iteration: Iteration) -> Number:
+        """What the loss of this rank counts for: Gamma, where ranks send means; of shares of one mean, one."""
+        gamma = _gamma(iteration)
+        if not shares_of_one_mean(iteration.passes.reached) or gamma == 1.0:
+            return gamma
+        # Shares of a mean over all ranks are multiplied by their number, since gradients are averaged afterwards.
+        return gamma / self.ranks.size
 
     def _learn(self) -> None:
         """Take over what the last sums say about variances."""
@@ -186,14 +191,16 @@ class Exchange:
         (task, together, pair), self._unread = self._unread, None
         variances = self._variances
         self._centres = together.next_centres(self._centres or Centres())
-        variances.saw_loss(together.loss_variance(saved(variances.of_loss)))
-        if not isinstance(pair, PairAcrossRanks):
-            return
-        if "end" in task.due:
-            variances.looked("end", task.number, together.samples // self.ranks.size)
-        at_start = pair.start.together
-        variances.found("end", together.slope_variance("end", together, saved(variances.of_slope("end"))))
-        variances.found("start", together.slope_variance("start", at_start, saved(variances.of_slope("start"))))
+        for role in task.due:  # on all ranks alike, whatever one of them could not see
+            variances.looked(role, task.number, together.samples // self.ranks.size)
+        of_loss, of_start, of_end = map(
+            saved, (variances.of_loss, variances.of_slope("start"), variances.of_slope("end"))
+        )
+        variances.saw_loss(together.loss_variance(of_loss))
+        if together.sums.unpaired or not isinstance(pair, PairAcrossRanks) or not together.sums.squared_length:
+            return  # nothing was learned of slopes, on any rank
+        variances.found("end", together.slope_variance("end", together, of_end))
+        variances.found("start", together.slope_variance("start", pair.start.together, of_start))
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -211,6 +218,14 @@ def _plain(number: Number) -> Number:
     if isinstance(number, Tensor):
         return float(number) if free_to_read(number.device) else number.double()
     return number
+
+
+def _length(direction: Direction) -> Number:
+    """|d|; 0 where no parameter changed, whatever the rounding says."""
+    moved, length = direction.moved, direction.length
+    if isinstance(moved, Tensor):
+        return torch.where(moved | ~torch.isfinite(length), length, torch.zeros_like(length))
+    return _plain(length) if moved or not bool(torch.isfinite(length)) else 0.0
 
 
 def _either(one: Truth, other: Truth) -> Truth:

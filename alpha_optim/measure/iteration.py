@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alpha_optim.distributed import is_sharded
 from alpha_optim.measure.across_ranks import Together
 from alpha_optim.measure.refresh import Role
 from alpha_optim.measure.step_ends import BatchLoss, PendingStart, batch_loss
@@ -67,7 +68,8 @@ class Iteration:
         """
         self.task, self.params, self.gradients = task, params, gradients
         self._some_elements = some_elements
-        self.passes = BackwardPasses(gradients.gone, self._discarded, self._opened)
+        sharded = any(map(is_sharded, params))
+        self.passes = BackwardPasses(gradients.gone, self._discarded, self._opened, sharded)
         self.calls: list[ModelCall] = []
         self.interacting = False
         self.losses_declined = False  # a call of the loss function was seen, but its losses are of no use
@@ -149,7 +151,8 @@ class Iteration:
 
     def loss_returned(self, loss: Tensor, samples: int | None, tokens: Any) -> None:
         """The model returned a loss; it counts if a backward pass starts there."""
-        call = LossCall(loss.detach(), None, samples, returned=True, share=tokens is not None)
+        # A copy: the loop may scale the loss in place.
+        call = LossCall(loss.detach().clone(), None, samples, returned=True, share=tokens is not None)
         passes = self.passes
 
         def start(gradient: Tensor) -> None:

@@ -107,6 +107,7 @@ class Pairing:
         starts: bool,
         guarded: bool,
         ranks: Ranks | None = None,
+        ended: bool = False,
     ) -> None:
         """Hook what the coming iteration needs.
 
@@ -117,6 +118,7 @@ class Pairing:
             starts: Whether it is the start of a pair.
             guarded: Whether a guard judges its loss, measured or not.
             ranks: The processes that train the model together, if there are several.
+            ended: Whether a step ends here, as far as these have planned, whatever this one has seen of it.
         """
         self.talk_to(ranks)
         if backend is None and not guarded and self.iteration.idle:
@@ -125,7 +127,11 @@ class Pairing:
         params = parameters_of(optimizer)
         if not same_tensors(params, self.iteration.params):
             self.variances.forget()
-        due = frozenset[Role]() if backend is None else self._due(backend, number, starts)
+        due = (
+            frozenset[Role]()
+            if backend is None
+            else self._due(backend, number, starts, self.pending is not None if ranks is None else ended)
+        )
         checks = "start" in due and backend is not None and backend.check_due()
         task = Task(number, starts, self.pending, backend, due, self._sample_dim, guarded, checks)
         self.iteration = self._new(task, params)
@@ -151,9 +157,9 @@ class Pairing:
         elif self.exchange is None or self.exchange.ranks is not ranks:
             self.exchange = Exchange(ranks, self.variances, self._doubt)
 
-    def _due(self, backend: Backend, number: int, starts: bool) -> frozenset[Role]:
+    def _due(self, backend: Backend, number: int, starts: bool, ends: bool) -> frozenset[Role]:
         """At which ends of a step variances are measured anew."""
-        roles: list[tuple[Role, bool]] = [("start", starts), ("end", self.pending is not None)]
+        roles: list[tuple[Role, bool]] = [("start", starts), ("end", ends)]
         cost = backend.cost(self.variances.samples)
         return frozenset(role for role, wanted in roles if wanted and self.variances.due(role, number, cost))
 
@@ -241,11 +247,12 @@ class Pairing:
         iteration = self.iteration
         return iteration.loss.samples == 1 if self.exchange is None else iteration.without_data()
 
-    def paired(self, seen: EndSeen) -> PendingPair:
+    def paired(self, seen: EndSeen) -> PendingPair | DropReason:
         """Put both ends of a step together."""
         start, direction = seen.start, seen.start.direction
+        if not isinstance(start.point, EndPoint):  # made when others were there
+            return DropReason.OTHER_RANK
         point = self._observe("end", direction, seen.product, None, False, seen.slopes)
-        assert isinstance(start.point, EndPoint)
         return PendingPair(
             start.iteration,
             direction.length,

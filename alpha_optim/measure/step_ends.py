@@ -132,7 +132,7 @@ class PendingStart:
     @classmethod
     def from_state(cls, state: dict[str, Any], params: list[Tensor], ranks: Ranks | None) -> PendingStart | None:
         """Build it anew on the devices of ``params``; None if it does not belong to them, or not to this rank."""
-        direction = restored(state["direction"], params)
+        direction = restored(state["direction"], params, None if ranks is None else ranks.weights)
         point: EndPoint | StartAcrossRanks | None
         if state.get("across") is not None:
             point = StartAcrossRanks.from_state(state["across"], ranks)

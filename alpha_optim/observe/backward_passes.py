@@ -103,6 +103,7 @@ class BackwardPasses:
         gradients_cleared: Callable[[], bool],
         on_discard: Callable[[], bool],
         on_open: Callable[[], None],
+        all_reach: bool = False,
     ) -> None:
         """Start with no pass.
 
@@ -110,7 +111,10 @@ class BackwardPasses:
             gradients_cleared: Says whether the gradients of earlier passes are gone.
             on_discard: Told that the passes so far do not count; says whether a step was skipped for them.
             on_open: Told that a pass begins.
+            all_reach: Whether every pass counts, since that it reaches parameters is not seen: sharded ones tell only
+                when their gradients are spread over ranks, in the last pass of several.
         """
+        self._all_reach = all_reach
         self._gradients_cleared = gradients_cleared
         self._on_discard = on_discard
         self._on_open = on_open
@@ -205,7 +209,7 @@ class BackwardPasses:
         if self.reached and self._gradients_cleared():
             self.discard()
         self._on_open()
-        entry = BackwardPass()
+        entry = BackwardPass(reached=self._all_reach)
         self._passes.append(entry)
         self._by_task[task] = entry
         return entry

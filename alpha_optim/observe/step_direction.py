@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from alpha_optim.distributed import local
+from alpha_optim.distributed import local, unsummed
 from alpha_optim.observe.numbers import Truth, free_to_read, read
 
 Rate = float | Tensor
@@ -239,8 +239,10 @@ class BetweenPoints:
         for place, (old, now, gradient) in enumerate(zip(before, params, gradients, strict=True)):
             for difference, part in _pieces(old, now, gradient, overwrite):
                 square, product = torch.dot(difference, difference), None
-                if part is not None:
+                if part is not None and gradient is not None:
                     product = torch.dot(difference, part)
+                    if (more := unsummed(now, gradient)) != 1.0:
+                        product = product.double() * more
                 if weights is not None:
                     square = square.double() * weights[place]
                     product = None if product is None else product.double() * weights[place]
@@ -268,11 +270,15 @@ class BetweenPoints:
         """See `Direction`."""
         weights = self.weights or [1.0] * len(self.kept)
         if self.is_step:
-            steps = zip(self.kept, gradients, weights, strict=True)
-            values = [(dot(step, gradient), weight) for step, gradient, weight in steps if gradient is not None]
+            steps = zip(self.kept, self.params, gradients, weights, strict=True)
+            values = [
+                (dot(step, gradient), weight * unsummed(now, gradient))
+                for step, now, gradient, weight in steps
+                if gradient is not None
+            ]
         else:
             values = [
-                (torch.dot(difference, part), weight)
+                (torch.dot(difference, part), weight * unsummed(now, gradient))
                 for old, now, gradient, weight in zip(self.kept, self.params, gradients, weights, strict=True)
                 if gradient is not None
                 for difference, part in _pieces(old, now, gradient, overwrite=False)
@@ -310,7 +316,9 @@ class BetweenPoints:
         return {"kept": kept, "is_step": self.is_step, "length": float(self.length)}
 
 
-def restored(state: dict[str, Any], params: list[Tensor]) -> AlongGradient | BetweenPoints | None:
+def restored(
+    state: dict[str, Any], params: list[Tensor], weights: Weights = None
+) -> AlongGradient | BetweenPoints | None:
     """Build a direction anew on the devices of ``params``; None if it does not belong to them."""
     kept = state["bases"] if "bases" in state else state["kept"]
     if len(kept) != len(params) or not params:
@@ -319,9 +327,10 @@ def restored(state: dict[str, Any], params: list[Tensor]) -> AlongGradient | Bet
         None if tensor is None else tensor.to(param.device).clone() for tensor, param in zip(kept, params, strict=True)
     ]
     if "bases" in state:
-        return AlongGradient._of(moved, list(state["rates"]), params, state["moved"])
+        return AlongGradient._of(moved, list(state["rates"]), params, state["moved"], weights)
     length = torch.tensor(state["length"], dtype=torch.float64, device=params[0].device)
-    return BetweenPoints(moved, bool(state["is_step"]), params, length, state["length"] != 0.0, versions_of(moved))
+    versions = versions_of(moved)
+    return BetweenPoints(moved, bool(state["is_step"]), params, length, state["length"] != 0.0, versions, weights)
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -357,12 +366,15 @@ def is_plain_sgd(optimizer: Optimizer) -> bool:
             and not group.get("differentiable", False)
             for group in optimizer.param_groups
         )
-        and all(_dense_and_real(param.grad) for param in parameters_of(optimizer))
+        and all(_as_the_step(param, param.grad) for param in parameters_of(optimizer))
     )
 
 
-def _dense_and_real(gradient: Tensor | None) -> bool:
-    return gradient is None or not (gradient.is_sparse or gradient.is_complex())
+def _as_the_step(param: Tensor, gradient: Tensor | None) -> bool:
+    """Whether the gradient is dense and real and, of a DTensor, summed already."""
+    if gradient is None:
+        return True
+    return not (gradient.is_sparse or gradient.is_complex()) and unsummed(param, gradient) == 1.0
 
 
 def versions_of(tensors: Sequence[Tensor | None]) -> list[int]:

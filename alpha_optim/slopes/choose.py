@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from alpha_optim.distributed import is_sharded
+from alpha_optim.distributed import is_sharded, several
 from alpha_optim.observe.model_calls import innermost
 from alpha_optim.observe.step_direction import is_plain_sgd, parameters_of
 from alpha_optim.slopes.backpack import BackpackBackend
@@ -78,7 +78,7 @@ def obstacle(name: str, optimizer: Optimizer, model: nn.Module | None, sample_di
         return "parameters are spread over processes (DTensor), and slopes of single samples need all of them"
     if model is None:
         return "it needs the model: AlphaGuided(optimizer, model, loss_fn)"
-    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+    if several() and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         return "SyncBatchNorm talks to other processes in its forward pass, which a repetition must not"
     if isinstance(model, torch.jit.ScriptModule):
         return "a scripted model takes no hooks"

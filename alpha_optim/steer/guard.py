@@ -170,9 +170,17 @@ class Guard:
         if self._last and not self._last.fits(params):  # tensors were added, replaced or resized
             self._forget_points()
         elif self.stepped and self._versions != versions_of(params):
-            self._forget_points()
-            self._before = UNSEEN
-            self._scatter.level_unknown()
+            self._forget_for_an_edit()
+
+    def _forget_for_an_edit(self) -> None:
+        """The parameters are others than the last step left."""
+        self._forget_points()
+        self._before = UNSEEN
+        self._scatter.level_unknown()
+
+    def _edited_elsewhere(self, together: Together) -> bool:
+        """Whether some ranks have forgotten their point, and some have not: then all do."""
+        return bool(together.sums.no_return) and self.stepped
 
     def came_from_data(self, rise: float) -> None:
         """A rise that was confirmed as an explosion turned out to be the data's: do not look at the next such."""
@@ -202,6 +210,8 @@ class Guard:
             together: What all ranks have seen, if there are several, this one's `report` among them.
         """
         finite: Sequence[bool] | Tensor
+        if together is not None and self._edited_elsewhere(together):
+            self._forget_for_an_edit()
         if together is None:
             now, finite = self._read(loss, params)
         else:
@@ -238,17 +248,20 @@ class Guard:
         return Judgement(event, True)
 
     @torch.no_grad()
-    def abandoned(self, iteration: int, loss: float, params: Sequence[Tensor]) -> GuardEvent | None:
+    def abandoned(
+        self, iteration: int, loss: float, params: Sequence[Tensor], can_return: bool = True
+    ) -> GuardEvent | None:
         """A backward pass whose loss is not finite came to no step, since a gradient scaler skipped it.
 
         Args:
             iteration: The iteration in progress.
             loss: The loss.
             params: The parameters.
+            can_return: Whether the point before can be put back, on every rank.
         """
         if math.isfinite(loss) or not self._last.fits(params):
             return None
-        now = Reading(loss, None, 0)
+        now = Reading(loss, None, 0, can_return=can_return)
         event = self._not_usable(iteration, GuardReason.LOSS_NOT_FINITE, now, params).event
         return None if event is None else replace(event, skipped=False)  # it was the scaler that did
 

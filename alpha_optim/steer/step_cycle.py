@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from alpha_optim.alpha.history import AlphaHistory, Pending
 from alpha_optim.alpha.records import DropReason, GuardEvent, GuardReason
-from alpha_optim.distributed import Ranks, fingerprint, initialised, leaves_early, local
+from alpha_optim.distributed import Ranks, asked_by_checkpoint, fingerprint, initialised
 from alpha_optim.measure.across_ranks import PairAcrossRanks, Report, Together
 from alpha_optim.measure.pairing import Entry, Pairing
 from alpha_optim.measure.plan import Plan
@@ -119,7 +119,8 @@ class Session:
             in_pair = self._start or self._started_before
         backend = self.plan.backend() if in_pair else None
         guarded = self.guard is not None
-        self.pairing.begin(self.optimizer, backend, self.iteration, self._start, guarded, self.ranks)
+        ended = self._started_before
+        self.pairing.begin(self.optimizer, backend, self.iteration, self._start, guarded, self.ranks, ended)
         if self.guard is not None and self.guard.lacks_buffers and not self._resting:
             self.pairing.iteration.before_forward = self.guard.keep_buffers
 
@@ -224,13 +225,14 @@ class Session:
         losses, self.pairing.iteration.lost_losses = self.pairing.iteration.lost_losses, []
         if together is not None:
             losses = [torch.tensor(math.nan)] if together.sums.pass_broke else []
-        events = [event for loss in losses if (event := self._judge_skipped(loss)) is not None]
+        can_return = together is None or not together.sums.no_return
+        events = [event for loss in losses if (event := self._judge_skipped(loss, can_return)) is not None]
         return not any(event.restored for event in events)
 
-    def _judge_skipped(self, loss: Tensor | None) -> GuardEvent | None:
+    def _judge_skipped(self, loss: Tensor | None, can_return: bool) -> GuardEvent | None:
         if self.guard is None or self._resting or loss is None:
             return None
-        event = self.guard.abandoned(self.iteration, read([loss])[0], parameters_of(self.optimizer))
+        event = self.guard.abandoned(self.iteration, read([loss])[0], parameters_of(self.optimizer), can_return)
         if event is not None:
             self.pairing.pending = None
             event = self._note(event)
@@ -290,7 +292,7 @@ class Session:
             self._remind_scheduler()
             self.begin()
             return result
-        if self.ranks is not None and leaves_early(self.plan.model):
+        if self.ranks is not None and self.ranks.leave_early():
             return self._step_unseen(closure, kwargs)
         if self.guard is not None:
             self.guard.notice_edits(parameters_of(self.optimizer))
@@ -312,12 +314,11 @@ class Session:
 
     def _fills_state(self, closure: Callable[[], Any] | None) -> bool:
         """Whether this is no step of training: distributed checkpoints make one at rate 0 to fill an empty state."""
-        if closure is not None or self.optimizer.state or self.pairing.iteration.gradients.any_seen:
+        if closure is not None or self.optimizer.state:
             return False
         rates = [group.get("lr") for group in self.optimizer.param_groups]
-        gradients = [param.grad for param in parameters_of(self.optimizer) if param.grad is not None]
         still = all(isinstance(rate, (float, Tensor)) and float(rate) == 0.0 for rate in rates)
-        return still and bool(gradients) and not any(bool(local(gradient).any()) for gradient in gradients)
+        return still and asked_by_checkpoint()
 
     def _step_unseen(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Step without a word to other ranks, some of which may have left the loop."""
@@ -432,8 +433,9 @@ class Session:
         Raises:
             RuntimeError: If one does not answer, or has other learning rates.
         """
-        rates, steered = [group.get("lr") for group in self.optimizer.param_groups], self._steering is not None
-        report = Report(rates=fingerprint(rates) if steered else 0.0)
+        steered = self._steering is not None
+        rates = [group.get("lr") for group in self.optimizer.param_groups] if steered else None
+        report = Report(rates=fingerprint(rates))
         if self.guard is not None and not self._resting:
             lost = read(self.pairing.iteration.lost_losses)
             report = self.guard.report(params, report, not all(map(math.isfinite, lost)))
@@ -499,6 +501,8 @@ class Session:
         self._judge_lost()
         params, together = parameters_of(self.optimizer), None
         if self.ranks is not None:
+            if self.ranks.leave_early():
+                return
             report = self.guard.report(params, Report(), False, gradients=False)
             assert self.pairing.exchange is not None
             together = self.pairing.exchange.after_last(loss, report, params[0].device)

@@ -165,8 +165,15 @@ def leaves_early(rank, size):
     return state_of(model), len(guided.alpha_history), guided.param_groups[0]["lr"]
 
 
+def samples_of_sync_batch_norm(rank, size):
+    model = nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4))
+    backend = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model).backend
+    return backend, error_of(lambda: AlphaGuided(torch.optim.SGD(model.parameters()), model, backend="layerwise"))
+
+
 def on_ranks(rank, size):
     found = {"search": {}}
+    found["sync"] = samples_of_sync_batch_norm(rank, size)
     for name in SEARCHES if size == 2 else ("from far below",):
         kwargs = {"every": None} if name == "policy asked" else {}
         found["search"][name] = search(rank, size, *SEARCHES[name], **kwargs)
@@ -275,3 +282,10 @@ def test_ranks_that_leave_early_hang_nobody(two):
         assert len(said) == 1
         assert "model.join()" in said[0]
         assert len(said[0]) < 500
+
+
+def test_a_model_that_talks_in_its_forward_pass_is_not_repeated(two):
+    for rank in two:
+        backend, error = rank["sync"]
+        assert backend == "gradients"
+        assert "SyncBatchNorm talks to other processes" in error
