@@ -960,3 +960,13 @@ def test_a_batch_without_a_target_that_counts_raises_nothing():
         loss_fn(model(torch.randn(5, 4)), torch.full((5,), target)).backward()
         guided.step()
     assert {m.status.value for m in guided.alpha_history} == {"not_finite"}
+
+
+def test_steps_at_rate_zero_without_a_gradient_count():
+    model = nn.Linear(3, 1)
+    optimizer = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.0), model, every=3)
+    for step in range(6):
+        optimizer.zero_grad()
+        (model(torch.ones(2, 3)).sum() * 0.0).backward()
+        optimizer.step()
+        assert optimizer.iteration == step + 1

@@ -1,6 +1,7 @@
 """Models, data and loops that run on one process or on several; rank r of R gets every R-th sample."""
 
 import contextlib
+import math
 import pathlib
 import warnings
 
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from alpha_optim import AlphaGuided
+from alpha_optim import AlphaGuided, AlphaScheduler, Hold
 
 BATCH = 24
 TRUTH = torch.randn(5, 3, generator=torch.Generator().manual_seed(77), dtype=torch.float64)
@@ -33,16 +34,18 @@ class Branches(nn.Module):
 
 
 class ReturnsLoss(nn.Module):
-    """A model in the manner of Transformers."""
+    """A model in the manner of Transformers; divides by the number of targets it is told, if it is."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.body = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
 
-    def forward(self, x, labels):
+    def forward(self, x, labels, num_items_in_batch=None):
         logits = self.body(x)
-        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+        if num_items_in_batch is None:
+            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+        return {"loss": functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch}
 
 
 def mlp(dtype=torch.float64):
@@ -187,6 +190,56 @@ def returns_loss(rank, size, variance="exact"):
         guided.zero_grad()
         net(*of_rank(step, rank, size))["loss"].backward()
         guided.step()
+    return record(guided)
+
+
+def shares_of_one_mean(rank, size, how):
+    """Losses divided by the targets of all ranks, as the Trainer does it; multiplied, since gradients are averaged."""
+    model = ReturnsLoss().double()
+    net = wrapped(model, size)
+    guided = AlphaGuided(OPTIMIZERS["adamw"](model.parameters()), net, variance="exact")
+    for step in range(5):
+        guided.zero_grad()
+        loss = net(*of_rank(step, rank, size), num_items_in_batch=torch.tensor(float(BATCH)))["loss"]
+        if how == "in place":
+            loss *= size
+        else:
+            loss = loss * size
+        loss.backward()
+        guided.step()
+    return record(guided)
+
+
+def one_bad_batch(rank, size):
+    """A batch that is not finite in the middle; what was known of variances stays."""
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    net = wrapped(model, size)
+    guided = AlphaGuided(OPTIMIZERS["adamw"](model.parameters()), net, loss_fn)
+    scheduler = AlphaScheduler(guided, Hold())
+    for step in range(9):
+        x, y = of_rank(step, rank, size, total=16)
+        guided.zero_grad()
+        loss_fn(net(x * math.nan if step == 4 else x), y).backward()
+        guided.step()
+        scheduler.step()
+    return record(guided)
+
+
+def uneven_threads(rank, size):
+    """Sums of float32 in another order on every rank."""
+    torch.set_num_threads(1 + rank)
+    torch.manual_seed(0)
+    model, loss_fn = nn.Sequential(nn.Linear(5, 512), nn.Tanh(), nn.Linear(512, 512), nn.Linear(512, 3)), nn.MSELoss()
+    net = wrapped(model, size)
+    guided = AlphaGuided(torch.optim.AdamW(model.parameters(), lr=1e-3), net, loss_fn)
+    scheduler = AlphaScheduler(guided)
+    for step in range(12):
+        x, _ = of_rank(step, rank, size, dtype=torch.float32)
+        guided.zero_grad()
+        loss_fn(net(x), x[:, :3]).backward()
+        guided.step()
+        scheduler.step()
+    torch.set_num_threads(1)
     return record(guided)
 
 

@@ -44,6 +44,9 @@ def on_ranks(rank, size):
     if size == 2:
         found["ways"] = {case: setups.said(setups.way, rank, size, *case) for case in WAYS}
         found["returns"] = {v: setups.returns_loss(rank, size, v) for v in ("exact", "sampled")}
+        found["shares"] = {how: setups.shares_of_one_mean(rank, size, how) for how in ("in place", "anew")}
+        found["bad batch"] = setups.one_bad_batch(rank, size)
+        found["threads"] = setups.uneven_threads(rank, size)
         found["subset"] = setups.plain(rank, size, "adamw", variance="sampled", total=64)
     return found
 
@@ -174,3 +177,21 @@ def test_sampled_variances_are_those_of_the_first_samples_of_every_rank(two):
     slopes = gradients[1] @ steps[0] / steps[0].norm()
     measured = dict(zip(setups.NUMBERS, two[0]["subset"][0][1], strict=True))
     assert measured["slope_variance_end"] == pytest.approx(float(slopes.var()), rel=1e-10)
+
+
+@pytest.mark.parametrize("how", ["in place", "anew"])
+def test_losses_divided_by_the_targets_of_all_ranks(two, how):
+    history, expected = two[0]["shares"][how], setups.shares_of_one_mean(0, 1, how)
+    del history[0], expected[0]
+    assert_same(history, expected, 1e-11)
+
+
+def test_a_bad_batch_leaves_what_is_known_of_variances(two):
+    history, expected = two[0]["bad batch"], setups.one_bad_batch(0, 1)
+    assert list(history) == list(expected)
+    assert_same(history, expected, 1e-11)
+
+
+def test_sums_in_another_order_make_no_difference_between_ranks(two):
+    assert two[0]["threads"] == two[1]["threads"]
+    assert len(two[0]["threads"]) == 11

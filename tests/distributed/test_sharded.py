@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 from alpha_optim import AlphaGuided, AlphaScheduler
 from alpha_optim.policies import Hold
@@ -25,6 +26,7 @@ TWO = [
     ("clipped", "adamw", "nothing"),
     ("bfloat16", "adamw", "model"),
     ("offloaded", "adamw", "model"),
+    ("accumulated", "adamw", "model"),
     ("tensor parallel", "adamw", "model"),
     ("tensor parallel", "sgd", "nothing"),
 ]
@@ -88,7 +90,13 @@ def train(rank, size, how, optimizer, given):
     for step in range(7):
         x, y = setups.of_rank(step, place, parts)
         guided.zero_grad()
-        loss_fn(model(x), y).backward()
+        if how == "accumulated":  # gradients are spread over the ranks after the second half only
+            for half, (a, b) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
+                if size > 1:
+                    model.set_requires_gradient_sync(half == 1)
+                (0.5 * loss_fn(model(a), b)).backward()
+        else:
+            loss_fn(model(x), y).backward()
         if how == "fsdp, a part left whole" and size > 1:
             for param in model[2].parameters():
                 torch.distributed.all_reduce(param.grad)
@@ -97,6 +105,64 @@ def train(rank, size, how, optimizer, given):
             nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         guided.step()
     return setups.record(guided), guided.backend
+
+
+class Sequences(nn.Module):
+    """Its norm sees a part of every sequence on each rank, and holds all of its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(self.norm(x))))
+
+
+def in_parts_of_sequences(rank, size, optimizer):
+    model = Sequences().double()
+    if size > 1:
+        plan = {
+            "norm": SequenceParallel(),
+            "a": ColwiseParallel(input_layouts=Shard(1)),
+            "b": RowwiseParallel(output_layouts=Replicate()),
+        }
+        parallelize_module(model, init_device_mesh("cpu", (size,)), plan)
+    guided = AlphaGuided(setups.OPTIMIZERS[optimizer](model.parameters()), model, backend="gradients")
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        x, y = (torch.randn(6, 4, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+        guided.zero_grad()
+        (model(x.chunk(size, dim=1)[rank]) - y).square().mean().backward()
+        guided.step()
+    return [(m.alpha, m.step_length, m.slope_start, m.slope_end) for m in guided.alpha_history]
+
+
+def resumed(rank, size, optimizer, folder):
+    """A part left whole, every rank its own file; in the middle, and without."""
+
+    def build():
+        model = network()
+        spread(model, "fsdp, a part left whole", size)
+        return model, AlphaGuided(setups.OPTIMIZERS[optimizer](model.parameters()), model)
+
+    found = []
+    for saved in (None, 4):
+        model, guided = build()
+        for step in range(7):
+            if step == saved:
+                path = f"{folder}/{optimizer} {rank}.pt"
+                torch.save([model.state_dict(), guided.state_dict()], path)
+                model, guided = build()
+                of_model, of_optimizer = torch.load(path, weights_only=False)
+                model.load_state_dict(of_model)
+                guided.load_state_dict(of_optimizer)
+            x, y = setups.of_rank(step, rank, size)
+            guided.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            guided.step()
+        found.append(guided.alpha_history.alphas.tolist())
+    return found
 
 
 def steered(rank, size, how, steps, lr, broken=None):
@@ -130,7 +196,7 @@ def asks_for_samples(rank, size):
     AlphaGuided(torch.optim.AdamW(model.parameters()), model, backend="layerwise")
 
 
-def on_ranks(rank, size):
+def on_ranks(rank, size, folder):
     # PyTorch warns of views that tensor parallel layers return, with or without us.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     found = {case: setups.said(train, rank, size, *case) for case in (TWO if size == 2 else FOUR)}
@@ -138,18 +204,21 @@ def on_ranks(rank, size):
     found["total"] = steered(rank, size, how, 150, 1e-6)
     found["nan once"] = steered(rank, size, how, 20, 0.01, (10, 11))
     found["nan twice"] = steered(rank, size, how, 20, 0.01, (10, 12))
+    if size == 2:
+        found["sequences"] = {name: in_parts_of_sequences(rank, size, name) for name in ("sgd", "momentum")}
+        found["resumed"] = {name: resumed(rank, size, name, folder) for name in ("sgd", "adamw")}
     found["refused"] = error_of(asks_for_samples, rank, size)
     return found
 
 
 @pytest.fixture(scope="module")
-def two():
-    return run(on_ranks, 2, 2)
+def two(tmp_path_factory):
+    return run(on_ranks, 2, 2, str(tmp_path_factory.mktemp("two")))
 
 
 @pytest.fixture(scope="module")
-def four():
-    return run(on_ranks, 4, 4)
+def four(tmp_path_factory):
+    return run(on_ranks, 4, 4, str(tmp_path_factory.mktemp("four")))
 
 
 def assert_slopes_of_one_process(ranks, case):
@@ -205,3 +274,18 @@ def test_slopes_of_samples_are_refused_by_name(two):
     for rank in two:
         assert rank["refused"].startswith("ValueError: backend='layerwise' is impossible here: parameters are spread")
         assert "'gradients'" in rank["refused"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+def test_gradients_that_wait_to_be_summed(two, optimizer):
+    expected = in_parts_of_sequences(0, 1, optimizer)
+    for rank in two:
+        assert rank["sequences"][optimizer] == [pytest.approx(row, rel=1e-10) for row in expected]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_resumed_run_with_a_part_left_whole(two, optimizer):
+    for rank in two:
+        straight, after = rank["resumed"][optimizer]
+        assert after == pytest.approx(straight, rel=1e-9)
+        assert len(after) == 6

@@ -1,6 +1,7 @@
 """Ranks decide together: the same rates bit for bit, and what the guard does it does on all."""
 
 import math
+import pathlib
 
 import pytest
 import torch
@@ -128,9 +129,77 @@ def drifts(rank, size):
         guided.step()
 
 
-def trains_another_model(rank, size, steered):
+def edits(rank, size):
+    """One rank swaps its weights for others and back, as for an evaluation, two steps before an explosion."""
+    model, loss_fn = network(), nn.CrossEntropyLoss()
+    net = DistributedDataParallel(model)
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), net, loss_fn)
+    scheduler = AlphaScheduler(guided, Hold())
+    for step in range(30):
+        x, y = setups.of_rank(step, rank, size, dtype=torch.float32, total=64)
+        guided.zero_grad()
+        loss_fn(net(x), y).backward()
+        if step == 21:
+            for param in model.parameters():
+                param.grad.mul_(1e6)
+        guided.step()
+        scheduler.step()
+        if step == 20 and rank == 0:
+            with torch.no_grad():
+                for param in model.parameters():
+                    kept = param.clone()
+                    param.mul_(0.9)
+                    param.copy_(kept)
+    events = [(e.iteration, str(e.reason), e.restored) for e in guided.guard_events]
+    return [param.detach().clone() for param in model.parameters()], guided.iteration, events
+
+
+def steers_alone(rank, size):
+    """A scheduler on the first rank only."""
+    model, loss_fn = network(), nn.CrossEntropyLoss()
+    net = DistributedDataParallel(model)
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), net, loss_fn)
+    if rank == 0:
+        AlphaScheduler(guided, Hold())
+    x, y = setups.of_rank(0, rank, size, dtype=torch.float32)
+    loss_fn(net(x), y).backward()
+    guided.step()
+
+
+def resumes_from_the_first_rank(rank, size, folder):
+    """Rank 0 writes a plain checkpoint for all, in the middle of a refresh of variances."""
+
+    def build():
+        model = setups.mlp()
+        net = DistributedDataParallel(model)
+        guided = AlphaGuided(torch.optim.AdamW(model.parameters(), lr=1e-3), net, nn.CrossEntropyLoss())
+        return model, net, guided, AlphaScheduler(guided)
+
+    found = []
+    for saved in range(2, 7):
+        model, net, guided, scheduler = build()
+        for step in range(saved + 12):
+            if step == saved:
+                path = pathlib.Path(folder, f"{saved}.pt")
+                if rank == 0:
+                    torch.save([model.state_dict(), guided.state_dict(), scheduler.state_dict()], path)
+                torch.distributed.barrier()
+                states = torch.load(path, weights_only=True)
+                model, net, guided, scheduler = build()
+                for part, state in zip((model, guided, scheduler), states, strict=True):
+                    part.load_state_dict(state)
+            x, y = setups.of_rank(step, rank, size, total=64)
+            guided.zero_grad()
+            guided._session.plan.loss_fn(net(x), y).backward()
+            guided.step()
+            scheduler.step()
+        found.append((guided.param_groups[0]["lr"], len(guided.alpha_history), list(guided.alpha_history.alphas[-3:])))
+    return found
+
+
+def trains_another_model(rank, size, steered, seeds_differ=True):
     """Every process trains a model of its own."""
-    torch.manual_seed(rank)
+    torch.manual_seed(rank if seeds_differ else 0)
     model, loss_fn = nn.Linear(5, 3), nn.CrossEntropyLoss()
     guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn)
     if steered:
@@ -143,11 +212,12 @@ def trains_another_model(rank, size, steered):
     return guided.alpha_history.alphas.tolist()
 
 
-def leaves_early(rank, size):
+def leaves_early(rank, size, given):
     """`model.join()`: the first rank has fewer batches."""
     model, loss_fn = network(), nn.CrossEntropyLoss()
     net = DistributedDataParallel(model)
-    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), net, loss_fn)
+    there = {"outer": (net, loss_fn), "inner": (model, loss_fn), "nothing": ()}[given]
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), *there)
     scheduler = AlphaScheduler(guided, total_steps=100)  # whose search has begun far below the rate given
     with net.join():
         for step in range(5 + 3 * rank):
@@ -171,7 +241,7 @@ def samples_of_sync_batch_norm(rank, size):
     return backend, error_of(lambda: AlphaGuided(torch.optim.SGD(model.parameters()), model, backend="layerwise"))
 
 
-def on_ranks(rank, size):
+def on_ranks(rank, size, folder):
     found = {"search": {}}
     found["sync"] = samples_of_sync_batch_norm(rank, size)
     for name in SEARCHES if size == 2 else ("from far below",):
@@ -182,18 +252,23 @@ def on_ranks(rank, size):
     found["drifts"] = error_of(drifts, rank, size)
     found["another model"] = error_of(trains_another_model, rank, size, True)
     found["watched apart"] = setups.said(trains_another_model, rank, size, False)
-    found["leaves early"] = setups.said(leaves_early, rank, size)
+    found["watched apart, alike"] = setups.said(trains_another_model, rank, size, False, False)
+    found["leaves early"] = [setups.said(leaves_early, rank, size, given) for given in ("outer", "inner", "nothing")]
+    found["edits"] = edits(rank, size)
+    if size == 2:
+        found["resumed"] = resumes_from_the_first_rank(rank, size, folder)
+        found["steers alone"] = error_of(steers_alone, rank, size)  # the others find nobody there afterwards
     return found
 
 
 @pytest.fixture(scope="module")
-def two():
-    return run(on_ranks, 2, 2)
+def two(tmp_path_factory):
+    return run(on_ranks, 2, 2, str(tmp_path_factory.mktemp("two")), seconds=20)
 
 
 @pytest.fixture(scope="module")
-def four():
-    return run(on_ranks, 4, 4)
+def four(tmp_path_factory):
+    return run(on_ranks, 4, 4, str(tmp_path_factory.mktemp("four")))
 
 
 def equal(first, second):
@@ -273,15 +348,41 @@ def test_models_of_their_own_are_watched_one_by_one(two):
 
 @pytest.mark.compatibility("Process", "DDP's join() with uneven inputs: neither measured nor judged inside")
 def test_ranks_that_leave_early_hang_nobody(two):
-    states = [rank["leaves early"][0][0] for rank in two]
-    assert equal([t for t in states[0] if t.dim() == 2], [t for t in states[1] if t.dim() == 2])
-    for rank in two:
-        (_, measured, lr), said = rank["leaves early"]
-        assert measured == 0
-        assert lr > 0.05
-        assert len(said) == 1
-        assert "model.join()" in said[0]
-        assert len(said[0]) < 500
+    for given in range(3):
+        states = [rank["leaves early"][given][0][0] for rank in two]
+        assert equal([t for t in states[0] if t.dim() == 2], [t for t in states[1] if t.dim() == 2])
+        for rank in two:
+            (_, measured, lr), said = rank["leaves early"][given]
+            assert measured == 0
+            assert lr > 0.05
+            joined = [text for text in said if "model.join()" in text]
+            assert len(joined) == 1
+            assert len(joined[0]) < 500
+
+
+def test_models_that_begin_alike_are_told_apart_after_a_step(two):
+    histories = [rank["watched apart, alike"][0] for rank in two]
+    assert all(len(history) == 3 for history in histories)  # the first step was made together
+    assert histories[0] != histories[1]
+
+
+def test_an_edit_on_one_rank_is_forgotten_on_all(two, four):
+    for ranks in (two, four):
+        params, iteration, events = ranks[0]["edits"]
+        assert events
+        for rank in ranks[1:]:
+            assert rank["edits"][1:] == (iteration, events)
+            assert equal(rank["edits"][0], params)
+
+
+def test_a_scheduler_on_one_rank_only_is_an_error(two):
+    assert two[0]["steers alone"].startswith("RuntimeError: 1 of 2 ranks have an AlphaScheduler, rank 0 has one")
+
+
+def test_a_checkpoint_of_the_first_rank_serves_all(two):
+    assert two[0]["resumed"] == two[1]["resumed"]
+    for saved, (_, measured, _) in zip(range(2, 7), two[0]["resumed"], strict=True):
+        assert measured == saved + 12 - 2  # the pair that was on its way is lost
 
 
 def test_a_model_that_talks_in_its_forward_pass_is_not_repeated(two):
