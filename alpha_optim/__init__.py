@@ -5,6 +5,7 @@ from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.measurement import AlphaMeasurement, measure_alpha
 from alpha_optim.alpha.quadratic_fit import fit_quadratic
 from alpha_optim.alpha.records import AlphaStatus, GuardEvent, Observation, QuadraticFit
+from alpha_optim.find_lr import Finding, find_lr
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import (
     Bounded,
@@ -27,6 +28,7 @@ __all__ = [
     "Bounded",
     "CalibrateThenAnneal",
     "Diagnosis",
+    "Finding",
     "GuardEvent",
     "Hold",
     "Observation",
@@ -35,6 +37,7 @@ __all__ = [
     "TargetAlpha",
     "WithWarmup",
     "__version__",
+    "find_lr",
     "fit_quadratic",
     "measure_alpha",
 ]

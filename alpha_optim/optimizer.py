@@ -17,7 +17,7 @@ from alpha_optim.alpha.records import GuardEvent
 from alpha_optim.distributed import as_text, asked_by_checkpoint, from_text
 from alpha_optim.measure.plan import Every, Plan
 from alpha_optim.observe.checks import check_arguments, check_membership
-from alpha_optim.several import HOOKS, Several, make_hooks
+from alpha_optim.steer.several import HOOKS, Several, make_hooks
 from alpha_optim.steer.step_cycle import VERSION, Session
 
 KEY = "alpha_guided"

@@ -11,7 +11,7 @@ import alpha_optim
 
 ROOT = pathlib.Path(alpha_optim.__file__).parent
 FOLDERS = [  # each folder or file at the root may import from those above it
-    {"user_warning", "several", "distributed"},
+    {"user_warning", "distributed"},
     {"alpha"},
     {"observe", "policies", "report"},
     {"slopes"},
@@ -19,6 +19,7 @@ FOLDERS = [  # each folder or file at the root may import from those above it
     {"steer"},
     {"optimizer"},
     {"scheduler", "integrations"},
+    {"find_lr"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, folder in enumerate(FOLDERS) for name in folder}

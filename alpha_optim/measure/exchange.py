@@ -197,8 +197,12 @@ class Exchange:
             saved, (variances.of_loss, variances.of_slope("start"), variances.of_slope("end"))
         )
         variances.saw_loss(together.loss_variance(of_loss))
-        if together.sums.unpaired or not isinstance(pair, PairAcrossRanks) or not together.sums.squared_length:
+        if together.sums.unpaired or not isinstance(pair, PairAcrossRanks):
             return  # nothing was learned of slopes, on any rank
+        if not together.sums.squared_length:
+            variances.look_again("start")
+            variances.look_again("end")
+            return
         variances.found("end", together.slope_variance("end", together, of_end))
         variances.found("start", together.slope_variance("start", pair.start.together, of_start))
 

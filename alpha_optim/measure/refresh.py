@@ -54,6 +54,7 @@ class Variances:
     def forget(self) -> None:
         """Forget everything, as when the parameters are others."""
         self._last: dict[str, int] = {}
+        self._in_vain: set[str] = set()
         self._counts: dict[str, int] = {}
         self._slopes: dict[str, Number] = {}
         self._samples = 0
@@ -72,7 +73,7 @@ class Variances:
             iteration: The iteration.
             cost: What both ends cost, in training steps.
         """
-        if not self.sampled or role not in self._last:
+        if not self.sampled or role not in self._last or role in self._in_vain:
             return True
         gap = min(2 ** min(self._counts[role] - 1, 30), interval(cost))
         return not 0 <= iteration - self._last[role] < gap
@@ -89,9 +90,15 @@ class Variances:
 
     def found(self, role: Role, variance: Number | None) -> None:
         """Take note of what came of it; None: it could not be had."""
+        self._in_vain.discard(role)
         before = self._slopes.pop(role, None)
         if variance is not None:
             self._slopes[role] = finite_or(variance, before)
+
+    def look_again(self, role: Role) -> None:
+        """The last attempt told nothing, since no parameter moved: measure in the next iteration."""
+        if role not in self._slopes:
+            self._in_vain.add(role)
 
     def saw_loss(self, variance: Number | None) -> None:
         """Take note of the variance of one sample's loss; None: it could not be had."""
@@ -109,6 +116,7 @@ class Variances:
             "slopes": {role: saved(value) for role, value in self._slopes.items()},
             "loss": saved(self.of_loss),
             "samples": self._samples,
+            "in_vain": sorted(self._in_vain),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -116,4 +124,5 @@ class Variances:
         self._last = {str(role): int(value) for role, value in state["last"].items()}
         self._counts = {str(role): int(value) for role, value in state["counts"].items()}
         self._slopes = dict(state["slopes"])
+        self._in_vain = set(state.get("in_vain", ()))
         self.of_loss, self._samples = state["loss"], int(state["samples"])

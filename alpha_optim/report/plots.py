@@ -57,6 +57,46 @@ def plot_history(
     return figure
 
 
+def plot_rates(history: AlphaHistory, suggested: float | None = None, *, title: str = "") -> Figure:
+    """Draw loss and alpha of a range test against the learning rate of the first param group.
+
+    Args:
+        history: Measurements of the test.
+        suggested: A learning rate to mark, if there is one.
+        title: Title of the picture.
+
+    Returns:
+        A matplotlib figure; save it with ``figure.savefig(path)``.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    items = [item for item in history if item.lr and item.lr[0] > 0.0]
+    if not items:
+        raise ValueError("the history has no measurements with a learning rate; a range test makes at least 40 steps")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    loss, alpha = figure.subplots(2, 1, sharex=True)
+    rates = [item.lr[0] for item in items]
+    loss.semilogx(rates, [item.loss_start for item in items], color=BLUE, lw=1.2, label="mini-batch loss")
+    loss.set_ylabel("loss")
+    alpha.semilogx(rates, np.clip([item.alpha for item in items], *VISIBLE), ".", color=GREY, label="one step")
+    windows = [window_alpha(items[max(0, k - 9) : k + 1]) for k in range(len(items))]
+    alpha.semilogx(rates, [entry.alpha for entry in windows], color=BLUE, lw=1.4, label="ten steps")
+    alpha.axhline(0.0, color="black", lw=0.8)
+    alpha.set_ylim(*VISIBLE)
+    alpha.set_ylabel(r"step length $\alpha$")
+    alpha.set_xlabel("learning rate")
+    for axis in (loss, alpha):
+        axis.grid(alpha=0.25)
+        if suggested is not None:
+            axis.axvline(suggested, color=RED, lw=1.4, label=f"suggested: {suggested:.2g}")
+        axis.legend(loc="upper left", fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
 def _draw_alpha(axis: Any, history: AlphaHistory, window: int) -> None:
     """Single alphas as dots, the windowed one with its standard error as a band."""
     items = list(history)

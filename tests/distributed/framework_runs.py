@@ -22,7 +22,7 @@ def found(guided, model, scheduler):
     measured = list(guided.alpha_history)
     return {
         "alphas": [m.alpha for m in measured],
-        "information": sorted({str(m.information) for m in measured[2:]}),
+        "information": sorted({str(m.information) for m in measured[2:] if m.status != "no_step"}),
         "samples": sorted({m.samples_end for m in measured}),
         "rates": [m.lr for m in measured],
         "last": scheduler.get_last_lr(),

@@ -1,0 +1,209 @@
+"""The range test: what it finds, and that nothing is left of it."""
+
+import copy
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from alpha_optim import AlphaGuided, AlphaScheduler, find_lr
+from tests.test_transparency import equal_states
+
+
+class Net(nn.Module):
+    """With buffers, dropout and attributes that a forward pass changes."""
+
+    def __init__(self, wide=32):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(10, wide), nn.BatchNorm1d(wide), nn.ReLU(), nn.Dropout(0.1), nn.Linear(wide, 3)
+        )
+        self.calls, self.seen = 0, []
+
+    def forward(self, x, labels=None):
+        self.calls += 1
+        self.seen.append(float(x.mean()))
+        logits = self.layers(x)
+        return logits if labels is None else {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def data(count=512):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 10, generator=generator)
+    return x, (x @ torch.randn(10, 3, generator=generator)).argmax(1)
+
+
+def make_loader(**kwargs):
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), batch_size=32, shuffle=True, **kwargs)
+
+
+def make(kind=torch.optim.AdamW, lr=1e-3):
+    torch.manual_seed(0)
+    model = Net()
+    return model, kind(model.parameters(), lr=lr)
+
+
+def everything(model, optimizer, loader):
+    """All that has to be as before."""
+    return {
+        "model": copy.deepcopy(model.state_dict()),
+        "optimizer": copy.deepcopy(optimizer.state_dict()),
+        "groups": [sorted(group) for group in optimizer.param_groups],
+        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "attributes": (model.calls, list(model.seen)),
+        "training": [module.training for module in model.modules()],
+        "random": (torch.get_rng_state(), random.getstate(), str(np.random.get_state())),  # noqa: NPY002
+        "loader": None if loader.generator is None else loader.generator.get_state(),
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+    }
+
+
+def train_a_little(model, optimizer):
+    for x, y in zip(data()[0].split(32)[:3], data()[1].split(32)[:3], strict=True):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.compatibility("find_lr", "everything bit for bit as before, also after an exception and Ctrl-C")
+@pytest.mark.parametrize("interrupted", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("trained", [False, True])
+def test_nothing_is_left_of_it(interrupted, trained):
+    model, optimizer = make()
+    if trained:
+        train_a_little(model, optimizer)
+    model.layers[1].eval()
+    gradients = [param.grad for param in model.parameters()]
+    loader = make_loader(generator=torch.Generator().manual_seed(5))
+    before = everything(model, optimizer, loader)
+    calls = 0
+
+    def loss_fn(output, y):
+        nonlocal calls
+        calls += 1
+        random.random()
+        np.random.rand()  # noqa: NPY002
+        if calls == 20 and interrupted is not None:
+            raise interrupted("stop")
+        return functional.cross_entropy(output, y)
+
+    if interrupted is None:
+        find_lr(model, optimizer, loader, loss_fn)
+        assert calls >= 50
+    else:
+        with pytest.raises(interrupted, match="stop"):
+            find_lr(model, optimizer, loader, loss_fn)
+    after = everything(model, optimizer, loader)
+    for name, value in before.items():
+        assert equal_states(value, after[name]) if isinstance(value, dict) else repr(value) == repr(after[name]), name
+    assert all(param.grad is gradient for param, gradient in zip(model.parameters(), gradients, strict=True))
+    AlphaScheduler(AlphaGuided(optimizer, model), total_steps=200)  # nothing of the test is in the way
+
+
+def rate_that_trains_best(kind, rates):
+    """By the loss after 150 steps of linear decay."""
+
+    def loss_at(lr):
+        model, optimizer = make(kind, lr)
+        batches = [batch for _ in range(10) for batch in make_loader(generator=torch.Generator().manual_seed(1))]
+        for step, (x, y) in enumerate(batches[:150]):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 - step / 150)
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        with torch.no_grad():
+            loss = float(functional.cross_entropy(model.eval()(data()[0]), data()[1]))
+        return loss if math.isfinite(loss) else math.inf
+
+    return min(rates, key=loss_at)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_it_finds_a_rate_near_the_best(kind):
+    best = rate_that_trains_best(kind, [10.0**k for k in (-4, -3, -2, -1, 0, 1)])
+    model, optimizer = make(kind)
+    finding = find_lr(model, optimizer, make_loader(), nn.CrossEntropyLoss())
+    assert finding.lr is not None
+    assert 0.1 <= finding.lr / best <= 10.0
+    assert f"learning rate {finding.lr:.2g}" in str(finding)
+    rates = [m.lr[0] for m in finding.history]
+    assert rates[0] == pytest.approx(1e-8)
+    assert all(later > earlier for earlier, later in itertools.pairwise(rates))
+
+
+WAYS = {
+    "loss function": (lambda x, y: (x, y), nn.CrossEntropyLoss(), "full"),
+    "a function": (lambda x, y: (x, y), functional.cross_entropy, "slopes+variances"),
+    "losses of samples": (
+        lambda x, y: (x, y),
+        lambda out, y: functional.cross_entropy(out, y, reduction="none"),
+        "full",
+    ),
+    "returned loss, by keyword": (lambda x, y: {"x": x, "labels": y}, None, "full"),
+    "returned loss, by position": (lambda x, y: (x, y), None, "full"),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_ways_of_writing_a_loss(name):
+    batch, loss_fn, information = WAYS[name]
+    model, optimizer = make()
+    loader = [batch(x, y) for x, y in zip(data()[0].split(32), data()[1].split(32), strict=True)]
+    finding = find_lr(model, optimizer, loader, loss_fn)
+    assert information in {m.information.value for m in finding.history[3:]}
+    assert all(math.isfinite(m.loss_start) for m in finding.history[:20])
+    assert finding.lr is not None
+
+
+def test_groups_keep_their_ratios():
+    torch.manual_seed(0)
+    model = Net()
+    groups = [{"params": model.layers[0].parameters()}, {"params": model.layers[4].parameters(), "lr": 1e-4}]
+    optimizer = torch.optim.SGD(groups, lr=1e-3)
+    finding = find_lr(model, optimizer, make_loader(), nn.CrossEntropyLoss())
+    assert all(m.lr[1] == pytest.approx(0.1 * m.lr[0]) for m in finding.history)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-4]
+
+
+def test_it_says_when_it_cannot_tell():
+    model, optimizer = make()
+    noise = [(torch.randn(8, 10), torch.randint(0, 3, (8,))) for _ in range(10)]
+    finding = find_lr(model, optimizer, noise, nn.CrossEntropyLoss(), highest=1e-5)
+    assert finding.lr is None
+    assert str(finding).startswith("no learning rate found: the loss did not surely fall and rise again")
+
+
+def test_the_picture_marks_the_rate():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    model, optimizer = make()
+    finding = find_lr(model, optimizer, make_loader(), nn.CrossEntropyLoss())
+    loss, alpha = finding.plot().axes
+    assert loss.get_xscale() == "log"
+    assert any(f"suggested: {finding.lr:.2g}" in text.get_text() for text in alpha.get_legend().get_texts())
+
+
+def test_bad_input():
+    model, optimizer = make()
+    loader, loss_fn = make_loader(), nn.CrossEntropyLoss()
+    with pytest.raises(TypeError, match="can be used only once"):
+        find_lr(model, optimizer, iter(loader), loss_fn)
+    with pytest.raises(TypeError, match="takes the bare optimizer"):
+        find_lr(model, AlphaGuided(optimizer, model), loader, loss_fn)
+    with pytest.raises(ValueError, match="at least 40 steps"):
+        find_lr(model, optimizer, loader, loss_fn, steps=10)
+    with pytest.raises(ValueError, match="gave no batch"):
+        find_lr(model, optimizer, [], loss_fn)
+    with pytest.raises(ValueError, match="rates must climb"):
+        find_lr(model, optimizer, loader, loss_fn, lowest=1.0, highest=0.1)
+    with pytest.raises(TypeError, match=r"pairs \(input, target\)"):
+        find_lr(model, optimizer, [torch.randn(4, 10)], loss_fn)
+    with pytest.raises(TypeError, match="the model returned no loss"):
+        find_lr(model, optimizer, [torch.randn(4, 10)])
+    with pytest.raises(ValueError, match="needs a learning rate above 0"):
+        find_lr(model, torch.optim.SGD(model.parameters(), lr=0.0), loader, loss_fn)
