@@ -20,10 +20,11 @@ AREAS = [
     "Logging",
     "Resume",
     "Process",
+    "find_lr",
 ]
 UNTESTED = [
     ("GPU", "CUDA and other accelerators, capturable and fused optimizers there, CUDA graphs"),
-    ("Distributed", "DDP, FSDP, ZeRO, tensor parallelism: every rank would measure its own part of the batch"),
+    ("Distributed", "NCCL, FSDP1, pipeline parallelism, expert parallelism, `torch.compile` around DDP"),
     ("Models", "ScriptModules (torch cannot hook them)"),
     ("Frameworks", "DeepSpeed, Fabric, Ignite, Keras"),
 ]
