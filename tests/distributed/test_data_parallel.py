@@ -109,7 +109,7 @@ def test_equals_one_process_in_float32(ranks):
             dtype=torch.float32, total=samples(variance),
         )  # fmt: skip
         close = {n: (i, v) for n, (i, v) in history.items() if n < 3}  # later the parameters themselves differ
-        assert_same(close, {n: e for n, e in expected.items() if n < 3}, 1e-4, absent={0} if given == "by hand" else ())
+        assert_same(close, {n: e for n, e in expected.items() if n < 3}, 1e-5, absent={0} if given == "by hand" else ())
 
 
 def test_equals_one_backward_pass_per_sample(ranks):
