@@ -121,7 +121,9 @@ def find_lr(
             losses.append(_backward(model, guided, loss_fn, batch))
             guided.step()
             scheduler.step()
-            if _diverged(losses):
+            if guided._session.ranks is not None:  # all of them have to stop at the same step
+                losses = [measurement.loss_end for measurement in guided.alpha_history]
+            if losses and _diverged(losses):
                 break
         history = AlphaHistory()
         for measurement in guided.alpha_history:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from alpha_optim import AlphaGuided, AlphaScheduler
+from alpha_optim import AlphaGuided, AlphaScheduler, find_lr
 from alpha_optim.policies import Hold
 from tests.distributed import setups
 from tests.distributed.ranks import run
@@ -235,6 +235,17 @@ def leaves_early(rank, size, given):
     return state_of(model), len(guided.alpha_history), guided.param_groups[0]["lr"]
 
 
+def range_test(rank, size):
+    """The loss of one rank rises earlier than that of the other."""
+    model, loss_fn = network(), nn.CrossEntropyLoss()
+    net = DistributedDataParallel(model)
+    before = state_of(model)
+    loader = [setups.of_rank(step, rank, size, dtype=torch.float32, total=64) for step in range(20)]
+    loader = [(x * (1.0 + 3.0 * rank), y) for x, y in loader]
+    finding = find_lr(net, torch.optim.AdamW(model.parameters(), lr=1e-3), loader, loss_fn)
+    return finding.lr, len(finding.history), equal(before, state_of(model))
+
+
 def samples_of_sync_batch_norm(rank, size):
     model = nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4))
     backend = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model).backend
@@ -255,6 +266,7 @@ def on_ranks(rank, size, folder):
     found["watched apart, alike"] = setups.said(trains_another_model, rank, size, False, False)
     found["leaves early"] = [setups.said(leaves_early, rank, size, given) for given in ("outer", "inner", "nothing")]
     found["edits"] = edits(rank, size)
+    found["range test"] = range_test(rank, size)
     if size == 2:
         found["resumed"] = resumes_from_the_first_rank(rank, size, folder)
         found["steers alone"] = error_of(steers_alone, rank, size)  # the others find nobody there afterwards
@@ -263,7 +275,7 @@ def on_ranks(rank, size, folder):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run(on_ranks, 2, 2, str(tmp_path_factory.mktemp("two")), seconds=20)
+    return run(on_ranks, 2, 2, str(tmp_path_factory.mktemp("two")))
 
 
 @pytest.fixture(scope="module")
@@ -390,3 +402,11 @@ def test_a_model_that_talks_in_its_forward_pass_is_not_repeated(two):
         backend, error = rank["sync"]
         assert backend == "gradients"
         assert "SyncBatchNorm talks to other processes" in error
+
+
+def test_a_range_test_stops_on_all_ranks_at_the_same_step(two, four):
+    for ranks in (two, four):
+        lr, steps, restored = ranks[0]["range test"]
+        assert 1e-4 < lr < 1.0
+        assert all(rank["range test"] == (lr, steps, restored) for rank in ranks)
+        assert restored
