@@ -113,8 +113,8 @@ class Ranks:
     def found(cls, model: nn.Module | None, params: Sequence[Tensor]) -> Ranks | None:
         """Find the ranks that train a model; None if this process is alone.
 
-        They are those of the `DistributedDataParallel` around the model, those of the mesh of its parameters if these
-        are DTensors, and else all.
+        They are those of the mesh of its parameters if these are DTensors, and else all; until a
+        `DistributedDataParallel` around the model is found, at the first step.
 
         Args:
             model: The model, if it was given.
@@ -129,16 +129,14 @@ class Ranks:
         meshes = {param.device_mesh for param in params if is_sharded(param)}  # type: ignore[attr-defined] # - DTensor
         if meshes:
             largest = max(meshes, key=lambda mesh: mesh.size())
-            if largest.size() == torch.distributed.get_world_size():
-                group = None
-            elif largest.ndim == 1:
-                group = largest.get_group()
-            else:
+            part = largest.size() < torch.distributed.get_world_size()
+            if part and largest.ndim > 1:
                 raise ValueError(
                     f"parameters lie on a mesh of shape {tuple(largest.shape)} that is only a part of the "
                     f"{torch.distributed.get_world_size()} processes; AlphaGuided needs a mesh of all of them, or of "
                     "one dimension"
                 )
+            group = largest.get_group() if part else None
             batches = max(1, largest.size() // _data_parallel(model, largest.size()))
         if torch.distributed.get_rank(group) < 0 or torch.distributed.get_world_size(group) < 2:
             return None

@@ -20,8 +20,10 @@ from alpha_optim.observe.hooks import map_tensors
 from alpha_optim.observe.model_calls import returned_loss
 from alpha_optim.observe.random_state import untouched
 from alpha_optim.observe.snapshot import Snapshot, other_random_numbers_untouched
+from alpha_optim.observe.step_direction import parameters_of
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.scheduler import AlphaScheduler
+from alpha_optim.steer.point import copy_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -258,11 +260,10 @@ def _left_as_found(
     model: nn.Module, optimizer: Optimizer, loader: Iterable[Any], device: torch.device
 ) -> Iterator[None]:
     """Put model, optimizer, random numbers and the loader's generators back."""
-    tensors = [*model.parameters(), *model.buffers()]
-    tensors += [param for group in optimizer.param_groups for param in group["params"]]
+    every = [*model.parameters(), *model.buffers(), *parameters_of(optimizer)]
+    tensors = list({id(tensor): tensor for tensor in every}.values())
     copies = [local(tensor).detach().clone() for tensor in tensors]
-    gradients = [tensor.grad for tensor in tensors if tensor.is_leaf]
-    leaves = [tensor for tensor in tensors if tensor.is_leaf]
+    gradients = [(tensor, tensor.grad) for tensor in tensors if tensor.is_leaf]
     groups = [dict(group) for group in optimizer.param_groups]
     state = optimizer.state
     snapshot = Snapshot()
@@ -280,7 +281,7 @@ def _left_as_found(
                 snapshot.keep(value)
     optimizer.state = type(state)(dict) if hasattr(state, "default_factory") else type(state)()
     for key, value in state.items():
-        optimizer.state[key] = _cloned(value)
+        optimizer.state[key] = copy_of(value)
     try:
         with untouched(device), other_random_numbers_untouched():
             yield
@@ -288,7 +289,7 @@ def _left_as_found(
         with torch.no_grad():
             for tensor, copy in zip(tensors, copies, strict=True):
                 local(tensor).copy_(copy)
-        for leaf, gradient in zip(leaves, gradients, strict=True):
+        for leaf, gradient in gradients:
             leaf.grad = gradient
         for module, held, (parameters, buffers) in zip(modules, attributes, containers, strict=True):
             module.__dict__.clear()
@@ -302,11 +303,3 @@ def _left_as_found(
         for group, kept in zip(optimizer.param_groups, groups, strict=False):
             group.clear()
             group.update(kept)
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _cloned(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_cloned(entry) for entry in value) if type(value) in (list, tuple) else value
-    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -30,6 +30,23 @@ def language_model(vocabulary: int) -> GPT:
     return model
 
 
+def say_progress(step: int, steps: int, optimizer: AlphaGuided) -> None:
+    """Ten lines a run, by the first process."""
+    if torch.distributed.get_rank() == 0 and (step + 1) % max(1, steps // 10) == 0:
+        m = optimizer.alpha_history[-1]
+        print(f"step {step + 1:4d}  loss of all {m.loss_end:.3f}  rate {m.lr[0]:.3g}  alpha {m.alpha:+.2f}")
+
+
+def say_rates_and_leave(scheduler: AlphaScheduler) -> None:
+    """Compare the last rates of all processes, and end together."""
+    rank = torch.distributed.get_rank()
+    rates: list[float] = [0.0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(rates, scheduler.get_last_lr()[0])
+    print(f"rank {rank}: last rate {rates[rank]:.6g}, the same on all ranks: {len(set(rates)) == 1}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
@@ -50,18 +67,12 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         scheduler.step()
-        if rank == 0 and (step + 1) % max(1, args.steps // 10) == 0:
-            m = optimizer.alpha_history[-1]
-            print(f"step {step + 1:4d}  loss of all {m.loss_end:.3f}  rate {m.lr[0]:.3g}  alpha {m.alpha:+.2f}")
+        say_progress(step, args.steps, optimizer)
     scheduler.finish()
     if rank == 0:
         m = optimizer.alpha_history[-1]
         print(f"{m.samples_end} samples a step, information: {m.information.value}")
-    rates: list[float] = [0.0] * size
-    torch.distributed.all_gather_object(rates, scheduler.get_last_lr()[0])
-    print(f"rank {rank}: last rate {rates[rank]:.6g}, the same on all ranks: {len(set(rates)) == 1}")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    say_rates_and_leave(scheduler)
 
 
 if __name__ == "__main__":

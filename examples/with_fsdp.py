@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from alpha_optim import AlphaGuided, AlphaScheduler
 from examples.data import pieces, text
-from examples.with_ddp import BATCH, LENGTH, language_model
+from examples.with_ddp import BATCH, LENGTH, language_model, say_progress, say_rates_and_leave
 
 
 def build(vocabulary: int, steps: int) -> tuple[nn.Module, nn.Module, AlphaGuided, AlphaScheduler]:
@@ -60,20 +60,14 @@ def main() -> None:
             loss_fn(model(x).flatten(0, 1), y.flatten()).backward()
             optimizer.step()
             scheduler.step()
-            if rank == 0 and (step + 1) % max(1, args.steps // 10) == 0:
-                m = optimizer.alpha_history[-1]
-                print(f"step {step + 1:4d}  loss of all {m.loss_end:.3f}  rate {m.lr[0]:.3g}  alpha {m.alpha:+.2f}")
+            say_progress(step, args.steps, optimizer)
         if not begin:
             of_model, of_optimizer = get_state_dict(model, optimizer)
             state = {"model": of_model, "optimizer": of_optimizer, "scheduler": scheduler.state_dict()}
             dcp.save(state, checkpoint_id=folder[0])
     if rank == 0:
         print(f"{optimizer.iteration} steps, {len(optimizer.alpha_history)} measured over both halves")
-    rates: list[float] = [0.0] * size
-    torch.distributed.all_gather_object(rates, scheduler.get_last_lr()[0])
-    print(f"rank {rank}: last rate {rates[rank]:.6g}, the same on all ranks: {len(set(rates)) == 1}")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    say_rates_and_leave(scheduler)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What ranks tell each other at a step: one report each, added up, and alpha of a step from such sums.
 
-A report is `SIZE` float64 numbers: counts, sums and centred second moments, and what the guard wants to know. Counts
-that stay small share a number. Means of ranks are weighted as training weights them: the loss is sum(Gamma_r L_r) /
-sum(Gamma_r), with Gamma_r the factor with which rank r sends its mean loss L_r backward, and sample i of rank r weighs
-Gamma_r N / (N_r sum(Gamma)), as samples of micro-batches do in one process.
+A report is 16 float64 numbers, 128 bytes: counts, sums and centred second moments, and what the guard wants to know.
+Counts that stay small share a number. Means of ranks are weighted as training weights them: the loss is
+sum(Gamma_r L_r) / sum(Gamma_r), with Gamma_r the factor with which rank r sends its mean loss L_r backward, and sample
+i of rank r weighs Gamma_r N / (N_r sum(Gamma)), as samples of micro-batches do in one process.
 
 Second moments are taken about a centre that all ranks know, the mean of the last step. So one sum is enough, and
 nothing cancels as in mean of squares minus squared mean.
@@ -25,8 +25,6 @@ from alpha_optim.alpha.records import DropReason, Observation
 from alpha_optim.distributed import Ranks, Sum
 from alpha_optim.observe.numbers import Number, Truth, read
 
-SIZE = 16
-"""Numbers in a report: 128 bytes."""
 RANKS = 1 << 17
 """Counts of ranks lie below this, so that three of them fit into the 53 bits in which float64 counts exactly."""
 SAMPLES = 1 << 26
@@ -124,7 +122,7 @@ class Report:
     squared_length: Number = 0.0
 
     def packed(self, device: torch.device) -> Tensor:
-        """The numbers as they travel, float64 ``[SIZE]``.
+        """The numbers as they travel, float64 ``[16]``.
 
         Args:
             device: Where the ranks add them up.
@@ -209,7 +207,7 @@ class Together:
         """Keep it.
 
         Args:
-            numbers: The sums ``[SIZE]``.
+            numbers: The sums ``[16]``.
             ranks: Those who have added them up.
             centres: About what scatters were taken.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,12 @@ from alpha_optim.slopes.base import SampleSlopes
 TOLERANCE, TOLERANCE_HALF = 1e-2, 5e-2
 """Deviation of the mean over all samples from the slope of the gradients, relative to the slopes of samples, at which
 they count as not adding up to the gradient, with parameters of 32 and of 16 bits; rounding in float32 is 1e-6."""
+
+
+def tolerance_of(params: Sequence[Tensor]) -> float:
+    """The tolerance for a model of these parameters."""
+    half = any(param.dtype in (torch.float16, torch.bfloat16) for param in params)
+    return TOLERANCE_HALF if half else TOLERANCE
 
 
 class Exchange:
@@ -81,7 +87,6 @@ class Exchange:
         elif not isinstance(seen.start.point, StartAcrossRanks):
             pair = DropReason.OTHER_RANK  # the step was made before there were others
         else:
-            half = any(param.dtype in (torch.float16, torch.bfloat16) for param in iteration.params)
             pair = PairAcrossRanks(
                 seen.start.iteration,
                 seen.edited,
@@ -90,7 +95,7 @@ class Exchange:
                 saved(variances.of_loss),
                 saved(variances.of_slope("end")),
                 seen.start.lr,
-                TOLERANCE_HALF if half else TOLERANCE,
+                tolerance_of(iteration.params),
                 self._on_doubt,
             )
         self._unread = (iteration.task, together, pair)

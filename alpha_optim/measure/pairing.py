@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from alpha_optim.alpha.records import DropReason
 from alpha_optim.distributed import Ranks
 from alpha_optim.measure.across_ranks import StartAcrossRanks
-from alpha_optim.measure.exchange import TOLERANCE, TOLERANCE_HALF, Exchange
+from alpha_optim.measure.exchange import Exchange, tolerance_of
 from alpha_optim.measure.iteration import Iteration, Task
 from alpha_optim.measure.refresh import Role, Variances
 from alpha_optim.measure.step_ends import (
@@ -313,8 +313,7 @@ class Pairing:
         slope = slope if gamma is None else slope / gamma
         values = slopes.values
         slope = slope.to(values.device)
-        half = any(param.dtype in (torch.float16, torch.bfloat16) for param in self.iteration.params)
-        size = (slope.abs() + values.abs().mean()) * (TOLERANCE_HALF if half else TOLERANCE)
+        size = (slope.abs() + values.abs().mean()) * tolerance_of(self.iteration.params)
         # A sum that is not finite is told by its own status, not by this one.
         apart = (values.mean() - slope).abs() > size
         apart = apart & ~torch.as_tensor(lost, device=values.device)

@@ -42,6 +42,12 @@ class BatchLoss:
     complete: bool = False
     individual: Tensor | None = None
 
+    @classmethod
+    def of(cls, mean: Tensor, individual: Tensor | None, samples: int, complete: bool) -> BatchLoss:
+        """The loss with the variance of the losses of its samples, if these are there."""
+        variance = None if individual is None else sample_variance(individual)
+        return cls(mean, variance, samples, complete, individual)
+
 
 @dataclass(frozen=True)
 class EndPoint:
@@ -237,8 +243,7 @@ def batch_loss(passes: BackwardPasses, fallback: Tensor | float | None) -> Batch
     complete = all(call.complete for entry in seen for call in entry.calls)
     if len(seen) == 1:
         mean, individual = parts[0]
-        variance = None if individual is None else sample_variance(individual)
-        return BatchLoss(mean, variance, samples, complete, individual)
+        return BatchLoss.of(mean, individual, samples, complete)
     gamma = gamma_of(seen)
     assert gamma is not None
     weighted = [
@@ -250,8 +255,7 @@ def batch_loss(passes: BackwardPasses, fallback: Tensor | float | None) -> Batch
         if part[1] is not None
     ]
     every = torch.cat(single) if len(single) == len(seen) else None
-    variance = None if every is None else sample_variance(every)
-    return BatchLoss(torch.stack(weighted).sum() / gamma, variance, samples, complete, every)
+    return BatchLoss.of(torch.stack(weighted).sum() / gamma, every, samples, complete)
 
 
 def _of_recorded(calls: Sequence[LossCall], samples: int) -> BatchLoss:
@@ -260,7 +264,7 @@ def _of_recorded(calls: Sequence[LossCall], samples: int) -> BatchLoss:
     individual = [call.individual for call in calls if call.individual is not None]
     if len(individual) == len(calls):
         values = torch.cat(individual) if len(individual) > 1 else individual[0]
-        return BatchLoss(values.double().mean(), sample_variance(values), counted or samples, True, values)
+        return BatchLoss.of(values.double().mean(), values, counted or samples, complete=True)
     weights = [call.samples or 0 if counted else 1 for call in calls]
     means = [call.mean.double() * (w / sum(weights)) for call, w in zip(calls, weights, strict=True)]
     return BatchLoss(torch.stack(means).sum(), None, counted or samples)

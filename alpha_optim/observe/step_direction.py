@@ -236,19 +236,13 @@ class BetweenPoints:
         device = params[0].device
         squares: list[Tensor] = []
         products: list[Tensor] = []
-        for place, (old, now, gradient) in enumerate(zip(before, params, gradients, strict=True)):
+        each = [1.0] * len(params) if weights is None else weights
+        for old, now, gradient, weight in zip(before, params, gradients, each, strict=True):
+            of_product = weight if gradient is None else weight * unsummed(now, gradient)
             for difference, part in _pieces(old, now, gradient, overwrite):
-                square, product = torch.dot(difference, difference), None
-                if part is not None and gradient is not None:
-                    product = torch.dot(difference, part)
-                    if (more := unsummed(now, gradient)) != 1.0:
-                        product = product.double() * more
-                if weights is not None:
-                    square = square.double() * weights[place]
-                    product = None if product is None else product.double() * weights[place]
-                squares.append(square)
-                if product is not None:
-                    products.append(product)
+                squares.append(_times(torch.dot(difference, difference), weight))
+                if part is not None:
+                    products.append(_times(torch.dot(difference, part), of_product))
         made = cls(before, overwrite, params, _sum(squares, device), True, versions_of(before), weights)
         if free_to_read(device) and not SAFE[0] ** 2 < read([made.length])[0] < SAFE[1] ** 2:
             norms = [_norm64(flat) for difference in made._differences() for flat in (difference.flatten(),)]
@@ -272,20 +266,19 @@ class BetweenPoints:
         if self.is_step:
             steps = zip(self.kept, self.params, gradients, weights, strict=True)
             values = [
-                (dot(step, gradient), weight * unsummed(now, gradient))
+                _times(dot(step, gradient), weight * unsummed(now, gradient))
                 for step, now, gradient, weight in steps
                 if gradient is not None
             ]
         else:
             values = [
-                (torch.dot(difference, part), weight * unsummed(now, gradient))
+                _times(torch.dot(difference, part), weight * unsummed(now, gradient))
                 for old, now, gradient, weight in zip(self.kept, self.params, gradients, weights, strict=True)
                 if gradient is not None
                 for difference, part in _pieces(old, now, gradient, overwrite=False)
                 if part is not None
             ]
-        weighted = [value if weight == 1.0 else value.double() * weight for value, weight in values]
-        return _sum(weighted, self.params[0].device)
+        return _sum(values, self.params[0].device)
 
     def change(self, end: Sequence[Tensor] | None = None) -> Change:
         """See `Direction`; as much memory as the parameters unless the step itself was kept."""
@@ -478,6 +471,10 @@ def stacked(values: Sequence[Tensor | None], device: torch.device) -> Tensor:
         return together
     remaining, zero = iter(together.unbind()), torch.zeros_like(together[0])
     return torch.stack([zero if value is None else next(remaining) for value in values])
+
+
+def _times(value: Tensor, weight: float) -> Tensor:
+    return value if weight == 1.0 else value.double() * weight
 
 
 def _sum(values: Sequence[Tensor], device: torch.device) -> Tensor:

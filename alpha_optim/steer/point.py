@@ -67,8 +67,11 @@ class OwnWeights:
         self._kept: list[tuple[Any, list[tuple[Any, Any]], list[dict[str, Any]]]] = [
             (
                 part,
-                [(key, _copy(value)) for key, value in part.state.items()],
-                [{name: _copy(value) for name, value in group.items() if name not in _RATE} for group in _groups(part)],
+                [(key, copy_of(value)) for key, value in part.state.items()],
+                [
+                    {name: copy_of(value) for name, value in group.items() if name not in _RATE}
+                    for group in _groups(part)
+                ],
             )
             for part in kept
         ]
@@ -86,9 +89,9 @@ class OwnWeights:
         for part, state, groups in self._kept:
             part.state.clear()
             for key, value in state:
-                part.state[key] = _copy(value)
+                part.state[key] = copy_of(value)
             for group, kept in zip(_groups(part), groups, strict=True):
-                group.update({name: _copy(value) for name, value in kept.items()})
+                group.update({name: copy_of(value) for name, value in kept.items()})
 
     def state_dict(self) -> list[Any]:
         """Return it as plain values and tensors, state by the place of its parameter in the groups."""
@@ -115,14 +118,14 @@ def _groups(optimizer: Any) -> list[dict[str, Any]]:
     return groups
 
 
-def _copy(value: Any) -> Any:
+def copy_of(value: Any) -> Any:
     """The same, tensors and containers copied."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _copy(entry) for key, entry in value.items()}
+        return {key: copy_of(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)([_copy(entry) for entry in value]) if type(value) in (list, tuple) else value
+        return type(value)([copy_of(entry) for entry in value]) if type(value) in (list, tuple) else value
     return value
 
 

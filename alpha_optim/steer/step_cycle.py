@@ -283,15 +283,7 @@ class Session:
         if self._fills_state(closure):
             return self.optimizer.step(**kwargs)
         if self.pairing.iteration.idle:
-            self._tell_accepted()
-            with self._around_step():
-                result = self.optimizer.step(**_with(closure, kwargs))
-            self.iteration += 1
-            self._started_before = False
-            self.reminders.after_step(self.iteration, measured=False, saw_loss=False)
-            self._remind_scheduler()
-            self.begin()
-            return result
+            return self._step_unwatched(closure, kwargs)
         if self.ranks is not None and self.ranks.leave_early():
             return self._step_unseen(closure, kwargs)
         if self.guard is not None:
@@ -320,6 +312,18 @@ class Session:
         still = all(isinstance(rate, (float, Tensor)) and float(rate) == 0.0 for rate in rates)
         return still and asked_by_checkpoint()
 
+    def _step_unwatched(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
+        """Step without a look at it."""
+        self._tell_accepted()
+        with self._around_step():
+            result = self.optimizer.step(**_with(closure, kwargs))
+        self.iteration += 1
+        self._started_before = False
+        self.reminders.after_step(self.iteration, measured=False, saw_loss=False)
+        self._remind_scheduler()
+        self.begin()
+        return result
+
     def _step_unseen(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Step without a word to other ranks, some of which may have left the loop."""
         self.reminders.ranks_leave()
@@ -328,13 +332,7 @@ class Session:
         self.pairing.pending = None
         if self.guard is not None:
             self.guard.forget()
-        self._tell_accepted()
-        with self._around_step():
-            result = self.optimizer.step(**_with(closure, kwargs))
-        self.iteration += 1
-        self._started_before = False
-        self.begin()
-        return result
+        return self._step_unwatched(closure, kwargs)
 
     def _watched(self, closure: Callable[[], Any], entry: Entry | None) -> Callable[[], Any]:
         """The closure, its first evaluation seen as end of n-1 and start of n.
@@ -576,13 +574,15 @@ class Session:
         Args:
             tensors: Whether the pending step and the guard's points, which are as large as the parameters, are in it.
         """
-        guard = self._saved_guard if self.guard is None else self.guard.state_dict() if tensors else None
+        guard = None
+        if tensors:
+            guard = self._saved_guard if self.guard is None else self.guard.state_dict()
         return {
             "version": VERSION,
             "iteration": self.iteration,
             "history": self.history.state_dict(),
             "pairing": self.pairing.state_dict(tensors),
-            "guard": guard if tensors else None,
+            "guard": guard,
             "plan": self.plan.state_dict(),
             "skipped": self.skipped,
             "searching": self.searching,

@@ -140,24 +140,28 @@ def test_rates_and_history_continue(saved, size):
 
 def test_a_bare_optimizer_in_between():
     """What it is given goes with it; that it has moved on is noticed."""
-    run(both_ways, 2, 2)
+    for text_in_plain_state, rate_goes_along, after, moved_on in run(both_ways, 2, 2):
+        assert not text_in_plain_state
+        assert rate_goes_along
+        assert after == (5, 4)
+        assert moved_on == (0, 0)
 
 
 def both_ways(rank, size):
     model, net, loss_fn, guided, scheduler = build("ddp")
     train(net, loss_fn, guided, scheduler, rank, size, range(5))
-    assert all("alpha_guided" not in group for group in guided.state_dict()["param_groups"])
+    plain = any("alpha_guided" in group for group in guided.state_dict()["param_groups"])
     _, state = get_state_dict(model, guided)
     bare = torch.optim.AdamW(model.parameters())
     set_state_dict(model, bare, model_state_dict=model.state_dict(), optim_state_dict=state)
-    assert bare.param_groups[0]["lr"] == guided.param_groups[0]["lr"]
+    alike = bare.param_groups[0]["lr"] == guided.param_groups[0]["lr"]
     again = AlphaGuided(torch.optim.AdamW(model.parameters()), net, loss_fn)
     again.load_state_dict(bare.state_dict())
-    assert (again.iteration, len(again.alpha_history)) == (5, 4)
+    after = again.iteration, len(again.alpha_history)
     loss_fn(net(setups.batch(0)[0]), setups.batch(0)[1]).backward()
     bare.step()
     again.load_state_dict(bare.state_dict())
-    assert (again.iteration, len(again.alpha_history)) == (0, 0)
+    return plain, alike, after, (again.iteration, len(again.alpha_history))
 
 
 @pytest.mark.compatibility("Process", "a rank that dies: a clear error, and torchrun --max-restarts goes on")

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from tests.distributed import setups
-from tests.distributed.ranks import run
 from tests.reference.per_sample_loop import observe_run
 
 BACKENDS = [
@@ -32,7 +31,7 @@ def samples(variance):
     return FEW if variance == "sampled" else setups.BATCH
 
 
-def on_ranks(rank, size):
+def on_ranks(rank, size, folder):
     """Everything at once: starting processes is what takes time."""
     backends = BACKENDS if size == 2 else FOUR
     found = {"plain": {}, "ways": {}, "float32": {}, "said": {}}
@@ -49,21 +48,6 @@ def on_ranks(rank, size):
         found["threads"] = setups.uneven_threads(rank, size)
         found["subset"] = setups.plain(rank, size, "adamw", variance="sampled", total=64)
     return found
-
-
-@pytest.fixture(scope="module")
-def two():
-    return run(on_ranks, 2, 2)
-
-
-@pytest.fixture(scope="module")
-def four():
-    return run(on_ranks, 4, 4)
-
-
-@pytest.fixture(params=["two", "four"])
-def ranks(request):
-    return request.getfixturevalue(request.param)
 
 
 def assert_same(found, expected, relative, absent=()):

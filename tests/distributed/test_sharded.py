@@ -14,7 +14,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from alpha_optim import AlphaGuided, AlphaScheduler
 from alpha_optim.policies import Hold
 from tests.distributed import setups
-from tests.distributed.ranks import run
 from tests.distributed.test_steering import equal, error_of
 
 TWO = [
@@ -209,16 +208,6 @@ def on_ranks(rank, size, folder):
         found["resumed"] = {name: resumed(rank, size, name, folder) for name in ("sgd", "adamw")}
     found["refused"] = error_of(asks_for_samples, rank, size)
     return found
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return run(on_ranks, 2, 2, str(tmp_path_factory.mktemp("two")))
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return run(on_ranks, 4, 4, str(tmp_path_factory.mktemp("four")))
 
 
 def assert_slopes_of_one_process(ranks, case):

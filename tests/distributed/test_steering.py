@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from alpha_optim import AlphaGuided, AlphaScheduler, find_lr
 from alpha_optim.policies import Hold
 from tests.distributed import setups
-from tests.distributed.ranks import run
 
 STEPS = 150
 
@@ -271,16 +270,6 @@ def on_ranks(rank, size, folder):
         found["resumed"] = resumes_from_the_first_rank(rank, size, folder)
         found["steers alone"] = error_of(steers_alone, rank, size)  # the others find nobody there afterwards
     return found
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return run(on_ranks, 2, 2, str(tmp_path_factory.mktemp("two")))
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return run(on_ranks, 4, 4, str(tmp_path_factory.mktemp("four")))
 
 
 def equal(first, second):
