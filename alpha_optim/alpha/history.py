@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from alpha_optim.alpha.history_file import NAMES, from_row, to_row
+from alpha_optim.alpha.history_file import EVENT, NAMES, NOTE, from_row, to_row
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import DropReason
 from alpha_optim.alpha.window import WindowAlpha, window_alpha
@@ -283,7 +283,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
                 )
             for reason, count in row.get("dropped", {}).items():
                 self.drop(str(reason), int(count))
-        else:
+        elif EVENT not in row and NOTE not in row:  # those are for reports
             self._store(from_row(row))
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import AlphaStatus, Information
 
 NAMES = tuple(field.name for field in fields(AlphaMeasurement))
+EVENT, NOTE = "event", "note"
+"""Keys of the other lines that a file may hold: something the guard did, and something the scheduler said."""
 
 
 def to_row(measurement: AlphaMeasurement) -> dict[str, Any]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from alpha_optim.alpha.history import AlphaHistory
+from alpha_optim.alpha.history_file import EVENT, NOTE, to_row
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.window import window_alpha
 from alpha_optim.optimizer import AlphaGuided
+from alpha_optim.scheduler import AlphaScheduler
 
 Metrics = dict[str, float]
 
@@ -107,3 +113,90 @@ def log_to_tensorboard(
             writer.add_scalar(name, value, step)
 
     return log_measurements(optimizer, write, every=every, prefix=prefix)
+
+
+def record(
+    optimizer: AlphaGuided, path: str | os.PathLike[str], scheduler: AlphaScheduler | None = None
+) -> Callable[[], None]:
+    """Write every measurement to a file when it is made, what the guard did, and what the scheduler says of the rate.
+
+    ``python -m alpha_optim watch PATH`` shows the run while it trains, ``... report PATH`` afterwards, and
+    `AlphaHistory.load` reads the measurements. A file that is there is continued, as after a resume. Every line is
+    written at once. On several ranks only one should record.
+
+    Args:
+        optimizer: The optimizer.
+        path: The file, JSON lines.
+        scheduler: The scheduler, for what it says.
+
+    Returns:
+        A function that ends the recording; what came after the last measurement is written then.
+
+    Raises:
+        ValueError: If there is a file that is not one of a run.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from alpha_optim import AlphaGuided, AlphaHistory
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = AlphaGuided(torch.optim.SGD([weight], lr=0.1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     stop = record(optimizer, f"{folder}/run.jsonl")
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         weight.square().sum().backward()
+        ...         optimizer.step()
+        ...     stop()
+        ...     len(AlphaHistory.load(f"{folder}/run.jsonl"))
+        2
+    """
+    if os.path.exists(path) and os.path.getsize(path):
+        _mend_last_line(path)
+        AlphaHistory.load(path)  # raises where lines of ours would not belong
+    else:
+        AlphaHistory().save(path)
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open while training runs
+    # What the guard did before is in the file already, if it was recorded.
+    seen = {"events": len(optimizer.guard_events), "notes": 0}
+
+    def write(*rows: dict[str, Any]) -> None:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+
+    def others() -> list[dict[str, Any]]:
+        events, notes = optimizer.guard_events, getattr(getattr(scheduler, "policy", None), "story", ())
+        rows: list[dict[str, Any]] = [
+            {EVENT: {name: _plain(value) for name, value in asdict(event).items()}}
+            for event in events[seen["events"] :]
+        ]
+        rows += [{NOTE: {"iteration": iteration, "text": text}} for iteration, text in notes[seen["notes"] :]]
+        seen["events"], seen["notes"] = len(events), len(notes)
+        return rows
+
+    unsubscribe = optimizer.alpha_history.subscribe(lambda measurement: write(*others(), to_row(measurement)))
+
+    def stop() -> None:
+        unsubscribe()
+        if not file.closed:
+            write(*others())
+            file.close()
+
+    return stop
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON knows, as `to_row` writes it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return str(value) if isinstance(value, str) else value
+
+
+def _mend_last_line(path: str | os.PathLike[str]) -> None:
+    """Cut off a last line that was not finished, as a killed run leaves it."""
+    with open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        begin = max(0, size - 65536)
+        file.seek(begin)
+        tail = file.read()
+        if not tail.endswith(b"\n") and b"\n" in tail:
+            file.truncate(begin + tail.rindex(b"\n") + 1)

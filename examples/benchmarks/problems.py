@@ -156,8 +156,15 @@ def _in_three(x: Tensor, y: Tensor, kept: int) -> Split:
     return Split((x[:first], y[:first]), (x[first:second], y[first:second]), (x[second:], y[second:]))
 
 
+class ClassesSecond(Transformer):
+    """Logits in the order that `nn.CrossEntropyLoss` asks for: ``[N, vocabulary, T]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).transpose(1, 2)
+
+
 def transformer() -> nn.Module:
-    return Transformer(VOCABULARY, length=64, width=64, layers=2)
+    return ClassesSecond(VOCABULARY, length=64, width=64, layers=2)
 
 
 PROBLEMS = {

@@ -1,0 +1,292 @@
+"""A file of a run, read for looking at: columns instead of records, and what else stands in it.
+
+A run that is recorded while it trains (`alpha_optim.integrations.loggers.record`) leaves the lines that
+`AlphaHistory.save` writes, and between them lines of what the guard did and of what the scheduler said. Only what
+pictures need is kept, as numbers, so that a million measurements fit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alpha_optim.alpha.diagnosis import Diagnosis, diagnose
+from alpha_optim.alpha.history import FORMAT, VERSION, AlphaHistory
+from alpha_optim.alpha.history_file import EVENT, NAMES, NOTE, from_row
+from alpha_optim.alpha.records import AlphaStatus, GuardEvent
+
+RECENT = 20_000
+"""So many measurements are kept as records, for the diagnosis."""
+_NAMES = frozenset(NAMES)
+_STATUSES = {str(status): place for place, status in enumerate(AlphaStatus)}
+_INFINITE = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class BadFileError(ValueError):
+    """A file that is not one of a run; says which line, and what to do."""
+
+
+class Recording:
+    """What a file says of a run.
+
+    Attributes:
+        name: The file's name.
+        events: What the guard did, oldest first.
+        notes: Pairs of an iteration and what the scheduler said then.
+        dropped: Pairs of iterations that were not measured, by reason.
+        unfinished: Whether the last line is not complete, as while it is being written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Begin with nothing read.
+
+        Args:
+            path: The file.
+        """
+        self.path = os.fspath(path)
+        self.name = os.path.basename(self.path)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.events: list[GuardEvent] = []
+        self.notes: list[tuple[int, str]] = []
+        self.dropped: dict[str, int] = {}
+        self.unfinished = False
+        self._columns = {name: array("d") for name in ("iteration", "alpha", "std", "loss", "rate", "start", "end")}
+        self._status = array("b")
+        self._recent: list[dict[str, Any]] = []
+        self._lines, self._offset, self._rest = 0, 0, b""
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Recording:
+        """Read a whole file.
+
+        Args:
+            path: The file.
+
+        Returns:
+            What it says.
+
+        Raises:
+            BadFileError: If it cannot be read, holds no measurement, or has a line that does not belong there.
+        """
+        recording = cls(path)
+        recording.read_on()
+        if not len(recording):
+            raise BadFileError(
+                f"{recording.path}: no measurement in it"
+                + (" but an incomplete first line" if recording.unfinished else "")
+                + ". Expected a file written by AlphaHistory.save or loggers.record."
+            )
+        return recording
+
+    def read_on(self) -> bool:
+        """Read what was added to the file since; from the beginning if it has become shorter.
+
+        Returns:
+            Whether anything was added.
+
+        Raises:
+            BadFileError: If the file cannot be read, or has a line that does not belong there.
+        """
+        try:
+            with open(self.path, "rb") as file:
+                if os.fstat(file.fileno()).st_size < self._offset:
+                    self._begin()
+                file.seek(self._offset)
+                added = False
+                for line in file:
+                    self._offset += len(line)
+                    added |= self._take(line)
+                return added
+        except OSError as error:
+            raise BadFileError(f"{self.path}: {error.strerror or error}") from error
+
+    def _take(self, piece: bytes) -> bool:
+        """Take a line, or the piece of one that stands at the end of the file.
+
+        Raises:
+            BadFileError: If it does not belong there.
+        """
+        line, self._rest = self._rest + piece, b""
+        self.unfinished = not line.endswith(b"\n")
+        if self.unfinished:
+            self._rest = line
+            return False
+        self._lines += 1
+        if not line.strip():
+            return False
+        try:
+            self._take_row(json.loads(line))
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+            raise BadFileError(
+                f"{self.path}, line {self._lines}: not a line of an alpha history ({_short(error)}). Expected a file "
+                "written by AlphaHistory.save or loggers.record; if a run was killed while writing, delete this line."
+            ) from error
+        return True
+
+    def _take_row(self, row: dict[str, Any]) -> None:
+        """Take what a line says.
+
+        Raises:
+            ValueError: If it is not a header, a measurement, an event or a note.
+        """
+        if row.keys() == _NAMES:
+            if self._lines == 1:
+                raise ValueError("the header is missing")
+            self._take_measurement(row)
+        elif self._lines == 1 or "format" in row:
+            if row.get("format") != FORMAT:
+                raise ValueError(f"the header must say format={FORMAT!r}, it says {row.get('format')!r}")
+            if row["version"] > VERSION:
+                raise ValueError(f"written by a newer alpha_optim, format version {row['version']}: update the package")
+            for reason, count in row.get("dropped", {}).items():
+                self.dropped[str(reason)] = self.dropped.get(str(reason), 0) + int(count)
+        elif EVENT in row:
+            event = {name: _number(value) for name, value in row[EVENT].items()}
+            self.events.append(GuardEvent(**{**event, "iteration": int(event["iteration"])}))
+        elif NOTE in row:
+            self.notes.append((int(row[NOTE]["iteration"]), str(row[NOTE]["text"])))
+        else:
+            raise ValueError(f"fields missing or unknown: {', '.join(sorted(_NAMES ^ row.keys()))}")
+
+    def _take_measurement(self, row: dict[str, Any]) -> None:
+        # Few calls: this is done a million times.
+        length, rates = row["step_length"], row["lr"]
+        start, end = row["fitted_slope_start"], row["fitted_slope_end"]
+        values: tuple[Any, ...] = (
+            row["iteration"],
+            row["alpha"],
+            row["alpha_std"],
+            row["loss_start"],
+            rates[0] if rates else math.nan,
+            start,
+            end,
+            length,
+        )
+        status = _STATUSES[row["status"]]
+        if not all(type(value) is float for value in values[1:]):
+            values = (int(values[0]), *map(_number, values[1:]))
+        iteration, alpha, std, loss, rate, start, end, length = values
+        columns = self._columns
+        columns["iteration"].append(iteration)
+        columns["alpha"].append(alpha)
+        columns["std"].append(std)
+        columns["loss"].append(loss)
+        columns["rate"].append(rate)
+        columns["start"].append(start * length)
+        columns["end"].append(end * length)
+        self._status.append(status)
+        self._recent.append(row)
+        if len(self._recent) >= 2 * RECENT:
+            del self._recent[:RECENT]
+
+    # ---------------------------------------------------------------- reading
+
+    def __len__(self) -> int:
+        """Return the number of measurements."""
+        return len(self._status)
+
+    def _column(self, name: str) -> NDArray[np.float64]:
+        return np.array(self._columns[name], dtype=np.float64)
+
+    @property
+    def iterations(self) -> NDArray[np.int64]:
+        """Iteration of every measurement, int64 ``[K]``."""
+        return self._column("iteration").astype(np.int64)
+
+    @property
+    def alphas(self) -> NDArray[np.float64]:
+        """Alpha of every measurement, a pure number, float64 ``[K]``."""
+        return self._column("alpha")
+
+    @property
+    def stds(self) -> NDArray[np.float64]:
+        """Its standard error, float64 ``[K]``."""
+        return self._column("std")
+
+    @property
+    def losses(self) -> NDArray[np.float64]:
+        """Mini-batch loss at the start of the step, float64 ``[K]``; nan where not observed."""
+        return self._column("loss")
+
+    @property
+    def rates(self) -> NDArray[np.float64]:
+        """Learning rate of the first param group, float64 ``[K]``."""
+        return self._column("rate")
+
+    @property
+    def statuses(self) -> list[str]:
+        """Status of every measurement."""
+        names = [str(status) for status in AlphaStatus]
+        return [names[place] for place in self._status]
+
+    def windowed(self, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Alpha over the last ``size`` measurements at every measurement, as a ratio of sums, and its standard error.
+
+        Args:
+            size: Length of the window, at least 1.
+        """
+        start, end = self._column("start"), self._column("end")
+        usable = np.isfinite(start) & np.isfinite(end)
+        start, end = np.where(usable, start, 0.0), np.where(usable, end, 0.0)
+        total, ends, count = _trailing(start, size), _trailing(end, size), _trailing(usable.astype(float), size)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            alpha = -ends / total
+            squares = (
+                _trailing(end * end, size)
+                + 2 * alpha * _trailing(start * end, size)
+                + alpha**2 * _trailing(start * start, size)
+            )
+            error = np.sqrt(np.maximum(squares, 0.0) * count / (count - 1)) / np.abs(total)
+        none = (count == 0) | ~np.isfinite(alpha)
+        return np.where(none, np.nan, alpha), np.where(none | (count < 2), np.nan, error)
+
+    def diagnosis(self) -> Diagnosis:
+        """What alpha says at the end of the run."""
+        history = AlphaHistory(maxlen=2 * RECENT)
+        for row in self._recent:
+            history.append(from_row(row))
+        return diagnose(history, self.events)
+
+
+def _trailing(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """Sums of the last ``size`` values at every place; made in blocks, so that no rounding is carried along a run."""
+    size = min(size, len(values))
+    padded = np.concatenate([np.zeros(size - 1), values]) if size > 1 else values
+    if size <= 64:
+        sums: NDArray[np.float64] = np.lib.stride_tricks.sliding_window_view(padded, size).sum(axis=1)
+        return sums
+    sums = np.concatenate([[0.0], np.cumsum(padded)])
+    trailing: NDArray[np.float64] = sums[size:] - sums[:-size]
+    return trailing
+
+
+def _number(value: Any) -> Any:
+    """A value as `history_file.to_row` wrote it."""
+    if value is None or isinstance(value, str):
+        return _INFINITE.get(value, value)
+    return value if isinstance(value, bool) else float(value)
+
+
+def _short(error: Exception) -> str:
+    """The error, without what it quotes at length."""
+    text = str(error) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def read_all(paths: list[str]) -> Iterator[Recording]:
+    """Read several files, each under a name of its own."""
+    names = [os.path.basename(path) for path in paths]
+    for path in paths:
+        recording = Recording.read(path)
+        if names.count(recording.name) > 1:
+            recording.name = path
+        yield recording

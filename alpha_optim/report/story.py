@@ -1,0 +1,123 @@
+"""What a run did with its learning rate, in sentences with absolute rates."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from alpha_optim.alpha.records import GuardEvent
+from alpha_optim.report.recording import Recording
+from alpha_optim.report.sampling import extremes
+
+TURN = math.log(2.0)
+"""A rate that changed by less than this factor was held, and a smaller deviation from a line is none."""
+SHORTEST = 5
+"""A rate is held for so many measurements at least, or a hundredth of them."""
+LONGEST = 40
+"""More stretches than this are not told one by one; a rate that moves at every step has a curve, not a story."""
+
+
+class Stretch(NamedTuple):
+    """Measurements over which the learning rate moved one way.
+
+    Attributes:
+        first: Iteration of the first measurement.
+        last: Iteration of the last one.
+        begin: Learning rate there, of the first param group.
+        end: Learning rate at the last one.
+    """
+
+    first: int
+    last: int
+    begin: float
+    end: float
+
+    @property
+    def direction(self) -> str:
+        """``"held"``, ``"rose"`` or ``"fell"``."""
+        if self.begin == self.end or abs(math.log(self._ratio)) < TURN:
+            return "held"
+        return "rose" if self.end > self.begin else "fell"
+
+    def joined(self, following: Stretch) -> Stretch:
+        """This stretch and the one after it as one."""
+        return Stretch(self.first, following.last, self.begin, following.end)
+
+    @property
+    def _ratio(self) -> float:
+        """End over begin, a tiny number where a rate is 0."""
+        return max(self.end, 1e-300) / max(self.begin, 1e-300)
+
+    def __str__(self) -> str:
+        """Say what the rate did."""
+        where = f"Iterations {self.first}–{self.last}: " if self.last > self.first else f"Iteration {self.first}: "
+        if self.direction == "held":
+            return f"{where}learning rate held near {self.end:.3g}"
+        return f"{where}learning rate {self.direction} from {self.begin:.3g} to {self.end:.3g}"
+
+
+def stretches(recording: Recording) -> list[Stretch]:
+    """Cut the run into stretches over which its learning rate rose, fell or was held."""
+    rates, iterations = recording.rates, recording.iterations
+    known = np.isfinite(rates) & (rates >= 0.0)
+    rates, iterations = rates[known], iterations[known]
+    if not len(rates):
+        return []
+    smallest = rates[rates > 0.0].min() if (rates > 0.0).any() else 1.0
+    heights = np.log(np.maximum(rates, smallest))
+    outline = extremes(heights)
+    corners = outline[_corners(heights[outline])]
+    found: list[Stretch] = []
+    shortest = max(SHORTEST, len(rates) // 100)
+    for a, b in pairwise(corners):
+        part = Stretch(int(iterations[a]), int(iterations[b]), float(rates[a]), float(rates[b]))
+        stair = part.direction == "held" and b - a < shortest
+        if found and (stair or found[-1].direction == part.direction):
+            found[-1] = found[-1].joined(part)
+        else:
+            found.append(part)
+    if len(found) > 1 and found[0].direction == "held" and found[0].last - found[0].first < shortest:
+        found[:2] = [found[0].joined(found[1])]
+    return found or [Stretch(int(iterations[0]), int(iterations[-1]), float(rates[0]), float(rates[-1]))]
+
+
+def _corners(heights: np.ndarray) -> list[int]:
+    """Corners of a line that follows a curve to within `TURN` (Ramer, Douglas and Peucker)."""
+    corners, open_parts = {0, len(heights) - 1}, [(0, len(heights) - 1)]
+    while open_parts:
+        a, b = open_parts.pop()
+        if b - a < 2:
+            continue
+        line = heights[a] + (heights[b] - heights[a]) * np.arange(b - a + 1) / (b - a)
+        distance = np.abs(heights[a : b + 1] - line)
+        far = a + int(distance.argmax())
+        if distance.max() > TURN:
+            corners.add(far)
+            open_parts += [(a, far), (far, b)]
+    return sorted(corners)
+
+
+def told(recording: Recording) -> list[str]:
+    """The story of a run, oldest first: what the rate did, what the scheduler said, what the guard did."""
+    parts = stretches(recording)
+    lines = [(part.first, 0, f"{part}.") for part in parts[:LONGEST]]
+    if len(parts) > LONGEST:
+        lines.append((parts[LONGEST].first, 0, f"... and {len(parts) - LONGEST} further turns of the learning rate."))
+    lines += [(iteration, 1, f"Iteration {iteration}: {text}.") for iteration, text in recording.notes[:LONGEST]]
+    events = recording.events
+    lines += [(event.iteration, 2, _sentence(event)) for event in events[:LONGEST]]
+    if len(events) > LONGEST:
+        lines.append((events[LONGEST].iteration, 2, f"... and {len(events) - LONGEST} further events of the guard."))
+    story = [text for _, _, text in sorted(lines)]
+    if recording.dropped:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(recording.dropped.items()))
+        story.append(f"Pairs of iterations without a measurement, when the file was begun: {counts}.")
+    return story
+
+
+def _sentence(event: GuardEvent) -> str:
+    text = str(event)
+    return f"{text[:1].upper()}{text[1:]}."

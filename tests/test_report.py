@@ -1,0 +1,387 @@
+"""The command line and what it draws: from files alone, and with bad ones refused by line."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from alpha_optim import AlphaGuided, AlphaHistory, AlphaMeasurement, AlphaScheduler, GuardEvent, Hold
+from alpha_optim.alpha.diagnosis import diagnose
+from alpha_optim.alpha.window import window_alpha
+from alpha_optim.integrations.loggers import record
+from alpha_optim.report.command_line import main
+from alpha_optim.report.recording import BadFileError, Recording
+from alpha_optim.report.sampling import extremes
+from alpha_optim.report.story import stretches, told
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open a page with")
+
+
+def measurement(n, rate, rng=None, alpha=0.2, loss=1.0):
+    noise = 0.0 if rng is None else float(rng.normal())
+    start, end = -2.0 + 0.1 * noise, 2.0 * alpha + 0.3 * noise
+    return AlphaMeasurement(
+        iteration=n, alpha=-end / start, alpha_std=0.1, status="measured", information="full", step_length=0.5,
+        loss_start=loss + 0.1 * noise, loss_end=loss, slope_start=start, slope_end=end, loss_variance_start=0.1,
+        loss_variance_end=0.1, slope_variance_start=0.1, slope_variance_end=0.1, samples_start=32, samples_end=32,
+        fitted_slope_start=start, fitted_slope_end=end, lr=(rate, 2 * rate),
+    )  # fmt: skip
+
+
+def run_file(path, rates=None, count=300):
+    rng = np.random.default_rng(0)
+    rates = np.full(count, 0.1) if rates is None else rates
+    history = AlphaHistory(maxlen=10**6)
+    for n, rate in enumerate(rates):
+        history.append(measurement(n, float(rate), rng, loss=2.0 * 0.99**n))
+    history.save(path)
+    return history
+
+
+def add(path, *rows):
+    with open(path, "a") as file:
+        file.write("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+
+
+def train(steps, path, broken=(), seed=0):
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(4, 1)
+    loss_fn = torch.nn.MSELoss()
+    optimizer = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.05), model, loss_fn)
+    scheduler = AlphaScheduler(optimizer, Hold())
+    stop = record(optimizer, path, scheduler)
+    for n in range(steps):
+        optimizer.zero_grad()
+        x = torch.randn(16, 4)
+        y = x.sum(1, keepdim=True) * (math.nan if n in broken else 1.0)
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        scheduler.step()
+    stop()
+    return optimizer
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_columns_are_those_of_the_history(tmp_path):
+    history = run_file(tmp_path / "run.jsonl")
+    recording = Recording.read(tmp_path / "run.jsonl")
+    items = list(history)
+    assert np.array_equal(recording.alphas, history.alphas)
+    assert np.array_equal(recording.iterations, history.iterations)
+    assert np.array_equal(recording.losses, [item.loss_start for item in items])
+    assert np.array_equal(recording.rates, [item.lr[0] for item in items])
+    assert str(recording.diagnosis()) == str(diagnose(history))
+
+
+@pytest.mark.parametrize("size", [1, 2, 10, 100, 1000])
+def test_windowed_alpha_of_columns_is_that_of_records(tmp_path, size):
+    history = run_file(tmp_path / "run.jsonl")
+    items = list(history)
+    alpha, error = Recording.read(tmp_path / "run.jsonl").windowed(size)
+    for k in (0, 1, 7, 150, 299):
+        expected = window_alpha(items[max(0, k + 1 - size) : k + 1])
+        assert alpha[k] == pytest.approx(expected.alpha, rel=1e-9)
+        if expected.count > 1:
+            assert error[k] == pytest.approx(expected.alpha_std, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("nonsense\n", "line 302: not a line of an alpha history"),
+        ('{"iteration": 3}\n', "line 302: .*fields missing or unknown"),
+        ("[1, 2]\n", "line 302"),
+        ("\x00\x01\n", "line 302"),
+        ('{"event": {"iteration": 3}}\n', "line 302"),
+        ('{"format": "alpha_optim.history", "version": 99}\n', "line 302: .*newer alpha_optim"),
+        ("[" * 100_000 + "\n", "line 302"),
+    ],
+)
+@pytest.mark.parametrize("command", ["report", "diagnose", "compare", "watch --once"])
+def test_a_bad_line_is_named_and_the_exit_code_is_2(tmp_path, capsys, command, line, says):
+    path = tmp_path / "run.jsonl"
+    run_file(path)
+    add(path, line)
+    command, *more = command.split()
+    output = ["-o", str(tmp_path / "page.html")] if command == "report" else more
+    assert main([command, str(path), *output]) == 2
+    message = capsys.readouterr().err
+    assert re.search(says, message)
+    assert "Traceback" not in message
+    assert len(message) < 600
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_files_that_are_none(tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "picture.png").write_bytes(bytes(range(256)) * 40)
+    AlphaHistory().save(tmp_path / "header.jsonl")
+    for name, says in [
+        ("empty.jsonl", "no measurement in it"),
+        ("header.jsonl", "no measurement in it"),
+        ("picture.png", "line 1"),
+        ("missing.jsonl", "No such file"),
+        (".", "Is a directory"),
+    ]:
+        assert main(["diagnose", str(tmp_path / name)]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_no_arguments_is_an_error_without_traceback():
+    result = subprocess.run([sys.executable, "-m", "alpha_optim"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "usage" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_last_line_that_is_being_written_is_left_out(tmp_path, capsys):
+    path = tmp_path / "run.jsonl"
+    run_file(path)
+    add(path, '{"iteration": 300, "alp')
+    assert main(["diagnose", str(path)]) == 0
+    assert len(Recording.read(path)) == 300
+    assert main(["report", str(path), "-o", str(tmp_path / "page.html")]) == 0
+    assert "last line of the file is incomplete" in (tmp_path / "page.html").read_text()
+
+
+def test_reading_on_takes_what_was_added_and_begins_anew_when_the_file_shrank(tmp_path):
+    path = tmp_path / "run.jsonl"
+    history = run_file(path, count=50)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:20]) + lines[20][:30])
+    recording = Recording(path)
+    assert recording.read_on()
+    assert len(recording) == 19
+    assert recording.unfinished
+    path.write_text("".join(lines))
+    assert recording.read_on()
+    assert np.array_equal(recording.alphas, history.alphas)
+    assert not recording.read_on()
+    path.write_text("".join(lines[:5]))
+    assert recording.read_on()
+    assert len(recording) == 4
+
+
+# ---------------------------------------------------------------- recording while training
+
+
+def test_a_run_records_itself_and_a_resumed_one_goes_on(tmp_path):
+    path = tmp_path / "run.jsonl"
+    optimizer = train(12, path)
+    assert np.array_equal(AlphaHistory.load(path).alphas, optimizer.alpha_history.alphas)
+    add(path, '{"iteration": 11, "al')  # killed while it wrote
+    train(8, path)
+    assert len(AlphaHistory.load(path)) == 11 + 7
+
+
+def test_events_of_the_guard_are_recorded(tmp_path):
+    path = tmp_path / "run.jsonl"
+    optimizer = train(12, path, broken=(5,))
+    assert optimizer.guard_events
+    recording = Recording.read(path)
+    assert [str(event) for event in recording.events] == [str(event) for event in optimizer.guard_events]
+    assert any("batch skipped" in line for line in told(recording))
+    assert len(AlphaHistory.load(path)) == len(optimizer.alpha_history)
+
+
+def test_recording_refuses_a_file_that_is_something_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("my notes\nsecond line\n")
+    model = torch.nn.Linear(2, 1)
+    optimizer = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="line 1"):
+        record(optimizer, tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "my notes\nsecond line\n"
+
+
+# ---------------------------------------------------------------- words
+
+
+def test_the_story_names_climb_hold_and_annealing(tmp_path):
+    path = tmp_path / "run.jsonl"
+    rates = np.concatenate([np.geomspace(1e-8, 1.0, 60), np.full(140, 0.1), 0.1 * np.linspace(1, 0.001, 100)])
+    run_file(path, rates)
+    words = [part.direction for part in stretches(Recording.read(path))]
+    assert words == ["rose", "fell", "held", "fell"]
+    first, _, held, last = stretches(Recording.read(path))
+    assert (first.begin, first.end) == pytest.approx((1e-8, 1.0))
+    assert 58 <= first.last <= 60
+    assert held.end == pytest.approx(0.1, rel=0.6)
+    assert last.end == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("rates", [np.full(5, 0.1), np.zeros(5), np.full(5, np.nan), np.array([0.1])])
+def test_a_story_of_little(tmp_path, rates):
+    run_file(tmp_path / "run.jsonl", rates)
+    parts = stretches(Recording.read(tmp_path / "run.jsonl"))
+    assert [part.direction for part in parts] == (["held"] if np.isfinite(rates).all() else [])
+    assert main(["report", str(tmp_path / "run.jsonl"), "-o", str(tmp_path / "page.html")]) == 0
+
+
+def test_compare_puts_runs_beside_each_other(tmp_path, capsys):
+    for name, rate in (("a.jsonl", 0.1), ("b.jsonl", 0.025)):
+        run_file(tmp_path / name, np.full(100, rate))
+    assert main(["compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]) == 0
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split()[:2] == ["run", "measurements"]
+    assert first.split()[:2] == ["a.jsonl", "100"]
+    assert " 0.1 " in first
+    assert " 0.025 " in second
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_extremes_keep_the_outline():
+    values = np.sin(np.arange(100_000) / 5000.0)
+    values[54_321], values[12_345], values[77_000:78_000] = 9.0, -7.0, np.nan
+    at = extremes(values, 1000)
+    assert len(at) <= 1002
+    assert {0, 12_345, 54_321, 99_999} <= set(at.tolist())
+    assert np.array_equal(extremes(values[:500], 1000), np.arange(500))
+
+
+def chromium(page, *flags):
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-unsafe-swiftshader", "--hide-scrollbars",
+        "--enable-logging=stderr", "--virtual-time-budget=20000", *flags, f"file://{page}",
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=180)
+
+
+HOVER = """<script>window.addEventListener("load", () => setTimeout(() => {
+  const plot = document.querySelector(".js-plotly-plot");
+  const curve = plot.data.findIndex(trace => trace.name === "α of one step");
+  const {x, y} = plot._fullData[curve], {xaxis2, yaxis2} = plot._fullLayout;
+  const k = y.indexOf(Math.max(...y));
+  const area = plot.querySelector(".nsewdrag[data-subplot=x2y2]"), box = plot.getBoundingClientRect();
+  const at = {bubbles: true, clientX: box.left + xaxis2._offset + xaxis2.d2p(x[k]),
+              clientY: box.top + yaxis2._offset + yaxis2.d2p(y[k])};
+  for (const kind of ["mouseover", "mousemove"]) area.dispatchEvent(new MouseEvent(kind, at));
+  setTimeout(() => {
+    const shown = [...plot.querySelectorAll(".hoverlayer text")].map(node => node.textContent).join(" | ");
+    document.body.setAttribute("data-hover", shown);
+  }, 1000);
+}, 2000));</script></body>"""
+
+
+@in_a_browser
+def test_the_page_opens_without_errors_or_network_and_hover_says_a_value(tmp_path):
+    path, page = tmp_path / "run.jsonl", tmp_path / "page.html"
+    rates = np.concatenate([np.geomspace(1e-8, 1.0, 60), np.full(240, 0.1)])
+    history = run_file(path, rates)
+    add(
+        path,
+        {"event": {"iteration": 60, "reason": "loss_rose", "loss_before": 1.0, "loss_after": "inf", "restored": True}},
+    )
+    add(path, {"note": {"iteration": 60, "text": "found <0.1> & held it"}})
+    assert main(["report", str(path), "-o", str(page)]) == 0
+    text = page.read_text()
+    assert "found &lt;0.1&gt; &amp; held it" in text
+    own = text[: text.index("<script>")] + text[text.index("</script></head>") :]
+    assert not re.findall(r'(?:src|href)="?https?:', own)
+    page.write_text(text.replace("</body>", HOVER))
+    result = chromium(page, "--dump-dom", "--host-resolver-rules=MAP * ~NOTFOUND")
+    complaints = [line for line in result.stderr.splitlines() if "CONSOLE" in line and "GL Driver" not in line]
+    assert complaints == []
+    hover = re.search(r'data-hover="([^"]*)"', result.stdout)
+    assert hover is not None
+    point = max(history, key=lambda item: item.alpha)
+    shown = (f"iteration {point.iteration}", f"α {point.alpha:+.3f} ± 0.100", f"{point.lr[0]:.4g}", "measured")
+    assert all(part in hover[1] for part in shown), hover[1]
+
+
+@in_a_browser
+def test_the_page_can_be_photographed(tmp_path):
+    path, page, photo = tmp_path / "run.jsonl", tmp_path / "page.html", tmp_path / "page.png"
+    run_file(path)
+    main(["report", str(path), "-o", str(page)])
+    chromium(page, f"--screenshot={photo}", "--window-size=1100,2300")
+    from matplotlib.image import imread
+
+    pixels = imread(photo)[..., :3]
+    assert pixels.shape[:2] == (2300, 1100)
+    # Curves are drawn: blue, green and grey beside black on white.
+    blue = (pixels[..., 2] - pixels[..., 0] > 0.4).sum()
+    green = (pixels[..., 1] - pixels[..., 0] > 0.4).sum()
+    assert min(blue, green) > 500
+
+
+def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
+    run_file(tmp_path / "run.jsonl")
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    assert main(["report", str(tmp_path / "run.jsonl"), "-o", str(tmp_path / "page.html")]) == 2
+    assert "pip install 'alpha-optim[report]'" in capsys.readouterr().err
+
+
+def test_watch_shows_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    run_file(tmp_path / "run.jsonl")
+    assert main(["watch", "--once", str(tmp_path / "run.jsonl")]) == 0
+    shown = capsys.readouterr().out
+    assert "iteration 299" in shown
+    assert "learning rate 0.1" in shown
+    assert "mini-batch loss" in shown
+    assert any("⠀" < letter <= "⣿" for letter in shown)
+
+
+def test_watch_follows_a_file_that_is_written_and_stops_at_a_broken_line(tmp_path, capsys):
+    path = tmp_path / "run.jsonl"
+    answer = []
+    watching = threading.Thread(target=lambda: answer.append(main(["watch", "--every", "0.05", str(path)])))
+    watching.start()
+    time.sleep(0.3)  # the file is not there yet
+    assert watching.is_alive()
+    run_file(tmp_path / "whole.jsonl", count=40)
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    add(path, *lines[:10], lines[10][:25])
+    time.sleep(0.4)
+    assert watching.is_alive()
+    add(path, lines[10][25:], *lines[11:])
+    time.sleep(0.4)
+    assert watching.is_alive()
+    path.write_text("".join(lines[:5]))
+    time.sleep(0.4)
+    assert watching.is_alive()
+    add(path, "broken\n")
+    watching.join(timeout=20)
+    assert answer == [2]
+    assert "line 6" in capsys.readouterr().err
+
+
+def test_events_survive_the_file(tmp_path):
+    event = GuardEvent(7, "loss_rose", 1.0, math.nan, restored=True, scale_factor=0.5, skipped=False)
+    path = tmp_path / "run.jsonl"
+    run_file(path)
+    row = {"iteration": 7, "reason": "loss_rose", "loss_before": 1.0, "loss_after": None, "restored": True,
+           "scale_factor": 0.5, "skipped": False}  # fmt: skip
+    add(path, {"event": row})
+    assert str(Recording.read(path).events[0]) == str(event)
+    assert Recording.read(path).events[0].restored is True
+
+
+def test_two_files_of_one_name_are_told_apart(tmp_path, capsys):
+    for folder in ("one", "two"):
+        os.mkdir(tmp_path / folder)
+        run_file(tmp_path / folder / "run.jsonl", count=30)
+    assert main(["diagnose", str(tmp_path / "one/run.jsonl"), str(tmp_path / "two/run.jsonl")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(str(tmp_path / "one/run.jsonl"))
+    assert lines[1].startswith(str(tmp_path / "two/run.jsonl"))
+
+
+def test_a_file_that_is_none_raises_an_error_of_its_own(tmp_path):
+    with pytest.raises(BadFileError, match="No such file"):
+        Recording.read(tmp_path / "none.jsonl")
