@@ -14,7 +14,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
@@ -131,6 +131,7 @@ class AlphaScheduler(LRScheduler):
         self._seen_iteration = optimizer.iteration
         self._seen_measurement = optimizer.iteration - 1
         self._guarded = guard
+        self._decision = base.Decision()
         super().__init__(optimizer)
         self._steer()
 
@@ -142,7 +143,7 @@ class AlphaScheduler(LRScheduler):
     def _steer(self) -> None:
         """Tell the optimizer who decides what is measured, and who hears of the guard."""
         self._session.steered(_Listener(self), self._guarded)
-        self._tell_guard()
+        self._tell_session()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the copied or unpickled optimizer over."""
@@ -159,6 +160,8 @@ class AlphaScheduler(LRScheduler):
         """Write the first effective rates; torch's constructor calls this."""
         self._step_count = 1
         self.last_epoch = self._session.progress
+        if base.decides(self.policy):
+            self._decide(self._session.iteration)
         self._write()
 
     # ---------------------------------------------------------------- stepping
@@ -185,12 +188,13 @@ class AlphaScheduler(LRScheduler):
         elif self._too_sparse(optimizer):
             self._skip_to_now(optimizer)
             if self._sparse >= PATIENT:
-                self.scale *= base.given_up(self.policy, optimizer.iteration)
+                self._give_up()
         else:
             factor = self._factor(optimizer, session.guard)
             self.scale = min(1e30, max(1e-30, self.scale * factor))
+            self._decide(optimizer.iteration)
             self._give_back()
-        self._tell_guard()
+        self._tell_session()
         if session.progress != self._seen_progress:
             self._seen_progress = session.progress
             if self.schedule is not None and self._cut is None:
@@ -230,18 +234,31 @@ class AlphaScheduler(LRScheduler):
         begin, steps = self._cooling
         return max(0.0, 1.0 - (self._session.progress - begin) / steps)
 
-    def _tell_guard(self) -> None:
-        """Tell the guard what the policy wants of it."""
-        session, policy = self._session, self.policy
-        session.searching = base.searches(policy, session.iteration) and self._cut is None and not self._sparse
-        if session.guard is not None:
-            session.guard.return_wanted = session.guard.return_wanted or base.return_wanted_by(policy)
-            session.guard.point_trusted = base.point_trusted_by(policy)
-            session.guard.searching = session.searching or base.keeps_best_point(policy)
+    def _decide(self, iteration: int) -> None:
+        """Ask a policy that searches for the scale, and for what is to be done with the points it keeps."""
+        session, given = self._session, self._base_rates()[0]
+        decision = base.decision_of(self.policy, iteration, given)
+        if decision.keep is not None:
+            session.keep_point(decision.keep)
+        if decision.restore is not None and not session.restore_point(decision.restore):
+            self._say(
+                "a point of the search for the learning rate is gone (parameters were added, replaced or resized, or a "
+                "state was loaded without the scheduler's): the search ends here."
+            )
+            base.give_up(self.policy, iteration)
+            decision = base.decision_of(self.policy, iteration, given)
+        if decision.scale is not None:
+            self.scale = decision.scale
+        self._decision = decision
+
+    def _tell_session(self) -> None:
+        """Tell the session whether a search goes on."""
+        searching = self._decision.searching and self._cut is None and not self._sparse
+        self._session.in_search(searching, trial=searching and self._decision.trial)
 
     def _too_sparse(self, optimizer: AlphaGuided) -> bool:
         """Whether a search goes on, but the scheduler is stepped after several steps only."""
-        if not base.searches(self.policy, optimizer.iteration):
+        if not self._decision.searching:
             self._sparse = 0
         elif optimizer.iteration - self._seen_iteration >= SPARSE:
             self._sparse += 1
@@ -347,7 +364,7 @@ class AlphaScheduler(LRScheduler):
         if event.reason is GuardReason.NO_EFFECT:  # of the last cut, which is what the guard asks to be undone
             cut, self._last_cut, self._last_event = min(1.0, self._last_cut), 1.0, -SOON - 1
             factor, self._owed = 1.0 / cut, max(1.0, self._owed * cut)
-        elif event.restored and event.reason is not GuardReason.POLICY_RETURNED:
+        elif event.restored and not self._session.trial:
             factor = self._last_cut = self._lowered(event)
             self._last_event = event.iteration
         event = replace(event, scale_factor=factor)
@@ -367,10 +384,10 @@ class AlphaScheduler(LRScheduler):
         An explosion at a rate that an earlier one has lowered, long after it and as high as it, came from the data (two
         hard batches in a row): what was lowered is given back, and rises of that size are not looked at for a while.
         """
-        again = event.iteration - self._last_event <= SOON or event.reason is GuardReason.LOSS_DRIFTED
+        again = event.iteration - self._last_event <= SOON
         rise, last_rise = event.loss_after - event.loss_before, self._last_rise
         self._last_rise = rise
-        if base.keeps_scale(self.policy):
+        if base.decides(self.policy):
             return LOWER_AGAIN if again else LOWER_ONCE
         if again:
             self._owed = 1.0
@@ -394,16 +411,18 @@ class AlphaScheduler(LRScheduler):
 
     def _not_stepped(self) -> None:
         """Several steps were made since the last call: a search waits, at the rate given."""
-        if base.searches(self.policy, self._session.iteration) and self._cut is None:
+        if self._decision.searching and self._cut is None:
             self._take_over_foreign_rates()
             self._sparse = max(1, self._sparse)
             self._write()
 
     def _give_up(self) -> None:
         """End a search and go back to the rates given."""
-        if base.searches(self.policy, self._session.iteration) and self._cut is None:
+        if self._decision.searching and self._cut is None:
             self._take_over_foreign_rates()
-            self.scale *= base.given_up(self.policy, self._session.iteration)
+            base.give_up(self.policy, self._session.iteration)
+            self._decide(self._session.iteration)
+            self._tell_session()
             self._write()
 
     def _reached_by_others(self) -> None:
@@ -435,8 +454,7 @@ class AlphaScheduler(LRScheduler):
 
     def _base_rates(self) -> list[float]:
         """What scale and envelope multiply: the scheduled rates, or their peaks while those are searched."""
-        searching = self.schedule is not None and base.searches(self.policy, self._session.iteration)
-        return self._peaks if searching else self._scheduled
+        return self._peaks if self.schedule is not None and self._decision.searching else self._scheduled
 
     def _write(self) -> None:
         if self._cut is None:
@@ -465,7 +483,7 @@ class AlphaScheduler(LRScheduler):
             )
         scheduled = self._base_rates()
         largest, scale = max(scheduled) * self.scale, self.scale
-        if largest > self.max_lr and base.keeps_scale(self.policy):
+        if largest > self.max_lr and self._decision.scale is not None:
             scale *= self.max_lr / largest  # cut before the envelope, which still anneals it
         elif self.schedule is None and largest > self.max_lr:
             self.scale = scale = scale * self.max_lr / largest  # it must not wind up against the bound
@@ -494,6 +512,7 @@ class AlphaScheduler(LRScheduler):
             "peaks": list(self._peaks),
             "written": list(self._written),
             "factor_now": self._factor_now,
+            "decision": asdict(self._decision),
             "seen_progress": self._seen_progress,
             "seen_iteration": self._seen_iteration,
             "seen_measurement": self._seen_measurement,
@@ -538,6 +557,7 @@ class AlphaScheduler(LRScheduler):
         self._cooling = None if cooling is None else (int(cooling[0]), int(cooling[1]))
         self._said = set(state_dict.get("said", ()))
         self.last_epoch = self._seen_progress
+        self._decision = base.Decision(**state_dict.get("decision", {}))
         policy = state_dict["policy"]
         base.restore(self.policy, from_text(policy) if isinstance(policy, str) else policy)
         if self.schedule is not None and state_dict["schedule"] is not None:
@@ -546,7 +566,7 @@ class AlphaScheduler(LRScheduler):
         self._groups = [id(group) for group in self.optimizer.param_groups]
         self._set_rates(self._written)
         self._last_lr = list(self._written)
-        self._tell_guard()
+        self._tell_session()
 
 
 def waits(optimizer: AlphaGuided) -> bool:

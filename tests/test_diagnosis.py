@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_is_diverging():
 
 
 def test_many_steps_taken_back_are_diverging():
-    events = [GuardEvent(n, "loss_rose", 1.0, 9.0, restored=True) for n in (50, 60, 70, 80)]
+    events = [GuardEvent(n, "loss_rose", 1.0, 9.0, restored=True, scale_factor=0.5) for n in (50, 60, 70, 80)]
     assert diagnose(history(0.2), events).verdict == "diverging"
     assert diagnose(history(0.2), events[:1]).verdict == "balanced"
 
@@ -153,9 +153,20 @@ def test_on_a_real_run(lr, verdicts):
     assert guided.diagnose().verdict in verdicts
 
 
-def test_returns_of_a_policy_are_no_sign_of_divergence():
-    events = [GuardEvent(n, "policy_returned", 1.0, 2.0, restored=True) for n in (50, 60, 70, 80)]
+def test_ends_of_trials_are_no_sign_of_divergence():
+    """The guard ends a hopeless trial, and lowers no rate for it."""
+    events = [GuardEvent(n, "loss_rose", 1.0, 2.0, restored=True) for n in (50, 60, 70, 80)]
     assert diagnose(history(0.2), events).verdict == "balanced"
+
+
+def test_trials_that_were_taken_back_are_not_looked_at():
+    filled = history(-0.9)
+    assert diagnose(filled).verdict == "undershooting"
+    filled.abandoned = [(0, 94)]
+    assert diagnose(filled).count == 5
+    assert filled.windowed(100).count == 5
+    assert filled.windowed(3).count == 3
+    assert len(filled) == 100
 
 
 BASES = {

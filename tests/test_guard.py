@@ -326,12 +326,8 @@ def drift(start, end, steps):
     return [start + (end - start) * k / steps + 0.02 * math.sin(7 * k) for k in range(steps)]
 
 
-def test_a_loss_that_rises_slowly_is_taken_back_during_a_search_only():
-    for searching in (True, False):
-        guard = Guard(None)
-        guard.searching = searching
-        reasons = {str(e.reason) for e in judged(guard, drift(1.0, 3.0, 100), [nn.Parameter(torch.ones(3))])}
-        assert reasons == ({"loss_drifted"} if searching else set())
+def test_a_loss_that_rises_slowly_is_the_users_business():
+    assert judged(Guard(None), drift(1.0, 3.0, 100), [nn.Parameter(torch.ones(3))]) == []
 
 
 def test_noise_before_any_progress_is_no_drift():
@@ -339,70 +335,7 @@ def test_noise_before_any_progress_is_no_drift():
     params = [nn.Parameter(torch.ones(3))]
     losses = 1.0 + 0.2 * torch.randn(600, generator=generator)
     losses[0] = 0.7  # a lucky first batch
-    guard = Guard(None)
-    guard.searching = True
-    assert judged(guard, losses.tolist(), params) == []
-
-
-def test_a_policy_may_return_to_the_best_point():
-    class Returns(Hold):
-        asked = 0
-
-        def wants_return(self):
-            self.asked += 1
-            return self.asked == 15
-
-    model, loss_fn = make_model(), nn.CrossEntropyLoss()
-    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, loss_fn)
-    scheduler = AlphaScheduler(guided, Returns())
-    kept = None
-    for x, y in batches(25):
-        guided.zero_grad()
-        loss_fn(model(x), y).backward()
-        before = len(guided.guard_events)
-        guided.step()
-        if len(guided.guard_events) > before:
-            good = guided._session.guard.good.point.params
-            kept = all(torch.equal(now, then) for now, then in zip(model.parameters(), good, strict=True))
-            assert not guided.state  # momentum starts anew
-        scheduler.step()
-    (event,) = guided.guard_events
-    assert (event.reason, event.restored, event.scale_factor) == ("policy_returned", True, 1.0)
-    assert kept
-    assert scheduler.scale == 1.0
-
-
-def test_a_point_that_the_policy_does_not_trust_is_not_the_one_to_return_to():
-    class Wary(Hold):
-        """Trusts the first window only, and returns after the third."""
-
-        asked = 0
-
-        def trusts_point(self):
-            return self.asked < 12
-
-        def wants_return(self):
-            self.asked += 1
-            return self.asked == 35
-
-    model, loss_fn = make_model(), nn.CrossEntropyLoss()
-    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn)
-    scheduler = AlphaScheduler(guided, Wary())
-    points, losses = [], []
-    for x, y in batches(40):
-        guided.zero_grad()
-        loss = loss_fn(model(x), y)
-        loss.backward()
-        points.append(snapshot(model))
-        losses.append(loss.item())
-        guided.step()
-        if guided.guard_events:
-            break
-        scheduler.step()
-    assert sum(losses[20:30]) < sum(losses[:10]) - 1.0  # later windows were better
-    now = snapshot(model)
-    equal = [all(torch.equal(value, now[name]) for name, value in point.items()) for point in points]
-    assert equal.index(True) == 10  # where the first window ended
+    assert judged(Guard(None), losses.tolist(), params) == []
 
 
 # ------------------------------------------------------------------ points are put back whole, or not at all

@@ -75,7 +75,7 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
     Returns:
         The diagnosis; often ``"unknown"``, never a guess.
     """
-    recent = history[-WINDOW:]
+    recent = history.lasting(WINDOW)
     alpha, std, count = history.windowed(WINDOW)
     verdict, cause = _verdict(history, recent, events, alpha, std, count)
     suggested = rate_from_climbs(history)
@@ -208,7 +208,7 @@ def _diverges(recent: Sequence[AlphaMeasurement], events: Sequence[GuardEvent]) 
     bad = [
         event
         for event in events
-        if event.restored and event.reason is not GuardReason.POLICY_RETURNED and event.iteration not in undone
+        if event.restored and event.scale_factor != 1.0 and event.iteration not in undone  # else it ended a trial
     ]
     back = sum(event.iteration >= recent[0].iteration for event in bad) if recent else 0
     if back > TAKEN_BACK:

@@ -62,6 +62,8 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         self._pending: list[Pending] = []
         self._dropped: dict[str, int] = {}
         self._callbacks: list[Callable[[AlphaMeasurement], None]] = []
+        self.abandoned: list[tuple[int, int]] = []
+        """First and last iteration of trials that were taken back as a whole; `windowed` leaves them out."""
 
     # ---------------------------------------------------------------- writing
 
@@ -209,7 +211,24 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         """
         if n < 1:
             raise ValueError(f"a window needs at least 1 measurement, got n={n}")
-        return window_alpha(self._read()[-n:])
+        return window_alpha(self.lasting(n))
+
+    def lasting(self, n: int | None = None) -> list[AlphaMeasurement]:
+        """Return the measurements of steps that a search did not take back, oldest first.
+
+        Args:
+            n: Only the last so many of them; None: all.
+        """
+        items = self._read()
+        if not self.abandoned:
+            return list(items) if n is None else items[-n:]
+        found: list[AlphaMeasurement] = []
+        for item in reversed(items):
+            if n is not None and len(found) == n:
+                break
+            if not any(first <= item.iteration <= last for first, last in self.abandoned):
+                found.append(item)
+        return found[::-1]
 
     # ---------------------------------------------------------------- leaving
 
@@ -236,7 +255,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         Args:
             path: File to write; replaced as a whole if it exists.
         """
-        header = {"format": FORMAT, "version": VERSION, "dropped": self.dropped}
+        header = {"format": FORMAT, "version": VERSION, "dropped": self.dropped, "abandoned": self.abandoned}
         lines = [json.dumps(header)] + [json.dumps(to_row(item)) for item in self._read()]
         temporary = f"{os.fspath(path)}.part"
         with open(temporary, "w", encoding="utf-8") as file:
@@ -283,12 +302,17 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
                 )
             for reason, count in row.get("dropped", {}).items():
                 self.drop(str(reason), int(count))
+            self.abandoned += [(int(first), int(last)) for first, last in row.get("abandoned", ())]
         elif EVENT not in row and NOTE not in row:  # those are for reports
             self._store(from_row(row))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain lists and numbers."""
-        return {"columns": self.to_dict(), "dropped": self.dropped}
+        return {
+            "columns": self.to_dict(),
+            "dropped": self.dropped,
+            "abandoned": [list(span) for span in self.abandoned],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the contents by those of a `state_dict`; subscriptions stay."""
@@ -297,3 +321,4 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         self._pending.clear()
         self._items = [from_row(dict(zip(NAMES, row, strict=True))) for row in rows]
         self._dropped = {str(reason): int(count) for reason, count in state["dropped"].items()}
+        self.abandoned = [(int(first), int(last)) for first, last in state.get("abandoned", ())]

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 FALSE_ALARM = 1e-6
 """Probability per step that chance alone looks like an explosion. Two batches at the same point have to agree, so
@@ -61,7 +63,7 @@ class LossScatter:
         """Add the loss of a batch that was used."""
         if self._first is None:
             self._first = loss
-        else:
+        elif math.isfinite(self._last):
             self._differences.append(abs(loss - self._last))
         self._last, self._lowest = loss, min(loss, self._lowest)
         self._harmless *= FORGETS
@@ -71,6 +73,10 @@ class LossScatter:
         self._differences.clear()
         self._first = None
         self._lowest = math.inf
+
+    def moved(self) -> None:
+        """The next loss is one of another point: how far it lies from the last one says nothing."""
+        self._last = math.inf
 
     def note_harmless(self, rise: float) -> None:
         """A rise that looked like an explosion was none: the next one of its size is not looked at."""
@@ -119,3 +125,72 @@ class LossScatter:
         self._differences = deque(map(float, state["differences"]), maxlen=WINDOW)
         self._harmless, self._first = float(state["harmless"]), state["first"]
         self._last, self._lowest = float(state["last"]), float(state["lowest"])
+
+
+MISTAKEN = 0.01
+"""Probability, over a whole run, that chance alone makes `surely_above` say so of two equal levels."""
+
+
+class Level(NamedTuple):
+    """Where the losses of some steps lie.
+
+    Attributes:
+        mean: Their mean.
+        deviation: Their standard deviation from batch to batch (ddof=1), nan for one loss.
+        count: Their number.
+    """
+
+    mean: float
+    deviation: float
+    count: int  # type: ignore[assignment] # - hides tuple.count, on purpose
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; infinite for one loss."""
+        return math.inf if self.count < 2 else self.deviation / math.sqrt(self.count)
+
+
+def level_of(losses: Sequence[float]) -> Level:
+    """The level of some losses; infinite where one of them is not finite, or none is there."""
+    if not losses or not all(map(math.isfinite, losses)):
+        return Level(math.inf, 0.0, len(losses))
+    deviation = statistics.stdev(losses) if len(losses) > 1 else math.nan
+    return Level(statistics.fmean(losses), deviation, len(losses))
+
+
+def scatter_of(losses: Sequence[float]) -> float:
+    """Deviation from batch to batch of losses that have a trend as well, from those of neighbours; nan below two."""
+    differences = [(b - a) ** 2 for a, b in pairwise(losses)]
+    return math.sqrt(statistics.fmean(differences) / 2.0) if differences else math.nan
+
+
+def surely_above(high: Level, low: Level, looks: int, freedom: float | None = None) -> bool:
+    """Whether one level lies above another beyond the noise of both.
+
+    Args:
+        high: The level that may be higher.
+        low: The other one.
+        looks: How often this is asked in a run; the chance to be mistaken once in all of them is `MISTAKEN`.
+        freedom: Degrees of freedom of the deviations, where they come from more losses than the levels have; None: as
+            in Welch's test.
+    """
+    rise = high.mean - low.mean
+    if math.isinf(high.mean) or not rise > 0.0:
+        return math.isinf(high.mean) and math.isfinite(low.mean)
+    if min(high.count, low.count) < 2:
+        return False
+    parts = high.error**2, low.error**2
+    noise = math.sqrt(sum(parts))
+    if noise == 0.0:
+        return True
+    if freedom is None:
+        freedom = sum(parts) ** 2 / (parts[0] ** 2 / (high.count - 1) + parts[1] ** 2 / (low.count - 1))
+    return rise > _quantile(round(freedom, 2), MISTAKEN / looks) * noise
+
+
+@lru_cache(maxsize=4096)
+def _quantile(freedom: float, chance: float) -> float:
+    """The value that a Student t variable exceeds with this chance."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 1.0 - chance))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Any, NamedTuple
+from typing import Any
 
+from alpha_optim.alpha.loss_level import Level
 from alpha_optim.alpha.measurement import AlphaMeasurement
 
 RESOLUTION = 0.4
@@ -29,20 +30,6 @@ def room_above(samples: int) -> float:
     Noise leaves less room, and batches of many samples have less of it.
     """
     return 0.3 * math.log(min(256, max(8, samples)) / 32)
-
-
-class Level(NamedTuple):
-    """The best window.
-
-    Attributes:
-        mean: Its mean loss.
-        deviation: Batch-to-batch deviation of its losses.
-        count: Number of losses.
-    """
-
-    mean: float
-    deviation: float
-    count: int  # type: ignore[assignment] # - hides tuple.count, on purpose
 
 
 class LossTrace:
@@ -141,13 +128,13 @@ class LossTrace:
     def of(cls, state: dict[str, Any]) -> LossTrace:
         """Return the trace with this state."""
         trace = cls(int(state["size"]), float(state["first"]))
-        trace.best = level_of(state["best"])
+        trace.best = level_from(state["best"])
         trace._losses.extend(map(float, state["losses"]))
         trace._where.extend(map(float, state["where"]))
         trace._means = [(float(mean), float(where)) for mean, where in state["means"]]
         return trace
 
 
-def level_of(state: list[float] | None) -> Level | None:
+def level_from(state: list[float] | None) -> Level | None:
     """Return a level from plain values."""
     return None if state is None else Level(float(state[0]), float(state[1]), int(state[2]))

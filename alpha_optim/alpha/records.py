@@ -63,6 +63,7 @@ class DropReason(Code):
     EXCEPTION = "exception"
     NOT_FINITE = "not_finite"
     OTHER_RANK = "other_rank"
+    RESTORED = "restored"
     EVICTED = "evicted"
 
 
@@ -73,7 +74,7 @@ class GuardReason(Code):
     GRADIENT_NOT_FINITE = "gradient_not_finite"
     STATE_NOT_FINITE = "state_not_finite"
     LOSS_ROSE = "loss_rose"
-    LOSS_DRIFTED = "loss_drifted"
+    LOSS_DRIFTED = "loss_drifted"  # this and the next only in runs of version 0.1
     POLICY_RETURNED = "policy_returned"
     NO_EFFECT = "no_effect"
 
@@ -147,8 +148,7 @@ class GuardEvent:
         reason: Why, one of `GuardReason`.
         loss_before: Loss before the step that was judged (nan if not observed).
         loss_after: Loss after it.
-        restored: Whether parameters and buffers were put back: to the point before that step, or to the best
-            one of a search (``"loss_drifted"``, ``"policy_returned"``).
+        restored: Whether parameters and buffers were put back to the point before that step.
         scale_factor: By what the scheduler multiplied the learning rates.
         skipped: Whether the batch was not used for a step.
     """

@@ -8,14 +8,10 @@ inherited:
 - ``on_step(iteration, loss) -> float``: told of every step that was made, measured or not, with the mini-batch
   loss it was made from as the guard read it (nan without); returns a further factor for the scale.
 - ``on_event(event)``: told when the guard took a step back.
-- ``wants_return() -> bool``: asked once per scheduler step; True: back to the best point (needs a guard).
-- ``trusts_point() -> bool``: asked once per scheduler step; False: what is reached does not become the best
-  point, however low the loss.
-- ``searches(iteration) -> bool``: whether the policy looks for the peak of the rates now, so that a schedule's
-  warm-up must not come in between.
-- ``give_up(iteration) -> float``: told that the search cannot go on; keeps the rate given, returns the factor for it.
-- ``keeps_scale``: true if the policy keeps count of the scale it has asked for. Such a scale is not cut at a
-  bound, only the rates that follow from it; any other could wind up against the bound.
+- ``decide(iteration, given) -> Decision``: asked once per scheduler step, after everything above: a policy that
+  searches says there what the scale is, and which points to keep and to go back to. ``given`` is the rate of the first
+  param group at scale 1.
+- ``give_up(iteration)``: told that the search cannot go on, or that its points are gone: the rate given is to be kept.
 - ``state_dict() / load_state_dict(state)``: what it remembers, as plain values.
 """
 
@@ -23,10 +19,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import GuardEvent
+
+Place = Literal["start", "best"]
+"""The two points that a search may keep: where its trials begin, and where the best of them ended."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy that searches decides for the coming step.
+
+    Attributes:
+        scale: What the scheduled rates are multiplied by, beside the envelope; None: the product of all factors. It is
+            not cut at a bound, only the rates that follow from it are.
+        keep: Where to keep the point reached, a copy of parameters, buffers and optimizer state; None: nowhere.
+        restore: The point to go on from; None: the one reached.
+        trial: Whether the coming step belongs to a trial, which the guard ends instead of lowering the rate.
+        searching: Whether the rate is still looked for: the peak of a schedule stands in for what it says, and hooks
+            for accepted points sleep.
+    """
+
+    scale: float | None = None
+    keep: Place | None = None
+    restore: Place | None = None
+    trial: bool = False
+    searching: bool = False
 
 
 class Policy(Protocol):
@@ -101,24 +122,33 @@ def tell_event(policy: Any, event: GuardEvent) -> None:
     _asked(policy, "on_event", None, event)
 
 
-def return_wanted_by(policy: Any) -> bool:
-    """Ask a policy whether to go back to the best point; False if it never does."""
-    return bool(_asked(policy, "wants_return", False))
+def decision_of(policy: Any, iteration: int, given: float = 1.0) -> Decision:
+    """Ask a policy what it decides; nothing for one that does not search.
+
+    Args:
+        policy: The policy.
+        iteration: The coming iteration.
+        given: Learning rate of the first param group at scale 1.
+
+    Raises:
+        TypeError: If the answer is not a `Decision`.
+        ValueError: If the scale is not a finite number > 0.
+    """
+    decision = _asked(policy, "decide", Decision(), iteration, given)
+    if not isinstance(decision, Decision):
+        raise TypeError(
+            f"policy {name_of(policy)} decided {decision!r}; expected an alpha_optim.policies.base.Decision"
+        )
+    if decision.scale is not None and not 0.0 < decision.scale < math.inf:
+        raise ValueError(
+            f"policy {name_of(policy)} decided on a scale of {decision.scale!r}; expected a finite number > 0"
+        )
+    return decision
 
 
-def point_trusted_by(policy: Any) -> bool:
-    """Ask a policy whether the points reached may become the best one; True unless it objects."""
-    return bool(_asked(policy, "trusts_point", True))
-
-
-def searches(policy: Any, iteration: int) -> bool:
-    """Ask a policy whether it is looking for the peak of the rates; False unless it says so."""
-    return bool(_asked(policy, "searches", False, iteration))
-
-
-def keeps_scale(policy: Any) -> bool:
-    """Whether a policy keeps count of the scale it has asked for."""
-    return bool(getattr(policy, "keeps_scale", False))
+def decides(policy: Any) -> bool:
+    """Whether a policy decides on the scale itself."""
+    return callable(getattr(policy, "decide", None))
 
 
 def state_of(policy: Any) -> dict[str, Any]:
@@ -132,14 +162,6 @@ def restore(policy: Any, state: dict[str, Any]) -> None:
     _asked(policy, "load_state_dict", None, state)
 
 
-def keeps_best_point(policy: Any) -> bool:
-    """Whether a policy that never says when it searches may ask to go back to the best point at any time."""
-    inner = getattr(policy, "policy", None)
-    if callable(inner):
-        return keeps_best_point(inner)
-    return hasattr(policy, "wants_return") and not hasattr(policy, "searches")
-
-
-def given_up(policy: Any, iteration: int) -> float:
-    """Tell a policy to end its search and keep the rate given; return its factor, 1 if it does not listen."""
-    return _checked(policy, _asked(policy, "give_up", 1.0, iteration), iteration)
+def give_up(policy: Any, iteration: int) -> None:
+    """Tell a policy to end its search and keep the rate given, if it listens."""
+    _asked(policy, "give_up", None, iteration)

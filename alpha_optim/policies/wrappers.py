@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from alpha_optim.alpha.measurement import AlphaMeasurement
@@ -40,21 +41,13 @@ class _Around:
         """Tell the inner policy."""
         base.tell_event(self.policy, event)
 
-    def wants_return(self) -> bool:
+    def decide(self, iteration: int, given: float) -> base.Decision:
         """Ask the inner policy."""
-        return base.return_wanted_by(self.policy)
+        return base.decision_of(self.policy, iteration, given)
 
-    def trusts_point(self) -> bool:
-        """Ask the inner policy."""
-        return base.point_trusted_by(self.policy)
-
-    def searches(self, iteration: int) -> bool:
-        """Ask the inner policy."""
-        return base.searches(self.policy, iteration)
-
-    def give_up(self, iteration: int) -> float:
-        """Tell the inner policy; return its factor."""
-        return base.given_up(self.policy, iteration)
+    def give_up(self, iteration: int) -> None:
+        """Tell the inner policy."""
+        base.give_up(self.policy, iteration)
 
 
 class Bounded(_Around):
@@ -80,7 +73,6 @@ class Bounded(_Around):
             )
         self.lowest, self.highest = lowest, highest
         self._product = 1.0
-        self._wanted = 1.0  # without the bounds
 
     def __repr__(self) -> str:
         """Return the call that builds it."""
@@ -98,26 +90,24 @@ class Bounded(_Around):
         """The part of a factor that keeps the product within the bounds."""
         if wanted == 1.0:
             return 1.0  # what the guard lowered is not for us to take back
-        before = self._wanted if base.keeps_scale(self.policy) else self._product
-        self._wanted = before * wanted
-        product = min(self.highest, max(self.lowest, self._wanted))
+        product = min(self.highest, max(self.lowest, self._product * wanted))
         factor, self._product = product / self._product, product
         return factor
 
-    def on_event(self, event: GuardEvent) -> None:
-        """Tell the inner policy; one that keeps count of the scale will take back what the guard did."""
-        if base.keeps_scale(self.policy):
-            self._wanted *= event.scale_factor
-            self._product *= event.scale_factor
-        base.tell_event(self.policy, event)
+    def decide(self, iteration: int, given: float) -> base.Decision:
+        """Ask the inner policy; a scale it decides on is kept within the bounds."""
+        decision = super().decide(iteration, given)
+        if decision.scale is None:
+            return decision
+        return replace(decision, scale=min(self.highest, max(self.lowest, decision.scale)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the product and the inner state."""
-        return {"product": self._product, "wanted": self._wanted, "policy": base.state_of(self.policy)}
+        return {"product": self._product, "policy": base.state_of(self.policy)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
-        self._product, self._wanted = float(state["product"]), float(state["wanted"])
+        self._product = float(state["product"])
         base.restore(self.policy, state["policy"])
 
 
@@ -151,11 +141,6 @@ class WithWarmup(_Around):
     def on_step(self, iteration: int, loss: float) -> float:
         """Tell the inner policy once the warm-up is over; return its factor, 1 before."""
         return base.step_factor_of(self.policy, iteration, loss) if iteration >= self.steps else 1.0
-
-    @property
-    def keeps_scale(self) -> bool:
-        """Whether the inner policy keeps count of the scale."""
-        return base.keeps_scale(self.policy)
 
     def envelope(self, iteration: int) -> float:
         """Return the warm-up times the inner envelope."""

@@ -13,7 +13,7 @@ differ by (`alpha.loss_level`), the batch is not used, and the next one is looke
   rate given back.
 
 What is done `PATIENCE` times in a row without effect is not done any more. A run that diverges over many steps is
-taken back during a search only, see `best_point`; after it a loss that rises slowly is the user's business.
+not the guard's business: in a search trials are, which the policy ends, and after it the user knows why a loss rises.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from alpha_optim.measure.across_ranks import Report, Together
 from alpha_optim.measure.step_ends import BatchLoss
 from alpha_optim.observe.numbers import Number, free_to_read, read, saved
 from alpha_optim.observe.step_direction import versions_of
-from alpha_optim.steer.best_point import GoodPoint
 from alpha_optim.steer.point import Point, inner_optimizers, keeps_own_weights, persistent_buffers
 from alpha_optim.user_warning import warn_user
 
@@ -70,13 +69,6 @@ class Reading(NamedTuple):
     gradient: bool = True
     can_return: bool = True
 
-    @property
-    def error(self) -> float:
-        """Standard error of the mean loss, nan if not known."""
-        if self.variance is None or self.samples == 0:
-            return math.nan
-        return math.sqrt(self.variance / self.samples)
-
 
 UNSEEN = Reading(None, None, 0)
 UNSEEN_LOSS = BatchLoss(None, None, 0)
@@ -98,7 +90,7 @@ class _Stage(Code):
 
 
 class Guard:
-    """Judges the points reached, and goes back to the one before, or in a search to the best."""
+    """Judges the points reached, and goes back to the one before."""
 
     def __init__(self, model: nn.Module | None, optimizer: Optimizer | None = None, on_host: bool = False) -> None:
         """Start with nothing kept.
@@ -113,7 +105,6 @@ class Guard:
         self._optimizer = optimizer if own else None
         self.on_host = on_host
         self._last = Point(on_host)
-        self.good = GoodPoint(on_host)
         self._before = UNSEEN  # the last step
         self._scatter = LossScatter()
         self._stage = _Stage.CALM
@@ -129,9 +120,6 @@ class Guard:
         self._reported: Sequence[bool] | Tensor = ()  # the same, as it was reported to other ranks
         self._losses: deque[tuple[int, float]] = deque(maxlen=KEPT)  # for the policy
         self.stepped = False  # whether a step was made from the last point
-        self.return_wanted = False  # to the good point, by a policy
-        self.point_trusted = True  # by a policy: whether the point reached may become the good point
-        self.searching = False  # whether a policy searches, so that there is a good point
 
     def kept_parameters(self, params: Sequence[Tensor]) -> list[Tensor] | None:
         """The copy of the parameters from before the coming step, if it is kept on their device."""
@@ -148,7 +136,7 @@ class Guard:
         mean = read([loss.mean])[0] if isinstance(loss, BatchLoss) else loss
         if mean is not None:
             self._losses.append((iteration, mean))
-        if self._last or self.good:
+        if self._last:
             self.forget()
 
     def forget(self) -> None:
@@ -158,7 +146,6 @@ class Guard:
 
     def _forget_points(self) -> None:
         self._last.forget()
-        self.good.forget()
         self._stage, self.stepped = _Stage.CALM, False
 
     def step_made(self, params: Sequence[Tensor]) -> None:
@@ -171,6 +158,13 @@ class Guard:
             self._forget_points()
         elif self.stepped and self._versions != versions_of(params):
             self._forget_for_an_edit()
+
+    def moved(self, params: Sequence[Tensor]) -> None:
+        """A search has put another point back: it is the one to go on from."""
+        self._stage, self.stepped, self._before = _Stage.CALM, False, UNSEEN
+        self._not_finite, self._lowered, self._at_fault = 0, False, False
+        self._scatter.moved()
+        self._last.keep(params, self._model, self._optimizer)
 
     def _forget_for_an_edit(self) -> None:
         """The parameters are others than the last step left."""
@@ -226,11 +220,6 @@ class Guard:
             self._not_finite += 1
             return self._skip(iteration, GuardReason.STATE_NOT_FINITE, now)
         rose = self._rose(now)
-        if self._stage is _Stage.TAKEN_BACK and rose:
-            self.return_wanted = False  # what it was wanted for was no explosion
-        if self.return_wanted and self.good:
-            return self._to_the_good_point(iteration, GuardReason.POLICY_RETURNED, params)
-        self.return_wanted = False
         if self._stage is _Stage.CALM and rose:
             self._stage = _Stage.DOUBTED
             return self._skip(iteration, GuardReason.LOSS_ROSE, now)
@@ -238,8 +227,6 @@ class Guard:
             judgement = self._take_back(iteration, GuardReason.LOSS_ROSE, now, params)
             self._stage = _Stage.TAKEN_BACK if judgement.event is not None and judgement.event.restored else _Stage.CALM
             return judgement
-        if self.searching and self.good.drifted() and not self.good.accept(params, self._model, self._optimizer):
-            return self._to_the_good_point(iteration, GuardReason.LOSS_DRIFTED, params)
         event = self._settle(iteration, rose, now)
         if self._at_fault:  # so many in a row are usual in these data
             self._most_not_finite = max(self._most_not_finite, self._not_finite)
@@ -313,17 +300,11 @@ class Guard:
 
     def _accept(self, iteration: int, now: Reading, params: Sequence[Tensor], finite: Sequence[bool] | Tensor) -> None:
         """Keep the point from which a step is about to be made."""
-        if self.searching:
-            self.good.close_window(params, self._model, self._optimizer, self.point_trusted)
-        elif self.good:
-            self.good.forget()
         self._last.keep(params, self._model, self._optimizer)
         self._finite, self.stepped = finite, False
         if now.loss is not None:
             self._scatter.note(now.loss)
             self._losses.append((iteration, now.loss))
-            if self.searching:
-                self.good.note(now.loss, now.error, params, self._model, self._optimizer)
         self._before = now
 
     def _settle(self, iteration: int, rose: bool, now: Reading) -> GuardEvent | None:
@@ -364,7 +345,7 @@ class Guard:
             return judgement
         judgement = self._skip(iteration, reason, now)
         if self._lowered and judgement.event is not None:
-            self._lowered = self.return_wanted = False
+            self._lowered = False
             self._at_fault = True
             self._say(
                 "three batches in a row are not finite, the last of them at a point at which others were: the data "
@@ -381,14 +362,6 @@ class Guard:
         restored = self.stepped and now.can_return and self._last.restore(params, self._model)
         before, after = (math.nan if loss is None else loss for loss in (self._before.loss, now.loss))
         self.stepped = False
-        return Judgement(GuardEvent(iteration, reason, before, after, restored), False)
-
-    def _to_the_good_point(self, iteration: int, reason: GuardReason, params: Sequence[Tensor]) -> Judgement:
-        """Put the best point of a search back."""
-        before, after = self.good.levels()
-        restored = self.good.go_back(params, self._model, counts=reason is GuardReason.LOSS_DRIFTED)
-        self.return_wanted = self.stepped = False
-        self._stage = _Stage.CALM
         return Judgement(GuardEvent(iteration, reason, before, after, restored), False)
 
     def _say(self, text: str) -> None:
@@ -470,7 +443,6 @@ class Guard:
         return {
             "last": self._last.state_dict() if self._last else None,
             "finite": None if self._finite is None else torch.as_tensor(self._finite).tolist(),
-            "good": self.good.state_dict(),
             "before": list(self._before[:3]),
             "scatter": self._scatter.state_dict(),
             "stage": self._stage.value,
@@ -482,9 +454,6 @@ class Guard:
             "helpless": self._helpless,
             "losses": [list(entry) for entry in self._losses],
             "stepped": self.stepped,
-            "return_wanted": self.return_wanted,
-            "point_trusted": self.point_trusted,
-            "searching": self.searching,
         }
 
     def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
@@ -499,9 +468,6 @@ class Guard:
         self._stage = _Stage(state["stage"]) if fits else _Stage.CALM
         finite = state["finite"]
         self._finite = None if finite is None or not fits else list(map(bool, finite))
-        self.good.load_state_dict(state["good"], params, self._model, self._optimizer)
-        self.return_wanted, self.point_trusted = bool(state["return_wanted"]), bool(state["point_trusted"])
-        self.searching = bool(state["searching"])
         self._before = Reading(*state["before"])
         self._scatter.load_state_dict(state["scatter"])
         self._doubted_rise = float(state["doubted_rise"])

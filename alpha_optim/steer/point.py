@@ -1,4 +1,4 @@
-"""A point of training: parameters, persistent buffers, and weights that an optimizer keeps of its own.
+"""A point of training: parameters, persistent buffers, and state of an optimizer.
 
 A point is put back all or nothing, and that is checked before anything is written. Parameters have to be the same
 tensors in the same shapes as when it was kept; if not, the point is forgotten. Buffers of a module are put back if all
@@ -17,12 +17,25 @@ from torch.optim import Optimizer
 
 from alpha_optim.distributed import local
 from alpha_optim.observe.step_direction import copied, same_tensors
+from alpha_optim.steer.several import Several
 
 OWN_WEIGHTS = ("ScheduleFree", "Lookahead", "SAM", "Prodigy", "DAdapt")
 """Parts of the names of classes of optimizers that keep weights, or distances between weights, in their state."""
 DECLARED = "state_belongs_to_weights"
 """An optimizer with this attribute, true, declares that it does, too."""
-_RATE = ("lr", "params")
+_SET_BY_SCHEDULES = (
+    "params",
+    "lr",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "betas",
+    "momentum",
+    "base_momentum",
+    "max_momentum",
+    "weight_decay",
+)
+"""Entries of a param group that the training loop or its schedules write; all others are the optimizer's counters."""
 
 
 def persistent_buffers(model: nn.Module | None) -> list[list[Tensor]]:
@@ -52,46 +65,48 @@ def keeps_own_weights(optimizer: Optimizer) -> bool:
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
     """The optimizer, and those that it wraps or is made of."""
-    inner = [getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer")]
+    inner = [getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer", "optim")]
     inner += list(getattr(optimizer, "optimizers", ()))
     return [optimizer, *(part for entry in inner if hasattr(entry, "param_groups") for part in inner_optimizers(entry))]
 
 
-class OwnWeights:
-    """State and counters of optimizers that keep weights of their own."""
+class OptimizerState:
+    """State of an optimizer and the counters in its groups, with those of the optimizers it wraps or is made of."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        """Copy them; nothing is copied of other optimizers."""
-        every = inner_optimizers(optimizer)
-        kept = every if any(map(keeps_own_weights, every)) else []
+    def __init__(self, optimizer: Optimizer, on_host: bool = False) -> None:
+        """Copy it.
+
+        Args:
+            optimizer: The optimizer.
+            on_host: Whether copies are kept in the memory of the CPU.
+        """
+        # One made of several shows their state as its own.
+        parts = [part for part in inner_optimizers(optimizer) if not isinstance(part, Several)]
         self._kept: list[tuple[Any, list[tuple[Any, Any]], list[dict[str, Any]]]] = [
             (
                 part,
-                [(key, copy_of(value)) for key, value in part.state.items()],
+                [(key, copy_of(value, on_host)) for key, value in part.state.items()],
                 [
-                    {name: copy_of(value) for name, value in group.items() if name not in _RATE}
+                    {name: copy_of(value, on_host) for name, value in group.items() if name not in _SET_BY_SCHEDULES}
                     for group in _groups(part)
                 ],
             )
-            for part in kept
+            for part in parts
         ]
-
-    def __bool__(self) -> bool:
-        """Whether there is anything to put back."""
-        return bool(self._kept)
 
     def fits(self) -> bool:
         """Whether the param groups are as many as then."""
         return all(len(_groups(part)) == len(groups) for part, _, groups in self._kept)
 
     def restore(self) -> None:
-        """Put everything back; the learning rates stay."""
+        """Put everything back, into the tensors that are there where these have the same shape; learning rates stay."""
         for part, state, groups in self._kept:
+            now = dict(part.state)
             part.state.clear()
             for key, value in state:
-                part.state[key] = copy_of(value)
+                part.state[key] = put_back(now.get(key), value, key)
             for group, kept in zip(_groups(part), groups, strict=True):
-                group.update({name: copy_of(value) for name, value in kept.items()})
+                group.update({name: put_back(group.get(name), value, None) for name, value in kept.items()})
 
     def state_dict(self) -> list[Any]:
         """Return it as plain values and tensors, state by the place of its parameter in the groups."""
@@ -118,27 +133,52 @@ def _groups(optimizer: Any) -> list[dict[str, Any]]:
     return groups
 
 
-def copy_of(value: Any) -> Any:
-    """The same, tensors and containers copied."""
+def copy_of(value: Any, on_host: bool = False) -> Any:
+    """The same, tensors and containers copied; of a tensor that is spread over ranks the part of this one."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        here = local(value).detach()
+        return here.to("cpu", copy=True) if on_host else here.clone()
     if isinstance(value, dict):
-        return {key: copy_of(entry) for key, entry in value.items()}
+        return {key: copy_of(entry, on_host) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)([copy_of(entry) for entry in value]) if type(value) in (list, tuple) else value
+        return type(value)([copy_of(entry, on_host) for entry in value]) if type(value) in (list, tuple) else value
     return value
+
+
+def put_back(now: Any, kept: Any, param: Any) -> Any:
+    """What was kept, in the tensors and containers that are there now where these are alike.
+
+    Args:
+        now: What is there now.
+        kept: What `copy_of` made of what was there.
+        param: The parameter whose state it is, on whose device new tensors belong; None where there is none.
+    """
+    if isinstance(kept, Tensor):
+        if isinstance(now, Tensor) and local(now).shape == kept.shape and now.dtype == kept.dtype:
+            local(now).copy_(kept)
+            return now
+        on_device = isinstance(param, Tensor) and kept.dim() > 0  # counters of steps stay on the CPU
+        return kept.to(param.device, copy=True) if on_device else kept.clone()
+    if isinstance(kept, dict):
+        there = now if isinstance(now, dict) else {}
+        return {key: put_back(there.get(key), value, param) for key, value in kept.items()}
+    if type(kept) in (list, tuple):
+        entries = now if isinstance(now, (list, tuple)) and len(now) == len(kept) else [None] * len(kept)
+        return type(kept)([put_back(a, b, param) for a, b in zip(entries, kept, strict=True)])
+    return kept
 
 
 class Point:
     """Copies of what belongs to a point; empty at first."""
 
-    def __init__(self, on_host: bool = False) -> None:
+    def __init__(self, on_host: bool = False, whole: bool = False) -> None:
         """Prepare.
 
         Args:
             on_host: Whether copies are kept in the memory of the CPU.
+            whole: Whether the state of any optimizer belongs to it, not only of those that keep weights of their own.
         """
-        self._on_host = on_host
+        self._on_host, self._whole = on_host, whole
         self.forget()
 
     def forget(self) -> None:
@@ -146,7 +186,7 @@ class Point:
         self._params: list[Tensor] = []
         self._shapes: list[torch.Size] = []
         self._buffers: list[list[Tensor]] = []
-        self._own: OwnWeights | None = None
+        self._state: OptimizerState | None = None
         self.params: list[Tensor] = []
         """Copies of the parameters."""
         self.buffers: list[list[Tensor]] = []
@@ -162,7 +202,7 @@ class Point:
         Args:
             params: The parameters.
             model: The model whose buffers belong to it.
-            optimizer: The optimizer, looked at for weights of its own.
+            optimizer: The optimizer.
         """
         self._params = list(params)
         self._shapes = [param.shape for param in params]
@@ -170,7 +210,8 @@ class Point:
         self._buffers = persistent_buffers(model)
         stores = self.buffers if len(self.buffers) == len(self._buffers) else [[] for _ in self._buffers]
         self.buffers = [self._copied(store, now) for store, now in zip(stores, self._buffers, strict=True)]
-        self._own = None if optimizer is None else OwnWeights(optimizer)
+        whole = optimizer is not None and (self._whole or any(map(keeps_own_weights, inner_optimizers(optimizer))))
+        self._state = OptimizerState(optimizer, self._on_host) if optimizer is not None and whole else None
 
     def keep_buffers(self, model: nn.Module | None) -> None:
         """Copy the buffers alone."""
@@ -193,7 +234,7 @@ class Point:
         """Whether it is a point of these very tensors."""
         same = same_tensors(self._params, list(params)) and bool(self._params)
         shapes = same and all(param.shape == shape for param, shape in zip(params, self._shapes, strict=True))
-        return shapes and (self._own is None or self._own.fits())
+        return shapes and (self._state is None or self._state.fits())
 
     @torch.no_grad()
     def restore(self, params: Sequence[Tensor], model: nn.Module | None) -> bool:
@@ -212,14 +253,9 @@ class Point:
         for param, kept in zip(params, self.params, strict=True):
             local(param).copy_(kept)
         self.restore_buffers(model)
-        if self._own is not None:
-            self._own.restore()
+        if self._state is not None:
+            self._state.restore()
         return True
-
-    @property
-    def with_optimizer(self) -> bool:
-        """Whether weights of the optimizer's own are part of it."""
-        return bool(self._own)
 
     @torch.no_grad()
     def restore_buffers(self, model: nn.Module | None) -> None:
@@ -239,7 +275,7 @@ class Point:
         return {
             "params": [kept.clone() for kept in self.params],
             "buffers": [[kept.clone() for kept in copies] for copies in self.buffers],
-            "own": [] if self._own is None else self._own.state_dict(),
+            "own": [] if self._state is None else self._state.state_dict(),
         }
 
     def load_state_dict(
@@ -258,6 +294,6 @@ class Point:
         for own, copies in zip(self.buffers, state["buffers"], strict=True):
             for mine, saved in zip(own, copies, strict=True):
                 mine.copy_(saved)
-        if self._own is not None:
-            self._own.load_state_dict(state["own"])
+        if self._state is not None:
+            self._state.load_state_dict(state["own"])
         return True

@@ -26,8 +26,10 @@ from alpha_optim.measure.step_ends import EndSeen
 from alpha_optim.observe.checks import check_losses
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.step_direction import parameters_of, rates_of
+from alpha_optim.policies.base import Place
 from alpha_optim.steer.guard import Guard
 from alpha_optim.steer.reminders import UNSCHEDULED, Reminders
+from alpha_optim.steer.search_points import SearchPoints
 from alpha_optim.user_warning import warn_user
 
 VERSION = 3
@@ -37,7 +39,6 @@ OTHERS = 3
 """After so many steps before which another network's backward pass came through here it is no accident."""
 _STEERED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 """The last session with a scheduler of each model."""
-_TO_BEST = (GuardReason.LOSS_DRIFTED, GuardReason.POLICY_RETURNED)
 
 
 class Steering(Protocol):
@@ -85,6 +86,9 @@ class Session:
         """Calls of `step` that the guard did not execute."""
         self.searching = False
         """Whether a policy searches, so that hooks for accepted points sleep."""
+        self.trial = False
+        """Whether the steps at hand belong to a trial, which the guard ends instead of lowering the rate."""
+        self.search_points = SearchPoints(plan.model, plan.optimizer)
         self.reminders = Reminders(plan.loss_fn)
         self._steering: Steering | None = None
         self._reached = 0  # steps before which another network's backward pass came through
@@ -95,8 +99,6 @@ class Session:
         self._separate = False  # whether processes were found to train models of their own
         self._started_before = False  # whether a pair began with the last step
         self._saved_guard: dict[str, Any] | None = None
-        # Optimizers that fill their state at the first step do so again when it is empty.
-        self._lazy_state = not self.optimizer.state
         self._reset()
         self.begin()
 
@@ -113,6 +115,10 @@ class Session:
         if not self.active:
             return
         self._start = self.plan.wants(self.iteration)
+        self._hook()
+
+    def _hook(self) -> None:
+        """Hook the coming iteration, of which it is known whether it is measured."""
         self._find_ranks()
         in_pair = self._start or self.pairing.pending is not None
         if self.ranks is not None:  # on all of them alike, whatever one could not measure
@@ -157,6 +163,31 @@ class Session:
         """The scheduler was built or stepped."""
         self._scheduled_at = self.iteration
         self.reminders.scheduler_stepped(self.iteration)
+
+    def in_search(self, searching: bool, trial: bool) -> None:
+        """Whether a search goes on, and whether the coming steps belong to a trial; after it no point is kept."""
+        if self.searching and not searching:
+            self.search_points.forget()
+        self.searching, self.trial = searching, trial
+
+    def keep_point(self, place: Place) -> None:
+        """Keep the point reached, for a search."""
+        self.search_points.keep(place, self.iteration)
+
+    def restore_point(self, place: Place) -> bool:
+        """Go on from a point that a search has kept; False, and nothing is changed, if there is none that fits."""
+        if not self.search_points.restore(place):
+            return False
+        self.history.abandoned = self.search_points.abandoned(place, self.iteration, self.history.abandoned)
+        if self.pairing.pending is not None:
+            self.pairing.pending = None
+            self.history.drop(DropReason.RESTORED)
+        self._started_before = False
+        if self.guard is not None:
+            self.guard.moved(parameters_of(self.optimizer))
+        if self.active:
+            self._hook()
+        return True
 
     def _new_guard(self, on_host: bool) -> Guard:
         """A guard that remembers what was saved, if anything was."""
@@ -481,9 +512,6 @@ class Session:
         event, used = guard.judge(self.iteration, self.pairing.iteration.loss, params, together)
         if event is None:
             return None, used
-        with_own = guard.good.point.with_optimizer
-        if event.reason in _TO_BEST and event.restored and self._lazy_state and not with_own:
-            self.optimizer.state.clear()  # momentum and second moments of the diverged stretch
         return self._note(event), used
 
     def _note(self, event: GuardEvent) -> GuardEvent:
@@ -586,6 +614,8 @@ class Session:
             "plan": self.plan.state_dict(),
             "skipped": self.skipped,
             "searching": self.searching,
+            "trial": self.trial,
+            "search_points": self.search_points.state_dict() if tensors else None,
             "scheduled_at": self._scheduled_at,
             "started_before": self._started_before,
             "events": [{**asdict(event), "reason": str(event.reason)} for event in self.events],
@@ -596,6 +626,7 @@ class Session:
         self.pairing.close()
         self._reset()
         self._saved_guard, self.events = None, []
+        self.search_points.forget()
         self.skipped = 0
         if state is None:
             self.iteration = self._scheduled_at = 0
@@ -606,6 +637,8 @@ class Session:
             self.history.load_state_dict(state["history"])
             self._saved_guard = state["guard"]
             self.skipped, self.searching = int(state.get("skipped", 0)), bool(state.get("searching", False))
+            self.trial = bool(state.get("trial", False))
+            self.search_points.load_state_dict(state.get("search_points"))
             self._scheduled_at = int(state.get("scheduled_at", self.iteration))
             self._started_before = bool(state.get("started_before", False))
             if int(state["version"]) >= 2:

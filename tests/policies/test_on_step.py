@@ -166,11 +166,11 @@ def test_measuring_one_step_in_ten_finds_and_corrects_the_same_rates(anneal, cap
     for every in (1, None):
         policy = CalibrateThenAnneal(600, anneal=anneal)
         with caplog.at_level("INFO", logger="alpha_optim"):
-            run = train(*build(policy, every=every, lr=1e-3), steps=600, learnable_from=150)
+            run = train(*build(policy, every=every, lr=1e-3), steps=600, learnable_from=0)
             runs.append((run, caplog.text))
             caplog.clear()
     assert runs[0] == runs[1]
-    assert "falls fast" in runs[0][1] or "higher than it was" in runs[0][1]  # something was corrected
+    assert "the best rate is" in runs[0][1]
 
 
 def saved_run(tmp_path, cut):

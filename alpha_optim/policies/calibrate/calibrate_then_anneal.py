@@ -1,233 +1,224 @@
 """Find the rate in the first steps of a run, then hold and anneal it.
 
-Where losses are measured they find the rate (`loss_search`), else alpha does (`knee_search`). Afterwards it is
-held and corrected (`held_rate`). Annealing begins where the loss no longer falls, in the middle of the run at
-the latest.
+Four phases: `jump` to where a step promises a small decrease, `climb` until the loss has risen, short annealed `trials`
+from one point, and, from the end of the best of them, the rate found is held, corrected (`held_rate`) and annealed.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import re
+from dataclasses import asdict
 from typing import Any
 
+from alpha_optim.alpha.loss_level import Level
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import GuardEvent, GuardReason
-from alpha_optim.alpha.window import rises_of
-from alpha_optim.policies.calibrate import loss_search
+from alpha_optim.policies.base import Decision, Place
+from alpha_optim.policies.calibrate.climb import Climb
 from alpha_optim.policies.calibrate.held_rate import HeldRate
-from alpha_optim.policies.calibrate.knee_search import KneeSearch
-from alpha_optim.policies.calibrate.loss_search import LossSearch
+from alpha_optim.policies.calibrate.jump import Jump
+from alpha_optim.policies.calibrate.loss_watch import UNKNOWN
+from alpha_optim.policies.calibrate.phase import After, Phase
+from alpha_optim.policies.calibrate.settings import SHORTEST_RUN, Settings, trial_length
+from alpha_optim.policies.calibrate.trials import Trials
 from alpha_optim.user_warning import warn_user
 
 LOG = logging.getLogger(__name__)
-FEWEST = 100
-"""Calibration takes at least this many steps, or a fifth of shorter runs."""
 SPARSE = 10
-"""After the calibration every so many steps are measured, if the policy decides (``every=None``)."""
+"""Where alpha is not needed every so many steps are measured, if the policy decides (``every=None``)."""
 BELOW_FOUND = math.log(0.8)
 """Held for a while, the log rate is so much less than the one found, which is good for a rate that falls from
 the start."""
-RAMP = 20
-SHORTEST_RAMP = 10
-"""After the calibration the rate grows linearly from a tenth in a 20th of the run, at least 10 steps:
-optimizers start anew."""
+RAMP, SHORTEST_RAMP = 20, 10
+"""The rate held grows linearly from a tenth in a 20th of the run, at least 10 steps: the best trial ended at a rate of
+almost 0, where the loss is curved more. So it does where a task has changed: what the optimizer remembers belongs to
+another loss."""
+_PHASES: dict[str, Any] = {"jump": Jump, "climb": Climb, "trials": Trials}
+_RATE = re.compile(r"\{([^}]*)\}")
 
 
 class CalibrateThenAnneal:
-    """Climbs until the loss rises, returns, sets the rate, holds it and anneals it linearly to 0."""
-
-    keeps_scale = True
+    """Finds a rate by short trials that leave nothing behind, holds it and anneals it linearly to 0."""
 
     def __init__(
-        self,
-        total_steps: int,
-        *,
-        calibrate: float = 0.1,
-        boost: float | None = None,
-        anneal: bool = True,
+        self, total_steps: int, *, anneal: bool = True, around: bool = False, trial_steps: int | None = None
     ) -> None:
         """Set the horizon.
 
         Args:
-            total_steps: Number of optimizer steps of the whole run.
-            calibrate: Share of the run for the calibration, in (0, 1); at least 100 steps where the run
-                is long enough for that. With losses it may take up to twice as long.
-            boost: What the rate found is multiplied by, a factor >= 1; None: by the batch size, 1 for 32
-                samples, 1.5 for 128, with losses also down to 0.66 for 8.
-            anneal: Whether to anneal linearly to 0 once the loss no longer falls, from the middle of the
-                run on at the latest (not if a schedule does).
+            total_steps: Number of optimizer steps of the whole run, those of the search among them.
+            anneal: Whether to anneal linearly to 0 once the loss no longer falls, from the middle of the run on at the
+                latest (not if a schedule does).
+            around: Whether to look only within a factor of ten of the rate given.
+            trial_steps: Steps of a trial, at least 10; default: 6 % of runs of up to 1,000 steps, less of longer ones.
 
         Raises:
             ValueError: If an argument is out of range.
         """
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
-        if not 0.0 < calibrate < 1.0:
-            raise ValueError(f"calibrate must lie strictly between 0 and 1, got {calibrate}")
-        if boost is not None and not boost >= 1.0:
-            raise ValueError(f"boost must be >= 1, got {boost}")
-        self.total_steps, self.boost, self.anneal = total_steps, boost, anneal
-        self.calibration_steps = max(int(calibrate * total_steps), min(FEWEST, total_steps // 5))
-        self._warned = False
-        self._search: LossSearch | KneeSearch | None = None
-        self._by_loss = self.calibration_steps >= loss_search.SHORTEST
-        knee = KneeSearch(self.calibration_steps, boost)
-        # The envelope until the search begins.
-        self._start = loss_search.START if self._by_loss else math.exp(knee.start)
-        self._ramp = False  # whether the rate grows after the calibration
-        self._given: float | None = None  # learning rate of the first group at scale 1
-        self._scale = 0.0  # log of the product of all factors, the guard's included
-        self._done = False
-        self._done_at = 0  # progress after the calibration
-        self._ramp_at = 0  # where the ramp begins
-        self._skipped = 0  # calls that the guard did not execute
+        if trial_steps is not None and not 10 <= trial_steps <= max(10, total_steps // 4):
+            raise ValueError(
+                f"trial_steps must be at least 10 and at most a quarter of total_steps={total_steps}, got {trial_steps}"
+            )
+        self.total_steps, self.anneal, self.around = total_steps, anneal, around
+        self._story: list[tuple[int, str]] = []
+        settings = Settings(total_steps, trial_steps or trial_length(total_steps), around)
+        self._phase: Phase | None = None if total_steps < SHORTEST_RUN else Jump(settings)
+        if around and self._phase is not None:
+            self._phase = Trials.begun(settings, 0.0, -math.inf, UNKNOWN, 0)
         self._held = HeldRate(total_steps)
-        self._undo: dict[str, Any] | None = None  # the state before a step was taken back last
+        self._given: float | None = None  # learning rate of the first group at scale 1
+        self._since = 0  # measurements of earlier iterations belong to another trial
+        self._begun = False  # whether the start of the search is kept
+        self._keep: Place | None = None
+        self._restore: Place | None = None
+        self._done_at = 0  # progress after the search
+        self._ramp_at: int | None = None  # progress at which a ramp began
+        self._skipped = 0  # calls that the guard did not execute
+        self._warned = False
+        self._undo: dict[str, Any] | None = None  # the held rate before a step was taken back last
+        if self._phase is None:
+            why = f"total_steps={total_steps} is too short for a search"
+            self._tell(0, f"{why}: the rate given is kept")
 
     @property
     def calibrated(self) -> bool:
-        """Whether the calibration is over and the rate found."""
-        return self._done
+        """Whether the search is over."""
+        return self._phase is None
+
+    @property
+    def story(self) -> tuple[tuple[int, str], ...]:
+        """What was seen and done in the search, in absolute rates, with the iteration at which it was."""
+        return tuple(self._story)
 
     def __repr__(self) -> str:
-        """Say where it is, and what led to the rate; rates are those of the first param group before any schedule."""
-        search = self._search
-        if self._done:
-            seen = search.seen if isinstance(search, LossSearch) else {}
-            why = "; ".join(f"{name} at {self._rate(where)}" for name, where in seen.items())
-            doubt = search.doubt if isinstance(search, LossSearch) else ""
-            found = (
-                f"holds {self._rate(self._held.found)} since {doubt}"
-                if doubt
-                else f"found {self._rate(self._held.found)}"
-            )
-            state = f"{found} at step {self._done_at}" + (f" ({why})" if why else "")
+        """Say where it is; rates are those of the first param group before any schedule."""
+        if self._phase is not None:
+            name = type(self._phase).__name__.lower()
+            state = f"searching the learning rate ({name}), at {self._shown(self._phase.position)}"
+        else:
+            state = f"holds {self._shown(self._held.found)} since step {self._done_at}"
             if self._held.position != self._held.found:
                 word = "lowered" if self._held.position < self._held.found else "raised"
-                state += f", {word} to {self._rate(self._held.position)}"
-        elif search is None:
-            state = "nothing measured yet"
-        else:
-            state = f"searching the learning rate, at {self._rate(self._scale)}"
+                state += f", {word} to {self._shown(self._held.position)}"
+            state += f" ({self._story[-1][1]})" if self._story else ""
         return f"CalibrateThenAnneal({self.total_steps} steps: {state})"
 
-    def _rate(self, position: float) -> str:
-        """A log scale as the learning rate of the first param group, for messages."""
+    def _shown(self, position: float) -> str:
+        """A log rate as the learning rate of the first param group, for messages."""
         if self._given is None:
-            return f"{math.exp(position):.3g} times the rate given"
-        return f"{self._given * math.exp(position):.3g}"
+            return f"{math.exp(min(700.0, position)):.3g} times the rate given"
+        return f"{self._given * math.exp(min(700.0, position)):.3g}"
+
+    def _tell(self, iteration: int, text: str) -> None:
+        text = _RATE.sub(lambda match: self._shown(float(match[1])), text)
+        self._story.append((iteration, text))
+        LOG.info("%s", text)
+
+    # ---------------------------------------------------------------- what is heard
 
     def __call__(self, measurement: AlphaMeasurement) -> float:
-        """Return the factor for this measurement."""
+        """Hear of a measurement; the rate is decided in `decide`."""
         n = measurement.iteration
         self._held.saw_batch(measurement.samples_start)
-        if self._given is None and self._search is None and measurement.lr and measurement.lr[0] > 0.0:
-            self._given = measurement.lr[0] / self._start
-        if self._done:
-            return self._hold(n, measurement.loss_start)
-        if self._search is None and not self._begin(measurement):
-            self._done = n + 2 >= self.calibration_steps
+        if self._phase is None:
+            self._hold(n, measurement.loss_start)
             return 1.0
-        assert self._search is not None
-        self._search.see(measurement)
-        self._conclude(n + 2)
-        return self._move_to(self._held.position if self._done else self._search.position)
-
-    def _begin(self, measurement: AlphaMeasurement) -> bool:
-        """Choose how to search; False while nothing is known to search with."""
-        loss = measurement.loss_start
-        if self._by_loss and math.isfinite(loss):
-            self._search = LossSearch(self.calibration_steps, self.boost)
-            return True
-        knee = KneeSearch(self.calibration_steps, self.boost)
-        self._start = math.exp(knee.start)
-        if rises_of(measurement) is None:
-            return False
-        LOG.warning(
-            "%s: alpha alone steers, and the result depends on the initial learning rate",
-            "no losses are measured (give AlphaGuided a loss_fn)" if self._by_loss else
-            f"total_steps={self.total_steps} is too short for a search by the loss (100 are needed)",
-        )  # fmt: skip
-        self._search = knee
-        return True
-
-    def _conclude(self, iteration: int) -> None:
-        """Take over what the search has found, once it has."""
-        if self._search is None or not self._search.done:
-            return
-        self._done, found, level = True, self._search.position, None
-        self._done_at = self._ramp_at = iteration + self._skipped
-        if isinstance(self._search, LossSearch):
-            found += BELOW_FOUND if self.anneal and not self._search.doubt else 0.0
-            self._ramp = self._search.wants_return
-            level = None if self._search.trace is None else self._search.trace.best
-        self._held.begin(found, level)
-        LOG.info("%r", self)
-
-    def _move_to(self, position: float) -> float:
-        """Factor that brings the scale there."""
-        change, self._scale = position - self._scale, position
-        return math.exp(change)
-
-    def give_up(self, iteration: int) -> float:
-        """End the search and keep the rate given; return the factor that brings the scale back to it."""
-        if self._done:
-            return 1.0
-        self._done, self._done_at = True, iteration + self._skipped
-        self._held.begin(0.0, None)
-        LOG.info("the search for the rate was given up: the rate given is held")
-        return self._move_to(0.0)
+        rate = measurement.lr[0] if measurement.lr else 0.0
+        if n >= self._since and rate > 0.0 and self._given is not None:
+            self._go_on(self._phase.measured(measurement, math.log(rate / self._given)), n + 1)
+        return 1.0
 
     def on_step(self, iteration: int, loss: float) -> float:
-        """Return the factor for a step that was made, and the loss it was made from."""
-        if isinstance(self._search, LossSearch) and self._search.wants_return:
-            self._held.starts_after(iteration)
-            return 1.0
-        return self._hold(iteration, loss) if self._done else 1.0
+        """Hear of a step that was made, and of the loss it was made from."""
+        if self._phase is None:
+            self._hold(iteration, loss)
+        else:
+            self._go_on(self._phase.stepped(loss), iteration)
+        return 1.0
 
-    def _hold(self, iteration: int, loss: float) -> float:
-        """The factor after the calibration."""
-        highest = self._search.highest if isinstance(self._search, LossSearch) else math.inf
-        return self._move_to(self._held.after_step(self._scale, iteration, loss, highest))
+    def on_event(self, event: GuardEvent) -> None:
+        """A step was taken back, or that was of no effect and is undone."""
+        self._skipped += event.skipped
+        if self._phase is not None:
+            if event.restored:
+                self._go_on(self._phase.exploded(), event.iteration - 1)
+        elif event.reason is GuardReason.NO_EFFECT:
+            if self._undo is not None:
+                self._held.load_state_dict(self._undo)
+            self._undo = None
+            self._held.level_accepted()
+            if math.isfinite(event.loss_after):
+                self._ramp_at = event.iteration + self._skipped
+        elif event.restored:
+            self._undo = self._held.state_dict()
+            self._held.taken_back(event.iteration, math.log(event.scale_factor))
+
+    def give_up(self, iteration: int) -> None:
+        """End the search and keep the rate given."""
+        if self._phase is not None:
+            self._go_on(After(None, text="the search was given up: the rate given is kept"), iteration)
+
+    def _go_on(self, after: After, iteration: int) -> None:
+        """Take over what follows from something heard at an iteration."""
+        if not self._begun:
+            self._begun, self._keep = True, "start"
+        level = self._level()
+        self._phase = after.phase
+        self._keep = after.keep or self._keep
+        if after.restore is not None:
+            self._restore, self._since = after.restore, iteration + 1
+        if after.text:
+            self._tell(iteration, after.text)
+        if after.phase is None:
+            self._done_at = iteration + 1 + self._skipped
+            self._ramp_at = self._done_at if after.found else None
+            below = BELOW_FOUND if self.anneal and after.found else 0.0
+            self._held.begin(after.found + below, level, after.highest)
+            self._held.starts_after(iteration)
+
+    def _level(self) -> Level:
+        """Where the losses lay at the start: those of the rate held must not rise above that."""
+        known = isinstance(self._phase, Trials) and self._phase.level.count > 1
+        return self._phase.level if known and isinstance(self._phase, Trials) else UNKNOWN
+
+    def _hold(self, iteration: int, loss: float) -> None:
+        if iteration >= self._since:
+            self._held.after_step(iteration, loss)
+
+    # ---------------------------------------------------------------- what is decided
+
+    def decide(self, iteration: int, given: float) -> Decision:
+        """Say what the scale is, and which points to keep and to go back to."""
+        self._given = given if given > 0.0 else self._given
+        keep, restore, self._keep, self._restore = self._keep, self._restore, None, None
+        phase = self._phase
+        if phase is None:
+            return Decision(math.exp(self._held.now), keep, restore)
+        return Decision(math.exp(phase.position) * phase.factor, keep, restore, trial=True, searching=True)
 
     def wants(self, iteration: int) -> bool:
-        """Whether to measure: every step of the calibration, one in `SPARSE` afterwards."""
-        return not self._done or iteration % SPARSE == 0
-
-    def wants_return(self) -> bool:
-        """Whether to go back to the best point so far, asked after every measurement; once per climb."""
-        if not isinstance(self._search, LossSearch):
-            return False
-        wanted, self._search.wants_return = self._search.wants_return, False
-        return wanted
-
-    def trusts_point(self) -> bool:
-        """Whether the points reached may become the best one: not those of the fast climb past the knee."""
-        return not isinstance(self._search, LossSearch) or self._search.trusts_point
-
-    def searches(self, iteration: int) -> bool:
-        """Whether the calibration is under way, or about to begin; not for ever if measurements cease."""
-        over = self._search.over_by if isinstance(self._search, LossSearch) else self.calibration_steps
-        return not self._done and iteration < over
+        """Measure every step of jump and climb, and of trials whose steps do not tell a loss; else one in ten."""
+        phase = self._phase
+        needed = phase is not None and not (isinstance(phase, Trials) and phase.settings.by_steps)
+        return needed or iteration % SPARSE == 0
 
     def envelope(self, iteration: int) -> float:
-        """Return a low start until the first measurement, then 1, and in the end fall linearly to 0."""
+        """Return 1 until the search is over, and in the end fall linearly to 0."""
         if iteration > self.total_steps and not self._warned:
             self._warned = True
             warn_user(f"more steps than total_steps={self.total_steps}: the last learning rate is held")
-        if isinstance(self._search, LossSearch) or (self._done and self._search is None):
-            falls_from = max(self._done_at, self._held.stands_from + self._skipped)
-            return self._ramped(iteration) * self._annealed(iteration, falls_from) if self._done else 1.0
-        if iteration < self.calibration_steps:
-            return self._start if self._search is None and not self._done else 1.0
-        # The calibration is over, but perhaps no alpha has come since to say so.
-        late = 1.0 if self._done or self._search is None else self._search.shortfall
-        return late * self._annealed(iteration, self.calibration_steps)
+        if self._phase is not None:
+            return 1.0
+        falls_from = max(self._done_at, self._held.stands_from + self._skipped)
+        return self._ramped(iteration) * self._annealed(iteration, falls_from)
 
     def _ramped(self, iteration: int) -> float:
-        """Grow from a tenth to 1 where the optimizer's state starts anew: after the calibration or a change of task."""
-        if not self._ramp:
+        """Grow from a tenth to 1 after the search, and after a change of task."""
+        if self._ramp_at is None:
             return 1.0
         length = max(SHORTEST_RAMP, self.total_steps // RAMP)
         return min(1.0, max(0.1, 0.1 + 0.9 * (iteration - self._ramp_at) / length))
@@ -239,66 +230,90 @@ class CalibrateThenAnneal:
         left = self.total_steps - min(iteration, self.total_steps - 1)
         return min(1.0, left / max(1, self.total_steps - begin))
 
-    def on_event(self, event: GuardEvent) -> None:
-        """A step was taken back and the rate lowered, or that was of no effect and is undone."""
-        self._skipped += event.skipped
-        if event.reason is GuardReason.NO_EFFECT:
-            if self._undo is not None:
-                skipped = self._skipped
-                self._set(self._undo)
-                self._skipped = skipped
-            self._undo = None
-            self._held.level_accepted()
-            if self._done and math.isfinite(event.loss_after):  # what the optimizer remembers belongs to another loss
-                self._ramp, self._ramp_at = True, event.iteration + self._skipped
-            return
-        if not event.restored or event.reason is GuardReason.POLICY_RETURNED:
-            return
-        self._undo = self._remembered()
-        self._scale += math.log(event.scale_factor)
-        self._held.taken_back(event.iteration, held=self._done)
-        if not self._done and self._search is not None:
-            self._search.taken_back(event)
-            self._conclude(event.iteration)
+    # ---------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is remembered of the calibration."""
-        return {**self._remembered(), "undo": self._undo}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a calibration."""
-        self._set(state)
-        self._undo = state.get("undo")
-
-    def _remembered(self) -> dict[str, Any]:
-        search = self._search
+        """Return what is remembered, as plain values."""
+        phase = self._phase
+        name = None if phase is None else next(name for name, kind in _PHASES.items() if isinstance(phase, kind))
         return {
-            "search": None if search is None else search.state_dict(),
-            "by_loss": isinstance(search, LossSearch),
-            "start": self._start,
-            "given": self._given,
-            "ramp": self._ramp,
-            "scale": self._scale,
-            "done": self._done,
-            "done_at": self._done_at,
+            "version": 2,
             "total_steps": self.total_steps,
+            "phase": name,
+            "phase_state": {} if phase is None else _lists(asdict(phase)),  # type: ignore[call-overload] # - a dataclass
+            "held": self._held.state_dict(),
+            "given": self._given,
+            "since": self._since,
+            "begun": self._begun,
+            "keep": self._keep,
+            "restore": self._restore,
+            "done_at": self._done_at,
             "ramp_at": self._ramp_at,
             "skipped": self._skipped,
-            "held": self._held.state_dict(),
             "warned": self._warned,
+            "undo": self._undo,
+            "story": [list(entry) for entry in self._story],
         }
 
-    def _set(self, state: dict[str, Any]) -> None:
-        self._search = None
-        if state["search"] is not None:
-            kind = LossSearch if state["by_loss"] else KneeSearch
-            self._search = kind(self.calibration_steps, self.boost)
-            self._search.load_state_dict(state["search"])
-        self._start, self._scale = float(state["start"]), float(state["scale"])
-        self._ramp, self._given = bool(state["ramp"]), state.get("given")
-        self._done, self._done_at = bool(state["done"]), int(state["done_at"])
-        self._ramp_at, self._skipped = int(state.get("ramp_at", self._done_at)), int(state.get("skipped", 0))
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state; one of an earlier version whose search was under way keeps the rate given."""
+        if "version" not in state:
+            state = _of_version_1(state, self)
         self._held.load_state_dict(state["held"])
-        if int(state.get("total_steps", self.total_steps)) != self.total_steps:
-            self._held.plan_anew(int(state["total_steps"]))
-        self._warned = bool(state["warned"])
+        before = int(state["total_steps"])
+        self._phase = None
+        if state["phase"] is not None:
+            self._phase = _phase_of(state["phase"], state["phase_state"])
+        if before != self.total_steps:
+            self._held.plan_anew(before)
+        self._given, self._since = state["given"], int(state["since"])
+        self._keep, self._restore, self._begun = state["keep"], state["restore"], bool(state["begun"])
+        self._done_at, self._ramp_at = int(state["done_at"]), state["ramp_at"]
+        self._skipped, self._warned = int(state["skipped"]), bool(state["warned"])
+        self._undo = state["undo"]
+        self._story = [(int(iteration), str(text)) for iteration, text in state["story"]]
+
+
+def _phase_of(name: str, state: dict[str, Any]) -> Phase:
+    """A phase from plain values, of which lists stand for tuples."""
+    values = {key: _tuples(value) for key, value in state.items()}
+    values["settings"] = Settings(**state["settings"])
+    if "level" in values:
+        values["level"] = Level(*values["level"])
+    phase: Phase = _PHASES[name](**values)
+    return phase
+
+
+def _lists(value: Any) -> Any:
+    """Plain values, lists instead of tuples."""
+    if isinstance(value, dict):
+        return {name: _lists(entry) for name, entry in value.items()}
+    return list(map(_lists, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _of_version_1(state: dict[str, Any], policy: CalibrateThenAnneal) -> dict[str, Any]:
+    """A state as version 0.1 wrote it, which held a rate or searched in another way."""
+    held = dict(state["held"])
+    if not state["done"]:
+        policy._held.begin(0.0, UNKNOWN, 0.0)
+        held = policy._held.state_dict()
+        LOG.warning("the search of an earlier version cannot be continued: the rate given is kept")
+    return {
+        **policy.state_dict(),
+        "total_steps": state.get("total_steps", policy.total_steps),
+        "phase": None,
+        "phase_state": {},
+        "held": {"now": float(state["scale"]) if state["done"] else 0.0, "highest": held["position"], **held},
+        "given": state.get("given"),
+        "since": 0,
+        "begun": True,
+        "keep": None,
+        "restore": None,
+        "done_at": state["done_at"],
+        "skipped": state.get("skipped", 0),
+        "warned": state["warned"],
+    }

@@ -11,11 +11,12 @@ import logging
 import math
 from typing import Any
 
-from alpha_optim.alpha.loss_trace import Level
-from alpha_optim.policies.calibrate.knee_search import FASTEST
+from alpha_optim.alpha.loss_level import Level
 from alpha_optim.policies.calibrate.loss_watch import LossWatch, Seen
 
 LOG = logging.getLogger(__name__)
+REGROWS = 0.25
+"""Change of the log rate per step on the way back to the one held."""
 SURE = 1.0
 """The loss comes down when it lies so many standard errors below that of the last window."""
 MOST = 3
@@ -50,6 +51,8 @@ class HeldRate:
         self.total_steps = total_steps
         self.found = 0.0  # by the calibration
         self.position = 0.0  # the same, corrected since
+        self.now = 0.0  # the log rate in force, lower for a while after a step was taken back
+        self.highest = 0.0  # how high it may be raised
         self.stands_from = int(STANDS_BY * total_steps)  # iteration from which the loss no longer falls
         self._watch = LossWatch(total_steps)
         self._lowered = False
@@ -62,9 +65,16 @@ class HeldRate:
         self._taken_back = -CALM - 1  # iteration at which a step was taken back last
         self._newest = -1  # iteration of the newest step seen
 
-    def begin(self, found: float, level: Level | None) -> None:
-        """Hold what was found; ``level`` is the best one of the losses so far."""
-        self.found = self.position = found
+    def begin(self, found: float, level: Level, highest: float) -> None:
+        """Hold what was found.
+
+        Args:
+            found: The log rate.
+            level: The losses must not rise above it.
+            highest: How high the log rate may be raised.
+        """
+        self.found = self.position = self.now = found
+        self.highest = max(found, highest)
         self._usual_found = self._usual or 0.0
         self._watch.level = level
 
@@ -89,27 +99,26 @@ class HeldRate:
         """Losses up to this iteration, from before a return to the best point, are none of the rate held."""
         self._watch.newest = iteration
 
-    def after_step(self, scale: float, iteration: int, loss: float, highest: float) -> float:
-        """Return the log scale to go to after a step.
+    def after_step(self, iteration: int, loss: float) -> None:
+        """Hear of a step and its loss.
 
-        The guard lowers the scale by much, for safety; once all is calm, most of that is taken back.
+        The guard lowers the rate by much, for safety; once all is calm, most of that is taken back.
 
         Args:
-            scale: The log scale now.
             iteration: Iteration of the step; it may be told twice, once without its loss.
             loss: Mini-batch loss that it was made from, nan if not known.
-            highest: How high the log scale may be raised.
         """
         again, self._newest = iteration <= self._newest, max(iteration, self._newest)
         seen = self._watch.see(loss, iteration)
         if seen is not None:
-            self._correct(seen, iteration + 1, highest)
-        if scale > self.target:
-            return self.target
+            self._correct(seen, iteration + 1)
         calm = iteration - self._taken_back > CALM
-        return min(self.target, scale + FASTEST) if calm and not again else scale
+        if self.now > self.target:
+            self.now = self.target
+        elif calm and not again:
+            self.now = min(self.target, self.now + REGROWS)
 
-    def _correct(self, seen: Seen, iteration: int, highest: float) -> None:
+    def _correct(self, seen: Seen, iteration: int) -> None:
         """Change the rate by what a window of losses said; it acts from this iteration on."""
         if not math.isnan(seen.mean):
             self._judge_level(seen)
@@ -121,9 +130,9 @@ class HeldRate:
             and not self._lowered
             and not self._gave_up
             and iteration < grows_until
-            and self.position < highest
+            and self.position < self.highest
         ):
-            self.position = min(self.position + GROWTH, highest)
+            self.position = min(self.position + GROWTH, self.highest)
             LOG.info(
                 "the loss falls fast: learning rate held times %.3g of the one found",
                 math.exp(self.position - self.found),
@@ -157,9 +166,10 @@ class HeldRate:
         self.position = self._before if self._helpless else self.position
         self._high, self._helpless, self._gave_up = None, 0, True
 
-    def taken_back(self, iteration: int, held: bool) -> None:
-        """A step was taken back: if the rate was being held it was too high, once per bad stretch."""
-        if held and iteration - self._taken_back > CALM:
+    def taken_back(self, iteration: int, cut: float) -> None:
+        """A step was taken back and the log rate changed by ``cut``: it was too high, once per bad stretch."""
+        self.now += cut
+        if iteration - self._taken_back > CALM:
             self._lower()
         self._taken_back = iteration
 
@@ -168,6 +178,8 @@ class HeldRate:
         return {
             "found": self.found,
             "position": self.position,
+            "now": self.now,
+            "highest": self.highest,
             "stands_from": self.stands_from,
             "watch": self._watch.state_dict(),
             "lowered": self._lowered,
@@ -184,6 +196,7 @@ class HeldRate:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
         self.found, self.position = float(state["found"]), float(state["position"])
+        self.now, self.highest = float(state["now"]), float(state["highest"])
         self.stands_from = int(state["stands_from"])
         self._watch.load_state_dict(state["watch"])
         self._lowered, self._taken_back = bool(state["lowered"]), int(state["taken_back"])

@@ -6,7 +6,7 @@ import math
 import statistics
 from typing import Any, NamedTuple
 
-from alpha_optim.alpha.loss_trace import Level, level_of
+from alpha_optim.alpha.loss_level import Level, level_of, surely_above
 
 SHARE = 20
 SHORTEST = 20
@@ -18,6 +18,8 @@ FEWEST_TREND = 10
 SETTLES = 1
 """So many windows after a change are not judged: the loss needs time to come down."""
 SURE = 3.0
+"""Standard errors by which a loss that falls fast lies below all windows before."""
+UNKNOWN = Level(math.inf, 0.0, 0)
 COUNTED = 40
 """The loss falls fast when it does so by `SURE` standard errors of windows of so many losses at most: in longer
 windows every loss falls surely, whatever the rate."""
@@ -47,9 +49,9 @@ class LossWatch:
     """Windows of the loss against the best level so far, and against each other."""
 
     def __init__(self, total_steps: int) -> None:
-        """Start without a level; nothing is judged before there is one."""
+        """Start without a level: the first window sets it."""
         self.length = max(SHORTEST, total_steps // SHARE)
-        self.level: Level | None = None
+        self.level = UNKNOWN
         self._losses: list[float] = []
         self._begin: int | None = None  # iteration of the window's first loss
         self.newest = -1  # iteration of the newest loss
@@ -59,7 +61,7 @@ class LossWatch:
 
     def see(self, loss: float, iteration: int) -> Seen | None:
         """Add the loss of an iteration, unless it is nan or known; say something when a window is complete."""
-        if self.level is None or not math.isfinite(loss) or iteration <= self.newest:
+        if not math.isfinite(loss) or iteration <= self.newest:
             return None
         self.newest = iteration
         self._begin = iteration if self._begin is None else self._begin
@@ -69,24 +71,22 @@ class LossWatch:
         losses, self._losses, self._begin = self._losses, [], None
         mean = statistics.fmean(losses)
         falls, stands = self._trend(mean, losses)
-        high = self._too_high(mean, len(losses), self.level)
+        high = self._too_high(level_of(losses))
         judged = high or self._windows > SETTLES
         error = statistics.stdev(losses) / math.sqrt(len(losses))
         return Seen(high, mean if judged else math.nan, error, falls, stands)
 
     def begin_anew(self) -> None:
         """The losses so far say nothing about those to come: the next window sets the level."""
-        if self.level is not None:
-            self.level = self.level._replace(mean=math.inf)
+        self.level = UNKNOWN
         self._losses, self._begin, self._windows = [], None, 0
 
-    def _too_high(self, mean: float, count: int, best: Level) -> bool:
-        """Whether the mean of a window surely lies above the best level."""
+    def _too_high(self, level: Level) -> bool:
+        """Whether a window surely lies above the best level."""
         self._windows += 1
-        if mean < best.mean:
-            self.level = best._replace(mean=mean)
-        error = best.deviation * math.sqrt(1.0 / count + 1.0 / best.count)
-        above = self._windows > SETTLES and mean - best.mean > SURE * error
+        if level.mean < self.level.mean:
+            self.level = level
+        above = self._windows > SETTLES and surely_above(level, self.level, SHARE)
         if above:
             self._windows = 0
         return above
@@ -105,9 +105,8 @@ class LossWatch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
-        level = None if self.level is None else list(self.level)
         return {
-            "level": level,
+            "level": list(self.level),
             "losses": list(self._losses),
             "begin": self._begin,
             "newest": self.newest,
@@ -118,7 +117,7 @@ class LossWatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
-        self.level = level_of(state["level"])
+        self.level = UNKNOWN if state["level"] is None else Level(*state["level"])
         self._losses, self._windows = list(map(float, state["losses"])), int(state["windows"])
         self._begin = state["begin"]
         self.newest = int(state["newest"])

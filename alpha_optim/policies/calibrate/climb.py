@@ -1,0 +1,176 @@
+"""Second phase: climb fast until the loss has risen, to see roughly where the edge is; then go back to the start.
+
+The climb is as harmless as a trial, since it ends where it began. It says where trials have to look: the log rate at
+which the loss was lowest, and the knee, where alpha rose from its plateau above 0; no rate below it is worth trying.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from alpha_optim.alpha.loss_level import Level, level_of, scatter_of, surely_above
+from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.window import ratio_of_sums, rises_of
+from alpha_optim.policies.calibrate.phase import HIGHEST, After
+from alpha_optim.policies.calibrate.settings import Settings
+from alpha_optim.policies.calibrate.trials import STEP, Trials
+
+PACE = math.log(10.0) / 9
+"""Change of the log rate per step: a decade in nine."""
+WINDOW = 5
+"""Losses that are averaged: half a decade."""
+LOST = 0.5
+"""The climb is over when a window surely lost this share of all progress."""
+ALPHAS = 8
+"""Steps over which alpha is averaged for the knee."""
+FURTHER = math.log(1e3)
+"""Where the loss rose and never fell the climb began too high: once more from so far below."""
+WITHOUT_TRIALS = math.log(2.0)
+"""Without trials the rate lies so far below that of the lowest loss: the loss falls on for a while at rates that are
+already too high."""
+
+
+@dataclass(frozen=True)
+class Climb:
+    """Climbs until the loss has risen.
+
+    Attributes:
+        settings: Of the search.
+        position: Log rate of the coming step.
+        steps: Steps made since the beginning of the search.
+        before: Losses of the steps before the climb.
+        losses: Pairs of log rate and loss.
+        rises: Log rate, and slope times length per rate at both ends, of the steps measured.
+        again: Whether it is the second climb, since the first one only rose.
+    """
+
+    settings: Settings
+    position: float
+    steps: int
+    before: tuple[float, ...]
+    losses: tuple[tuple[float, float], ...] = ()
+    rises: tuple[tuple[float, float, float], ...] = ()
+    again: bool = False
+    factor = 1.0
+
+    def measured(self, measurement: AlphaMeasurement, here: float) -> After:
+        """Take note of alpha, and of the loss where steps do not tell."""
+        rises = rises_of(measurement)
+        phase = self
+        if rises is not None:
+            per_rate = math.exp(-here)
+            phase = replace(phase, rises=(*phase.rises, (here, rises[0] * per_rate, rises[1] * per_rate)))
+        if self.settings.by_steps or not math.isfinite(measurement.loss_start):
+            return After(phase)
+        return phase._with_loss(here, measurement.loss_start)
+
+    def stepped(self, loss: float) -> After:
+        """Climb on, or end."""
+        phase = replace(self, steps=self.steps + 1, position=min(HIGHEST, self.position + PACE))
+        if self.steps >= self.settings.longest_climb + len(self.before):
+            return self._end(risen=False)
+        return phase._with_loss(self.position, loss) if math.isfinite(loss) else After(phase)
+
+    def exploded(self) -> After:
+        """The edge is passed."""
+        return self._end(risen=True)
+
+    def _with_loss(self, here: float, loss: float) -> After:
+        phase = replace(self, losses=(*self.losses, (here, loss)))
+        return phase._end(risen=True) if phase._risen() else After(phase)
+
+    # ---------------------------------------------------------------- what was seen
+
+    def windows(self) -> list[tuple[float, float]]:
+        """Mean log rate and mean loss of every window."""
+        return [
+            (fmean(where for where, _ in part), fmean(loss for _, loss in part))
+            for part in (self.losses[k - WINDOW : k] for k in range(WINDOW, len(self.losses) + 1))
+        ]
+
+    def _levels(self) -> tuple[Level, Level, Level, int] | None:
+        """Levels before the climb, of the best window and of the last one, and the degrees of freedom of their noise.
+
+        The noise is that of all losses up to the best window: losses of a window have a trend as well.
+        """
+        windows = self.windows()
+        if not windows:
+            return None
+        best = min(range(len(windows)), key=lambda k: windows[k][1])
+        noise = scatter_of([*self.before, *(loss for _, loss in self.losses[: best + WINDOW])])
+        first = [*self.before, *(loss for _, loss in self.losses[:WINDOW])]
+        return (
+            Level(fmean(first), noise, len(first)),
+            Level(windows[best][1], noise, WINDOW),
+            Level(windows[-1][1], noise, WINDOW),
+            len(self.before) + best + WINDOW - 1,
+        )
+
+    def _risen(self) -> bool:
+        """Whether the last window surely lost much of all progress."""
+        levels = self._levels()
+        if levels is None:
+            return False
+        first, best, last, freedom = levels
+        looks = self.settings.longest_climb
+        if not self.fell():
+            return surely_above(last, first, looks, freedom)
+        looks *= looks  # for the lowest of many windows is low by chance
+        return last.mean - best.mean > LOST * (first.mean - best.mean) and surely_above(last, best, looks, freedom)
+
+    def lowest(self) -> float:
+        """Log rate at which the loss was lowest: the mean over windows as good as the best."""
+        levels = self._levels()
+        assert levels is not None
+        limit = levels[1].mean + levels[1].error
+        return fmean(where for where, mean in self.windows() if mean <= limit)
+
+    def fell(self) -> bool:
+        """Whether the loss surely fell."""
+        levels = self._levels()
+        return levels is not None and surely_above(levels[0], levels[1], self.settings.longest_climb**2, levels[3])
+
+    def knee(self) -> float | None:
+        """Log rate at which alpha, over a few steps, first rose from below 0 above it; None if it did not."""
+        below = False
+        for part in parts_of(self.rises, ALPHAS):
+            alpha = ratio_of_sums([(start, end) for _, start, end in part]).alpha
+            if alpha > 0.0 and below:
+                return fmean(where for where, _, _ in part)
+            below = alpha <= 0.0
+        return None
+
+    def _begin(self) -> float:
+        """Log rate at which the climb began."""
+        return self.losses[0][0] if self.losses else self.position
+
+    # ---------------------------------------------------------------- the end
+
+    def _end(self, risen: bool) -> After:
+        """Go back to the start, and try rates, if the climb can be trusted."""
+        if not self.fell() and risen and not self.again and self.steps < self.settings.longest_climb:
+            lower = Climb(self.settings, self._begin() - FURTHER, self.steps, self.before, again=True)
+            return After(lower, restore="start")
+        if not self.fell():
+            why = "the loss did not surely fall while the rate climbed"
+            # It may grow where the loss falls fast later, half a decade less far than the climb went.
+            highest = self.position - STEP
+            return After(None, restore="start", highest=highest, text=f"{why}: the rate given is kept")
+        low, knee = self.lowest(), self.knee()
+        seen = f"the rate climbed to {{{self.position}}}, the loss was lowest at {{{low}}}"
+        seen += "" if knee is None else f", alpha rose above 0 at {{{knee}}}"
+        trials = Trials.begun(
+            self.settings, low, -math.inf if knee is None else knee, level_of(self.before), self.steps
+        )
+        if trials is None:
+            found = low - WITHOUT_TRIALS
+            return After(None, restore="start", found=found, highest=low, text=f"{seen}: {{{found}}} is taken")
+        return After(trials, restore="start", text=seen if risen else f"{seen}, and did not rise again")
+
+
+def parts_of(values: Sequence[tuple[float, float, float]], size: int) -> list[Sequence[tuple[float, float, float]]]:
+    """All runs of ``size`` neighbours; shorter ones from half that size at the beginning."""
+    return [values[max(0, k - size) : k] for k in range(size // 2, len(values) + 1)]

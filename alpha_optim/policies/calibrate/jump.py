@@ -1,0 +1,79 @@
+"""First phase: from a tiny rate to one at which a step promises a small decrease of the loss.
+
+A few steps at a rate far too high damage a network for good, so the first step is made at `START` times the rate given.
+Start slope times step length is the decrease that a step promises, and proportional to the rate: that says where to go.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from alpha_optim.alpha.loss_level import level_of
+from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.window import rises_of
+from alpha_optim.policies.calibrate.climb import Climb
+from alpha_optim.policies.calibrate.phase import After
+from alpha_optim.policies.calibrate.settings import Settings
+
+START = math.log(1e-8)
+"""Log of the fraction of the given rate at which the first steps are made."""
+PROMISE = 1e-3
+"""The climb begins where a step promises this decrease, relative to the loss: far below any rate worth having."""
+LONGEST_JUMP = math.log(1e3)
+"""Largest jump; the slope is measured again before the next."""
+BLIND_JUMP = math.log(30.0)
+"""Jump where a step was too short to move the parameters."""
+NEAR = 1.0
+"""The jump has arrived when the next one would be shorter than this."""
+
+
+@dataclass(frozen=True)
+class Jump:
+    """Jumps until a step promises a small decrease.
+
+    Attributes:
+        settings: Of the search.
+        position: Log rate of the coming step.
+        steps: Steps made.
+        losses: Losses so far.
+    """
+
+    settings: Settings
+    position: float = START
+    steps: int = 0
+    losses: tuple[float, ...] = ()
+    factor = 1.0
+
+    def measured(self, measurement: AlphaMeasurement, here: float) -> After:
+        """Jump by what the start slope promises."""
+        losses = self.losses
+        loss = measurement.loss_start
+        if not self.settings.by_steps and math.isfinite(loss):
+            losses = (*losses, loss)
+        if not losses:
+            return After(self)
+        rises = rises_of(measurement)
+        if rises is None or rises[0] == 0.0:
+            return After(replace(self, losses=losses, position=max(self.position, here + BLIND_JUMP)))
+        level = level_of(losses)
+        noise = level.deviation if level.count > 1 else 0.0
+        size = max(abs(level.mean), noise)
+        change = min(LONGEST_JUMP, math.log(PROMISE * size / abs(rises[0]))) if size > 0.0 else 0.0
+        position = max(self.position, here + change) if change > 0.0 else here + change
+        if change < NEAR:
+            return After(Climb(self.settings, position, self.steps, losses))
+        return After(replace(self, losses=losses, position=position))
+
+    def stepped(self, loss: float) -> After:
+        """Take note of a loss; do not wait for measurements for ever."""
+        losses = (*self.losses, loss) if math.isfinite(loss) else self.losses
+        settings = self.settings if not math.isfinite(loss) else replace(self.settings, by_steps=True)
+        if self.steps >= settings.longest_climb:
+            why = "no losses were seen" if not losses else "too few steps were measured"
+            return After(None, restore="start", text=f"{why}: the rate given is kept")
+        return After(replace(self, settings=settings, losses=losses, steps=self.steps + 1))
+
+    def exploded(self) -> After:
+        """The last jump went too far: begin the climb where it came from."""
+        return After(Climb(self.settings, self.position - LONGEST_JUMP, self.steps, self.losses), restore="start")

@@ -1,0 +1,57 @@
+"""What the phases of a search have in common.
+
+A phase is a frozen record of plain values. It hears of measurements, of executed steps with their losses, and of steps
+that the guard took back, and answers with an `After`: the phase that follows, perhaps itself changed, and what is to be
+done with the points of training. All rates are logarithms of multiples of the rate given.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.policies.base import Place
+
+HIGHEST = 60.0
+"""No log rate is asked for above this: a climb that a ``max_lr`` holds would never end."""
+
+
+class Phase(Protocol):
+    """A phase of the search."""
+
+    @property
+    def position(self) -> float:
+        """Log rate of the coming step."""
+
+    @property
+    def factor(self) -> float:
+        """What the rate of the coming step is multiplied by; 1 but in trials, which are annealed."""
+
+    def measured(self, measurement: AlphaMeasurement, here: float) -> After:
+        """A step that was made at the log rate ``here`` was measured."""
+
+    def stepped(self, loss: float) -> After:
+        """A step was made from this loss, nan if not known."""
+
+    def exploded(self) -> After:
+        """Two batches in a row were not finite, or the loss exploded."""
+
+
+class After(NamedTuple):
+    """What follows from something heard.
+
+    Attributes:
+        phase: The phase from here on; None: the search is over.
+        keep: Where to keep the point reached.
+        restore: The point to go on from.
+        found: Once the search is over: the log rate, 0 for the rate given.
+        highest: Once the search is over: how high the log rate may be raised.
+        text: Something worth telling, in absolute rates where ``{...}`` stands around a log rate; empty if nothing.
+    """
+
+    phase: Phase | None
+    keep: Place | None = None
+    restore: Place | None = None
+    found: float = 0.0
+    highest: float = 0.0
+    text: str = ""

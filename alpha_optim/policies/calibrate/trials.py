@@ -1,0 +1,174 @@
+"""Third phase: short annealed runs from one point, each at another rate; the best one is gone on from.
+
+Short runs that fall linearly to 0 predict the best rate of the whole run; at constant rates they prefer rates too low.
+Trials begin at the rate of the climb's lowest loss and the next lower one, and go outwards as long as the best one lies
+at the border. A parabola through the scores around it gives the rate.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, replace
+
+from alpha_optim.alpha.loss_level import Level, level_of, surely_above
+from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.policies.base import Place
+from alpha_optim.policies.calibrate.phase import After
+from alpha_optim.policies.calibrate.settings import Settings
+
+STEP = math.log(10.0) / 2
+"""Log rates of trials are so far apart: half a decade."""
+FEWEST_SCORED, SHARE_SCORED = 10, 5
+"""The score of a trial is the mean of its last tenfold or fifth of losses, whichever are more."""
+EQUAL = 2.0
+"""Scores that differ by fewer standard errors of the difference are equal. Then it is the trial at the lower rate that
+is gone on from: what a rate that is too high does to a network shows in the loss later."""
+LOOK = 5
+"""The last so many losses of a trial tell whether it is hopeless."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Tries rates.
+
+    Attributes:
+        settings: Of the search.
+        position: Log rate of the trial under way, before it is annealed.
+        lowest: Log rate below which nothing is tried.
+        highest: Log rate above which nothing is tried.
+        level: Losses at the point that all trials start from.
+        steps: Steps made since the beginning of the search.
+        made: Steps of the trial under way.
+        losses: Losses of the trial under way.
+        scores: Log rate, score and its standard error of the trials that are over; infinite where hopeless.
+    """
+
+    settings: Settings
+    position: float
+    lowest: float
+    highest: float
+    level: Level
+    steps: int
+    made: int = 0
+    losses: tuple[float, ...] = ()
+    scores: tuple[tuple[float, float, float], ...] = ()
+
+    @classmethod
+    def begun(cls, settings: Settings, around: float, knee: float, level: Level, steps: int) -> Trials | None:
+        """The first trial, at the log rate ``around``; None where the run is too short for two."""
+        if not settings.allows(steps + settings.trial):
+            return None
+        lowest, highest = (-2 * STEP, 2 * STEP) if settings.around else (knee - STEP, math.inf)
+        return cls(settings, around, lowest, highest, level, steps)
+
+    @property
+    def factor(self) -> float:
+        """Linearly down from 1, never 0."""
+        return (self.settings.trial - self.made) / self.settings.trial
+
+    def measured(self, measurement: AlphaMeasurement, here: float) -> After:
+        """Take the loss where steps do not tell."""
+        loss = measurement.loss_start
+        if self.settings.by_steps or not math.isfinite(loss):
+            return After(self)
+        return self._seen(replace(self, losses=(*self.losses, loss)))
+
+    def stepped(self, loss: float) -> After:
+        """Go on with the trial, or end it."""
+        losses = (*self.losses, loss) if math.isfinite(loss) else self.losses
+        return self._seen(replace(self, made=self.made + 1, steps=self.steps + 1, losses=losses))
+
+    def exploded(self) -> After:
+        """The trial is hopeless."""
+        return self._end(math.inf, 0.0)
+
+    def _seen(self, phase: Trials) -> After:
+        """End the trial if it is over or hopeless."""
+        if phase._hopeless():
+            return phase._end(math.inf, 0.0)
+        if phase.made < phase.settings.trial:
+            return After(phase)
+        count = max(FEWEST_SCORED, phase.settings.trial // SHARE_SCORED)
+        score = level_of(phase.losses[-count:]) if phase.losses else Level(math.inf, 0.0, 0)
+        return phase._end(score.mean, score.error)
+
+    def _hopeless(self) -> bool:
+        """Whether the loss surely lies above where the trial began."""
+        if len(self.losses) <= LOOK or self.level.count < 2:
+            return False
+        last = Level(statistics.fmean(self.losses[-LOOK:]), self.level.deviation, LOOK)
+        looks = self.settings.trial * self.settings.most_trials
+        return surely_above(last, self.level, looks, self.level.count - 1)
+
+    def _end(self, score: float, error: float) -> After:
+        """Score the trial; begin the next one, or go on from the end of one."""
+        scores = (*self.scores, (self.position, score, error))
+        phase = replace(self, scores=scores, made=0, losses=())
+        goes_on = phase.to_go_on_from()
+        keep: Place | None = "best" if goes_on == self.position else None
+        shown = f"{score:.4g} ± {error:.2g}" if math.isfinite(score) else "hopeless"
+        text = f"trial of {self.made} steps at {{{self.position}}}: {shown}"
+        following = phase._next()
+        if following is not None:
+            return After(replace(phase, position=following), keep, "start", text=text)
+        if goes_on is None:
+            return After(None, restore="start", text=f"{text}; every trial was hopeless: the rate given is kept")
+        found, highest = phase.found()
+        text += f"; the best rate is {{{found}}}"
+        return After(None, None, None if keep == "best" else "best", found, highest, text)
+
+    @property
+    def best(self) -> float:
+        """Log rate of the trial with the lowest score; nan if all were hopeless."""
+        where, score, _ = min(self.scores, key=lambda entry: entry[1])
+        return where if math.isfinite(score) else math.nan
+
+    def to_go_on_from(self) -> float | None:
+        """Log rate of the trial whose end is gone on from: the lowest one that is as good as the best."""
+        _, lowest, error = min(self.scores, key=lambda entry: entry[1])
+        good = [where for where, score, own in self.scores if score <= lowest + EQUAL * math.hypot(error, own)]
+        return min(good) if math.isfinite(lowest) else None
+
+    def _next(self) -> float | None:
+        """Log rate of the next trial; None if there is none."""
+        if len(self.scores) >= self.settings.most_trials or not self.settings.allows(self.steps):
+            return None
+        tried = [where for where, _, _ in self.scores]
+        if math.isnan(self.best) or self.best == min(tried):
+            following = min(tried) - STEP
+            return following if following >= self.lowest or math.isnan(self.best) else self._above(tried)
+        return self._above(tried)
+
+    def _above(self, tried: list[float]) -> float | None:
+        """The next higher log rate, if the best one is the highest so far that is not hopeless."""
+        above = [where for where in tried if where > self.best]
+        following = self.best + STEP if not above else (self.best + min(above)) / 2.0
+        hopeless = all(math.isinf(score) for where, score, _ in self.scores if where > self.best)
+        wide = not above or min(above) - self.best > 0.6 * STEP
+        return following if hopeless and wide and following <= self.highest else None
+
+    def found(self) -> tuple[float, float]:
+        """The log rate that follows from the scores, and how high it may ever be raised."""
+        ordered = sorted(self.scores)
+        place = next(k for k, entry in enumerate(ordered) if entry[0] == self.best)
+        above = ordered[place + 1] if place + 1 < len(ordered) else None
+        highest = (self.best + above[0]) / 2.0 if above is not None and math.isinf(above[1]) else self.best + STEP
+        if above is None or place == 0 or not math.isfinite(above[1] + ordered[place - 1][1]):
+            return self.best, highest
+        below, here = ordered[place - 1][1], ordered[place][1]
+        return self.best + _vertex(
+            (ordered[place - 1][0] - self.best, below - here), (above[0] - self.best, above[1] - here)
+        ), highest
+
+
+def _vertex(left: tuple[float, float], right: tuple[float, float]) -> float:
+    """Where a parabola through the origin and two points that lie no lower, one on either side, is lowest.
+
+    Args:
+        left: The point with x < 0.
+        right: The point with x > 0.
+    """
+    (a, fa), (b, fb) = left, right
+    slope, curvature = fa * b * b - fb * a * a, fa * b - fb * a  # both times a b (b - a)
+    return 0.5 * slope / curvature if curvature != 0.0 else 0.0

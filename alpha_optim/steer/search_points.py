@@ -1,0 +1,84 @@
+"""The points that a search for the rate keeps: where its trials begin, and where the best of them ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from alpha_optim.observe.step_direction import parameters_of
+from alpha_optim.policies.base import Place
+from alpha_optim.steer.point import Point
+
+Span = tuple[int, int]
+"""First and last iteration of a trial."""
+
+
+class SearchPoints:
+    """Parameters, persistent buffers and the whole state of the optimizer at two points, in the memory of the CPU."""
+
+    def __init__(self, model: nn.Module | None, optimizer: Optimizer) -> None:
+        """Start with nothing kept.
+
+        Args:
+            model: Model whose buffers belong to the points.
+            optimizer: The optimizer.
+        """
+        self._model, self._optimizer = model, optimizer
+        self.forget()
+
+    def forget(self) -> None:
+        """Free the copies."""
+        self._points: dict[Place, Point] = {}
+        self._begin = 0  # iteration at which the trial under way began
+        self._best: Span | None = None
+
+    def keep(self, place: Place, iteration: int) -> None:
+        """Keep the point reached before this iteration; a new start is that of a new search."""
+        if place == "start":
+            self.forget()
+        point = self._points.setdefault(place, Point(on_host=True, whole=True))
+        point.keep(parameters_of(self._optimizer), self._model, self._optimizer)
+        if place == "best":
+            self._best = (self._begin, iteration - 1)
+        else:
+            self._begin = iteration
+
+    def restore(self, place: Place) -> bool:
+        """Put a point back; False, and nothing is changed, if it is not there or does not fit."""
+        point = self._points.get(place)
+        return point is not None and point.restore(parameters_of(self._optimizer), self._model)
+
+    def abandoned(self, place: Place, iteration: int, before: list[Span]) -> list[Span]:
+        """The trials that came to nothing, once a point is put back before this iteration; the next trial begins.
+
+        Args:
+            place: The point.
+            iteration: The coming iteration.
+            before: The trials that had come to nothing so far.
+        """
+        spans = [*before, (self._begin, iteration - 1)] if iteration > self._begin else list(before)
+        self._begin = iteration
+        return [span for span in spans if place != "best" or span != self._best]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything; tensors are copies."""
+        return {
+            "points": {place: point.state_dict() for place, point in self._points.items() if point},
+            "begin": self._begin,
+            "best": None if self._best is None else list(self._best),
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Take over a state; a point that does not fit is left out."""
+        self.forget()
+        if state is None:
+            return
+        for place, saved in state["points"].items():
+            point = Point(on_host=True, whole=True)
+            if point.load_state_dict(saved, parameters_of(self._optimizer), self._model, self._optimizer):
+                self._points[place] = point
+        self._begin = int(state["begin"])
+        best = state["best"]
+        self._best = None if best is None else (int(best[0]), int(best[1]))

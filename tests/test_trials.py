@@ -1,0 +1,303 @@
+"""The points of a search: what is put back, bit for bit, and who is told."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler as torch_schedules
+
+from alpha_optim import AlphaGuided, AlphaScheduler, CalibrateThenAnneal
+from alpha_optim.policies.base import Decision
+from tests.test_transparency import equal_states
+
+OPTIMIZERS = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2),
+    "adamw amsgrad": lambda params: torch.optim.AdamW(params, lr=1e-2, amsgrad=True),
+    "adagrad": lambda params: torch.optim.Adagrad(params, lr=1e-2),
+    "asgd": lambda params: torch.optim.ASGD(params, lr=1e-2),
+    "nadam": lambda params: torch.optim.NAdam(params, lr=1e-2),
+    "rprop": lambda params: torch.optim.Rprop(params, lr=1e-3),
+}
+
+
+class Net(nn.Module):
+    """With BatchNorm, whose statistics move at every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Scripted:
+    """A policy that keeps and restores points when it is told to."""
+
+    def __init__(self, moves, searching_until=math.inf):
+        self.moves, self.until = moves, searching_until
+
+    def __call__(self, measurement):
+        return 1.0
+
+    def decide(self, iteration, given):
+        keep, restore = self.moves.get(iteration, (None, None))
+        searching = iteration < self.until
+        return Decision(0.5, keep, restore, trial=searching, searching=searching)
+
+
+def make(kind="adamw"):
+    torch.manual_seed(0)
+    model = Net()
+    return model, nn.CrossEntropyLoss(), OPTIMIZERS[kind](model.parameters())
+
+
+def batches(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        x = torch.randn(16, 6, generator=generator)
+        yield x, (x[:, 0] > 0).long()
+
+
+def guided(policy, kind="adamw", every=1, **options):
+    model, loss_fn, base = make(kind)
+    optimizer = AlphaGuided(base, model, loss_fn, every=every)
+    return model, loss_fn, optimizer, AlphaScheduler(optimizer, policy, **options)
+
+
+def train(model, loss_fn, optimizer, scheduler, data, after=None):
+    for x, y in data:
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        scheduler.step()
+        if after is not None:
+            after(optimizer.iteration)
+
+
+def everything(model, optimizer):
+    states = copy.deepcopy([model.state_dict(), optimizer.optimizer.state_dict()])
+    for group in states[1]["param_groups"]:
+        del group["lr"]
+    return states
+
+
+@pytest.mark.parametrize("guard", [True, False, "cpu"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_point_is_put_back_bit_for_bit_with_buffers_and_the_whole_state_of_the_optimizer(kind, guard):
+    run = guided(Scripted({5: ("start", None), 12: (None, "start")}), kind, guard=guard)
+    seen = {}
+    train(*run, batches(12), lambda n: seen.update({n: everything(run[0], run[2])}))
+    assert not equal_states(seen[11], seen[5])
+    assert equal_states(seen[12], seen[5])
+
+
+def test_what_follows_is_what_would_have_followed_from_that_point():
+    """Against bare torch, which is taken back by deep copies of its state dicts."""
+    model, loss_fn, base = make()
+    for group in base.param_groups:
+        group["lr"] *= 0.5
+    kept = None
+    for n, (x, y) in enumerate(batches(30)):
+        if n == 5:
+            kept = copy.deepcopy([model.state_dict(), base.state_dict()])
+        if n in (12, 20):
+            model.load_state_dict(copy.deepcopy(kept[0]))
+            base.load_state_dict(copy.deepcopy(kept[1]))
+        base.zero_grad()
+        loss_fn(model(x), y).backward()
+        base.step()
+    run = guided(Scripted({5: ("start", None), 12: (None, "start"), 20: (None, "start")}))
+    train(*run, batches(30))
+    assert equal_states(run[0].state_dict(), model.state_dict())
+    assert run[2].guard_events == ()
+
+
+def test_the_best_of_two_trials_is_gone_on_from():
+    run = guided(Scripted({3: ("start", None), 6: ("best", "start"), 9: (None, "best")}))
+    seen = {}
+    ends = {}
+    session = run[2]._session
+    restore = session.restore_point
+
+    def watched(place):
+        ends[run[2].iteration] = everything(run[0], run[2])
+        return restore(place)
+
+    session.restore_point = watched
+    train(*run, batches(9), lambda n: seen.update({n: everything(run[0], run[2])}))
+    assert equal_states(seen[6], seen[3])
+    assert equal_states(seen[9], ends[6])
+
+
+def test_pairs_across_a_restore_are_dropped_and_abandoned_trials_left_out():
+    moves = {3: ("start", None), 6: ("best", "start"), 9: (None, "start"), 12: (None, "best")}
+    run = guided(Scripted(moves))
+    train(*run, batches(20))
+    history = run[2].alpha_history
+    assert history.dropped == {"restored": 3}
+    assert not {5, 8, 11} & set(history.iterations.tolist())
+    # Of three trials the first one, of the iterations 3 to 5, was the best.
+    assert history.abandoned == [(6, 8), (9, 11)]
+    lasting = [m.iteration for m in history.lasting()]
+    assert lasting == [0, 1, 2, 3, 4, *range(12, 19)]
+    assert history.windowed(100).count == len(lasting)
+    assert len(history) == 19 - 3
+
+
+def test_iterations_and_progress_never_fall_and_a_schedule_is_stepped_all_along():
+    model, loss_fn, base = make()
+    optimizer = AlphaGuided(base, model, loss_fn)
+    schedule = torch_schedules.LambdaLR(optimizer, lambda n: 1.0 / (1 + n))
+    scheduler = AlphaScheduler(optimizer, Scripted({3: ("start", None), 8: (None, "start")}, 12), schedule=schedule)
+    rates = []
+    train(model, loss_fn, optimizer, scheduler, batches(15), lambda n: rates.append(base.param_groups[0]["lr"]))
+    assert optimizer.iteration == 15
+    assert schedule.last_epoch == 15
+    assert rates[:11] == pytest.approx([0.5 * 1e-2] * 11)  # the peak stands in
+    assert rates[11:] == pytest.approx([0.5 * 1e-2 / (1 + n) for n in (12, 13, 14, 15)])
+
+
+def test_hooks_for_accepted_points_sleep_and_run_once_at_the_chosen_point():
+    run = guided(Scripted({3: ("start", None), 6: ("best", "start"), 9: (None, "best")}, searching_until=9))
+    accepted, seen = {}, {}
+    run[2].register_accepted_hook(
+        lambda optimizer: accepted.update({optimizer.iteration: everything(run[0], optimizer)})
+    )
+    train(*run, batches(11), lambda n: seen.update({n: everything(run[0], run[2])}))
+    assert list(accepted) == [9, 10]
+    assert all(equal_states(accepted[n][1], seen[n][1]) for n in accepted)
+
+
+@pytest.mark.parametrize("bad", ["nan", "explosion"])
+def test_the_guard_ends_a_trial_and_scale_and_count_of_returns_stay(bad):
+    exploded = []
+
+    class Listens(Scripted):
+        def on_event(self, event):
+            exploded.append((event.restored, event.scale_factor))
+
+    run = guided(Listens({1: ("start", None)}))
+    train(*run, batches(20))
+    model, loss_fn, optimizer, scheduler = run
+    helpless = optimizer._session.guard._helpless
+    for x, y in list(batches(2, seed=3)):
+        optimizer.zero_grad()
+        if bad == "nan":
+            loss_fn(model(x * math.nan), y).backward()
+        else:
+            loss_fn(model(x) * 1e4, y).backward()
+        optimizer.step()
+        scheduler.step()
+    assert [restored for restored, _ in exploded] == [False, True]
+    assert {factor for _, factor in exploded} == {1.0}
+    assert scheduler.scale == 0.5
+    assert optimizer._session.guard._helpless == helpless
+
+
+def test_a_point_that_is_gone_ends_the_search_and_changes_nothing():
+    class Told(Scripted):
+        gave_up = False
+
+        def give_up(self, iteration):
+            self.gave_up = True
+
+    policy = Told({3: ("start", None), 8: (None, "start")})
+    model, loss_fn, optimizer, scheduler = guided(policy)
+    train(model, loss_fn, optimizer, scheduler, batches(5))
+    before = model.layers[3]
+    model.layers[3] = nn.Linear(16, 2)  # replaced by the user
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    for old in before.parameters():
+        optimizer.optimizer.state.pop(old)
+    with pytest.warns(UserWarning, match="a point of the search for the learning rate is gone"):
+        train(model, loss_fn, optimizer, scheduler, batches(4, seed=1))
+    assert policy.gave_up
+
+
+def search_run(kind="momentum", steps=400, **options):
+    return guided(CalibrateThenAnneal(steps), kind, every=None, **options)
+
+
+def ended(scheduler, data, run):
+    for n, batch in enumerate(data):
+        train(*run, [batch])
+        if scheduler.policy.calibrated:
+            return n
+    raise AssertionError
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_a_real_search_ends_with_a_rate_and_no_points(guard):
+    run = search_run(guard=guard)
+    scheduler, optimizer = run[3], run[2]
+    steps = ended(scheduler, batches(400), run)
+    assert steps < 0.4 * 400
+    assert "the best rate is" in scheduler.policy.story[-1][1]
+    assert optimizer._session.search_points._points == {}
+    assert "restored" in optimizer.alpha_history.dropped
+    assert optimizer._session.trial is False
+
+
+@pytest.mark.parametrize("order", ["optimizer first", "scheduler first"])
+@pytest.mark.parametrize("cut", [2, 20, 45, 60, 85, 120])
+def test_a_search_resumes_bit_for_bit_in_any_phase(cut, order, tmp_path):
+    data = list(batches(200))
+    one = search_run()
+    train(*one, data[:cut])
+    torch.save([part.state_dict() for part in (one[0], one[2], one[3])], tmp_path / "run.pt")
+    two = search_run()
+    states = torch.load(tmp_path / "run.pt", weights_only=True)
+    two[0].load_state_dict(states[0])
+    parts = [(two[2], states[1]), (two[3], states[2])]
+    for part, state in parts if order == "optimizer first" else parts[::-1]:
+        part.load_state_dict(state)
+    rates = []
+    for run in (one, two):
+        rates.append([])
+        train(*run, data[cut:], lambda n, run=run: rates[-1].append(run[2].param_groups[0]["lr"]))
+    assert rates[0] == rates[1]
+    assert equal_states(one[0].state_dict(), two[0].state_dict())
+    assert one[3].policy.story == two[3].policy.story
+
+
+def test_optimizer_state_loaded_without_the_schedulers_drops_the_points():
+    run = search_run()
+    train(*run, batches(60))
+    assert run[2]._session.search_points._points
+    state = copy.deepcopy(run[2].state_dict())
+    other = search_run()
+    other[0].load_state_dict(copy.deepcopy(run[0].state_dict()))
+    other[2].load_state_dict(state)
+    kept = other[2]._session.search_points._points.get("start")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the loaded state brings its own rates
+        train(*other, batches(1))
+    points = other[2]._session.search_points._points
+    assert points.get("start") is not kept or kept is None
+    assert "best" not in points
+
+
+def test_without_losses_the_rate_given_is_kept_with_one_message(caplog):
+    model, _, base = make()
+    optimizer = AlphaGuided(base)  # nothing but the optimizer
+    scheduler = AlphaScheduler(optimizer, total_steps=300)
+    rates = []
+    with caplog.at_level("INFO", logger="alpha_optim"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for x, y in batches(120):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            scheduler.step()
+            rates.append(base.param_groups[0]["lr"])
+    assert scheduler.policy.calibrated
+    assert rates[-1] == pytest.approx(1e-2)
+    assert [record.message for record in caplog.records if "no losses" in record.message] == [
+        "no losses were seen: the rate given is kept"
+    ]
