@@ -36,8 +36,7 @@ VERSION = 2
 LOWER_ONCE = 0.5
 LOWER_AGAIN = 0.1
 SOON = 10
-"""A step taken back lowers the rates by `LOWER_ONCE`; within `SOON` iterations of the last, or after a
-return to the best point of a search, by `LOWER_AGAIN`."""
+"""A step taken back lowers the rates by `LOWER_ONCE`; within `SOON` iterations of the last by `LOWER_AGAIN`."""
 PROBATION, GROWS = 200, 1.02
 """So many steps after the last explosion the rates grow to what they were, by this factor a step: it may have been an
 accident."""

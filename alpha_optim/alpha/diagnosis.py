@@ -167,7 +167,7 @@ def rate_from_climbs(history: Sequence[AlphaMeasurement]) -> float | None:
         history: Measurements of a run.
 
     Returns:
-        The geometric mean of what the climbs say, see `alpha_optim.policies.calibrate.loss_search`.
+        The geometric mean of what the climbs say: where the loss was lowest, and a little more for large batches.
     """
     found = [rate for climb in _climbs(history) if (rate := _lowest(climb)) is not None]
     return math.exp(math.fsum(found) / len(found)) if found else None

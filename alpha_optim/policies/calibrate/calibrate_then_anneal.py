@@ -160,7 +160,7 @@ class CalibrateThenAnneal:
     def give_up(self, iteration: int) -> None:
         """End the search and keep the rate given."""
         if self._phase is not None:
-            self._go_on(After(None, text="the search was given up: the rate given is kept"), iteration)
+            self._go_on(After(None, corrected=False, text="the search was given up: the rate given is kept"), iteration)
 
     def _go_on(self, after: After, iteration: int) -> None:
         """Take over what follows from something heard at an iteration."""
@@ -177,7 +177,7 @@ class CalibrateThenAnneal:
             self._done_at = iteration + 1 + self._skipped
             self._ramp_at = self._done_at if after.found else None
             below = BELOW_FOUND if self.anneal and after.found else 0.0
-            self._held.begin(after.found + below, level, after.highest)
+            self._held.begin(after.found + below, level if after.corrected else None, after.highest)
             self._held.starts_after(iteration)
 
     def _level(self) -> Level:
@@ -193,7 +193,8 @@ class CalibrateThenAnneal:
 
     def decide(self, iteration: int, given: float) -> Decision:
         """Say what the scale is, and which points to keep and to go back to."""
-        self._given = given if given > 0.0 else self._given
+        if given > 0.0 and (self._given is None or self._phase is not None):  # later it is not the peak of a schedule
+            self._given = given
         keep, restore, self._keep, self._restore = self._keep, self._restore, None, None
         phase = self._phase
         if phase is None:

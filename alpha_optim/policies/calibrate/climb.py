@@ -27,7 +27,8 @@ LOST = 0.5
 ALPHAS = 8
 """Steps over which alpha is averaged for the knee."""
 FURTHER = math.log(1e3)
-"""Where the loss rose and never fell the climb began too high: once more from so far below."""
+SOON = 14
+"""Where the loss rose within so many steps and never fell the climb began too high: once more from so far below."""
 WITHOUT_TRIALS = math.log(2.0)
 """Without trials the rate lies so far below that of the lowest loss: the loss falls on for a while at rates that are
 already too high."""
@@ -151,24 +152,24 @@ class Climb:
 
     def _end(self, risen: bool) -> After:
         """Go back to the start, and try rates, if the climb can be trusted."""
-        if not self.fell() and risen and not self.again and self.steps < self.settings.longest_climb:
+        fell, enough = self.fell(), len(self.losses) >= WINDOW
+        if risen and not fell and not self.again and len(self.losses) <= SOON:
             lower = Climb(self.settings, self._begin() - FURTHER, self.steps, self.before, again=True)
             return After(lower, restore="start")
-        if not self.fell():
+        if not fell and not (risen and enough and self.settings.allows(self.steps)):
             why = "the loss did not surely fall while the rate climbed"
             # It may grow where the loss falls fast later, half a decade less far than the climb went.
-            highest = self.position - STEP
-            return After(None, restore="start", highest=highest, text=f"{why}: the rate given is kept")
+            return After(None, restore="start", highest=self.position - STEP, text=f"{why}: the rate given is kept")
         low, knee = self.lowest(), self.knee()
         seen = f"the rate climbed to {{{self.position}}}, the loss was lowest at {{{low}}}"
         seen += "" if knee is None else f", alpha rose above 0 at {{{knee}}}"
-        trials = Trials.begun(
-            self.settings, low, -math.inf if knee is None else knee, level_of(self.before), self.steps
-        )
+        seen += "" if risen else ", and it did not rise again"
+        level = level_of(self.before)
+        trials = Trials.begun(self.settings, low, -math.inf if knee is None else knee, level, self.steps)
         if trials is None:
             found = low - WITHOUT_TRIALS
             return After(None, restore="start", found=found, highest=low, text=f"{seen}: {{{found}}} is taken")
-        return After(trials, restore="start", text=seen if risen else f"{seen}, and did not rise again")
+        return After(trials, restore="start", text=seen)
 
 
 def parts_of(values: Sequence[tuple[float, float, float]], size: int) -> list[Sequence[tuple[float, float, float]]]:

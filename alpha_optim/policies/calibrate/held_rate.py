@@ -65,12 +65,12 @@ class HeldRate:
         self._taken_back = -CALM - 1  # iteration at which a step was taken back last
         self._newest = -1  # iteration of the newest step seen
 
-    def begin(self, found: float, level: Level, highest: float) -> None:
+    def begin(self, found: float, level: Level | None, highest: float) -> None:
         """Hold what was found.
 
         Args:
             found: The log rate.
-            level: The losses must not rise above it.
+            level: The losses must not rise above it; None: they are not looked at.
             highest: How high the log rate may be raised.
         """
         self.found = self.position = self.now = found

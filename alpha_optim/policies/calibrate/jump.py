@@ -71,7 +71,7 @@ class Jump:
         settings = self.settings if not math.isfinite(loss) else replace(self.settings, by_steps=True)
         if self.steps >= settings.longest_climb:
             why = "no losses were seen" if not losses else "too few steps were measured"
-            return After(None, restore="start", text=f"{why}: the rate given is kept")
+            return After(None, restore="start", corrected=False, text=f"{why}: the rate given is kept")
         return After(replace(self, settings=settings, losses=losses, steps=self.steps + 1))
 
     def exploded(self) -> After:

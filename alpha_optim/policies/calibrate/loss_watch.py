@@ -49,9 +49,9 @@ class LossWatch:
     """Windows of the loss against the best level so far, and against each other."""
 
     def __init__(self, total_steps: int) -> None:
-        """Start without a level: the first window sets it."""
+        """Start without a level: the first window sets it; nothing is judged while it is None."""
         self.length = max(SHORTEST, total_steps // SHARE)
-        self.level = UNKNOWN
+        self.level: Level | None = UNKNOWN
         self._losses: list[float] = []
         self._begin: int | None = None  # iteration of the window's first loss
         self.newest = -1  # iteration of the newest loss
@@ -61,7 +61,7 @@ class LossWatch:
 
     def see(self, loss: float, iteration: int) -> Seen | None:
         """Add the loss of an iteration, unless it is nan or known; say something when a window is complete."""
-        if not math.isfinite(loss) or iteration <= self.newest:
+        if self.level is None or not math.isfinite(loss) or iteration <= self.newest:
             return None
         self.newest = iteration
         self._begin = iteration if self._begin is None else self._begin
@@ -71,22 +71,22 @@ class LossWatch:
         losses, self._losses, self._begin = self._losses, [], None
         mean = statistics.fmean(losses)
         falls, stands = self._trend(mean, losses)
-        high = self._too_high(level_of(losses))
+        high = self._too_high(level_of(losses), self.level)
         judged = high or self._windows > SETTLES
         error = statistics.stdev(losses) / math.sqrt(len(losses))
         return Seen(high, mean if judged else math.nan, error, falls, stands)
 
     def begin_anew(self) -> None:
         """The losses so far say nothing about those to come: the next window sets the level."""
-        self.level = UNKNOWN
+        self.level = None if self.level is None else UNKNOWN
         self._losses, self._begin, self._windows = [], None, 0
 
-    def _too_high(self, level: Level) -> bool:
+    def _too_high(self, level: Level, best: Level) -> bool:
         """Whether a window surely lies above the best level."""
         self._windows += 1
-        if level.mean < self.level.mean:
+        if level.mean < best.mean:
             self.level = level
-        above = self._windows > SETTLES and surely_above(level, self.level, SHARE)
+        above = self._windows > SETTLES and surely_above(level, best, SHARE)
         if above:
             self._windows = 0
         return above
@@ -106,7 +106,7 @@ class LossWatch:
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return {
-            "level": list(self.level),
+            "level": None if self.level is None else list(self.level),
             "losses": list(self._losses),
             "begin": self._begin,
             "newest": self.newest,
@@ -117,7 +117,7 @@ class LossWatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
-        self.level = UNKNOWN if state["level"] is None else Level(*state["level"])
+        self.level = None if state["level"] is None else Level(*state["level"])
         self._losses, self._windows = list(map(float, state["losses"])), int(state["windows"])
         self._begin = state["begin"]
         self.newest = int(state["newest"])

@@ -46,6 +46,7 @@ class After(NamedTuple):
         restore: The point to go on from.
         found: Once the search is over: the log rate, 0 for the rate given.
         highest: Once the search is over: how high the log rate may be raised.
+        corrected: Once the search is over: whether losses correct the rate held.
         text: Something worth telling, in absolute rates where ``{...}`` stands around a log rate; empty if nothing.
     """
 
@@ -54,4 +55,5 @@ class After(NamedTuple):
     restore: Place | None = None
     found: float = 0.0
     highest: float = 0.0
+    corrected: bool = True
     text: str = ""

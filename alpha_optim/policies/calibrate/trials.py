@@ -2,7 +2,8 @@
 
 Short runs that fall linearly to 0 predict the best rate of the whole run; at constant rates they prefer rates too low.
 Trials begin at the rate of the climb's lowest loss and the next lower one, and go outwards as long as the best one lies
-at the border. A parabola through the scores around it gives the rate.
+at the border. The rate is the mean of those as good as the best, or, if there is one best, that of a parabola through
+the scores around it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ STEP = math.log(10.0) / 2
 FEWEST_SCORED, SHARE_SCORED = 10, 5
 """The score of a trial is the mean of its last tenfold or fifth of losses, whichever are more."""
 EQUAL = 2.0
-"""Scores that differ by fewer standard errors of the difference are equal. Then it is the trial at the lower rate that
-is gone on from: what a rate that is too high does to a network shows in the loss later."""
+"""Scores that differ by fewer standard errors of the difference are equal. Then the mean of their log rates is taken,
+and it is the trial at the lowest that is gone on from: what too high a rate does to a network shows in the loss later."""
 LOOK = 5
 """The last so many losses of a trial tell whether it is hopeless."""
 
@@ -112,11 +113,20 @@ class Trials:
         following = phase._next()
         if following is not None:
             return After(replace(phase, position=following), keep, "start", text=text)
-        if goes_on is None:
-            return After(None, restore="start", text=f"{text}; every trial was hopeless: the rate given is kept")
+        if goes_on is None or not phase._fell():
+            why = "every trial was hopeless" if goes_on is None else "no trial surely lowered the loss"
+            return After(None, restore="start", text=f"{text}; {why}: the rate given is kept")
         found, highest = phase.found()
         text += f"; the best rate is {{{found}}}"
-        return After(None, None, None if keep == "best" else "best", found, highest, text)
+        return After(None, None, None if keep == "best" else "best", found, highest, text=text)
+
+    def _fell(self) -> bool:
+        """Whether the best trial surely lowered the loss; True where it is not known where that began."""
+        if self.level.count < 2:
+            return True
+        _, score, error = min(self.scores, key=lambda entry: entry[1])
+        count = max(FEWEST_SCORED, self.settings.trial // SHARE_SCORED)
+        return surely_above(self.level, Level(score, error * math.sqrt(count), count), self.settings.most_trials)
 
     @property
     def best(self) -> float:
@@ -126,15 +136,20 @@ class Trials:
 
     def to_go_on_from(self) -> float | None:
         """Log rate of the trial whose end is gone on from: the lowest one that is as good as the best."""
+        return None if math.isnan(self.best) else min(self._good())
+
+    def _good(self) -> list[float]:
+        """Log rates of the trials as good as the best, itself among them."""
         _, lowest, error = min(self.scores, key=lambda entry: entry[1])
-        good = [where for where, score, own in self.scores if score <= lowest + EQUAL * math.hypot(error, own)]
-        return min(good) if math.isfinite(lowest) else None
+        return [where for where, score, own in self.scores if score <= lowest + EQUAL * math.hypot(error, own)]
 
     def _next(self) -> float | None:
         """Log rate of the next trial; None if there is none."""
         if len(self.scores) >= self.settings.most_trials or not self.settings.allows(self.steps):
             return None
         tried = [where for where, _, _ in self.scores]
+        if len(tried) == 1 and self.best <= self.lowest + STEP:
+            return self._above(tried)  # alpha was still below 0 there
         if math.isnan(self.best) or self.best == min(tried):
             following = min(tried) - STEP
             return following if following >= self.lowest or math.isnan(self.best) else self._above(tried)
@@ -149,17 +164,17 @@ class Trials:
         return following if hopeless and wide and following <= self.highest else None
 
     def found(self) -> tuple[float, float]:
-        """The log rate that follows from the scores, and how high it may ever be raised."""
-        ordered = sorted(self.scores)
+        """The log rate that follows from the scores, and how high it may ever be raised: to that of the best trial."""
+        good, ordered = self._good(), sorted(self.scores)
+        if len(good) > 1:
+            return statistics.fmean(good), self.best
         place = next(k for k, entry in enumerate(ordered) if entry[0] == self.best)
-        above = ordered[place + 1] if place + 1 < len(ordered) else None
-        highest = (self.best + above[0]) / 2.0 if above is not None and math.isinf(above[1]) else self.best + STEP
-        if above is None or place == 0 or not math.isfinite(above[1] + ordered[place - 1][1]):
-            return self.best, highest
-        below, here = ordered[place - 1][1], ordered[place][1]
-        return self.best + _vertex(
-            (ordered[place - 1][0] - self.best, below - here), (above[0] - self.best, above[1] - here)
-        ), highest
+        neighbours = ordered[max(0, place - 1) : place] + ordered[place + 1 : place + 2]
+        if len(neighbours) < 2 or not all(math.isfinite(score) for _, score, _ in neighbours):
+            return self.best, self.best
+        left, right = ((where - self.best, score - ordered[place][1]) for where, score, _ in neighbours)
+        shift = _vertex(left, right)
+        return self.best + shift, self.best + max(0.0, shift)
 
 
 def _vertex(left: tuple[float, float], right: tuple[float, float]) -> float:
