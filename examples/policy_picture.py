@@ -1,6 +1,6 @@
 """A small language model from three absurd or ordinary rates: how its rate is found, and where training ends.
 
-    python -m examples.policy_picture                 # docs/policy.png; three runs of 600 steps, about three minutes
+python -m examples.policy_picture                 # docs/policy.png; three runs of 600 steps, about three minutes
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WINDOW = 20
 
 
 def run(rate: float) -> tuple[list[float], list[float], int]:
-    """Train the study's language model with AdamW; losses, learning rates, and the step at which the search was over."""
+    """Train the study's language model with AdamW; losses, learning rates, and the step at which the rate was found."""
     problem = PROBLEMS["text transformer"]
     torch.manual_seed(0)
     model, loss_fn = problem.build(), problem.loss_fn()

@@ -7,7 +7,7 @@ that set their own rate. Every run is one line in the results, and what is there
 whenever you like.
 
     python -m examples.benchmarks.rate_free --quick     # three small problems, under three minutes, not kept
-    python -m examples.benchmarks.rate_free --core      # all problems, most bases; two hours on two cores
+    python -m examples.benchmarks.rate_free --core      # all problems, most bases, a seed per rate; an hour on two cores
     python -m examples.benchmarks.rate_free             # everything, over several runs
     python -m examples.benchmarks.rate_free --further   # and tuned rates on 15 seeds instead of three
     python -m examples.benchmarks.rate_free --unseen    # the problems that nothing was tuned on
@@ -248,15 +248,21 @@ def _mode(optimizer: torch.optim.Optimizer, name: str) -> None:
 
 
 def first_cases(
-    problems: Iterable[str], bases: Iterable[str], initial: Iterable[float], seeds: Iterable[int], peers: bool
+    problems: Iterable[str],
+    bases: Iterable[str],
+    initial: Iterable[float],
+    seeds: Iterable[int],
+    peers: bool,
+    one_seed: bool = False,
 ) -> list[Case]:
-    """Ours, the grids, the peers."""
+    """Ours, with every seed from every initial rate or with one of them in turn, the grids, the peers."""
     cases = []
     for problem, base in itertools.product(problems, bases):
         if problem == "text transformer" and base not in ("AdamW", "Schedule-Free AdamW"):
             continue
         cases += [Case(problem, "grid", base, lr, GRID_SEED) for lr in BASES[base].grid()]
-        cases += [Case(problem, "alpha", base, lr, seed) for lr, seed in itertools.product(initial, seeds)]
+        each = zip(initial, itertools.cycle(seeds), strict=False) if one_seed else itertools.product(initial, seeds)
+        cases += [Case(problem, "alpha", base, lr, seed) for lr, seed in each]
     if peers:
         cases += [Case(problem, peer, "", 0.0, s) for problem in problems for peer in PEERS for s in SEEDS]
     return cases
@@ -310,7 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="three small problems; nothing is kept")
-    size.add_argument("--core", action="store_true", help="all problems, most bases")
+    size.add_argument("--core", action="store_true", help="all problems, most bases, one seed for each initial rate")
     size.add_argument("--unseen", action="store_true", help="the problems that were kept out of all tuning")
     parser.add_argument("--problems", nargs="+", choices=list(ALL), help="only these")
     parser.add_argument("--bases", nargs="+", choices=list(BASES), help="only these")
@@ -327,7 +333,8 @@ def main() -> None:
         bases = ["SGD", "momentum", "AdamW", "Schedule-Free AdamW"]
     problems, bases = args.problems or problems, args.bases or bases
     rows = [] if args.quick else kept()
-    work(first_cases(problems, bases, initial, seeds, not args.quick), args.jobs, not args.quick, rows)
+    one_seed = args.core or args.unseen
+    work(first_cases(problems, bases, initial, seeds, not args.quick, one_seed), args.jobs, not args.quick, rows)
     work(second_cases(problems, bases, rows, args.further), args.jobs, not args.quick, rows)
     from examples.benchmarks.rate_report import summary
 

@@ -159,7 +159,7 @@ def test_the_story_is_told_in_absolute_rates(caplog):
     climbed, last = story[0][1], story[-1][1]
     assert "the rate climbed to" in climbed
     found = float(last.split("the best rate is ")[1])
-    assert found == pytest.approx(run.rate / 0.8, rel=1e-2)  # held at 0.8 of it
+    assert found == pytest.approx(1.5 * run.rate, rel=1e-2)  # held at two thirds of it
     assert last in caplog.text
     assert f"holds {run.rate:.3g} since step" in repr(run.policy)
     assert not any("{" in text for _, text in story)
@@ -193,9 +193,9 @@ def test_short_runs_climb_and_have_fewer_trials_or_none():
 
 def test_trials_take_less_of_longer_runs():
     shares = [trial_length(steps) / steps for steps in (400, 1000, 5000, 20_000, 10**6)]
-    assert shares[0] == shares[1] == pytest.approx(0.06)
+    assert shares[0] == shares[1] == pytest.approx(0.04)
     assert shares == sorted(shares, reverse=True)
-    assert 4 * shares[3] < 0.06
+    assert 4 * shares[3] < 0.04
 
 
 def test_without_losses_the_rate_given_is_kept():
@@ -257,7 +257,7 @@ def test_around_a_rate_only_its_neighbourhood_is_tried():
 def test_a_rate_far_off_is_moved_by_a_factor_of_ten_at_most_when_looking_around_it(initial):
     run = Caricature(initial, around=True)
     run.search()
-    assert initial / 12.6 < run.rate < initial * 10.1  # held at 0.8 of what is found
+    assert initial / 15.1 < run.rate < initial * 10.1  # held at two thirds of what is found
 
 
 # ---------------------------------------------------------------- climb

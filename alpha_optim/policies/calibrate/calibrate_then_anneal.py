@@ -28,9 +28,9 @@ from alpha_optim.user_warning import warn_user
 LOG = logging.getLogger(__name__)
 SPARSE = 10
 """Where alpha is not needed every so many steps are measured, if the policy decides (``every=None``)."""
-BELOW_FOUND = math.log(0.8)
-"""Held for a while, the log rate is so much less than the one found, which is good for a rate that falls from
-the start."""
+BELOW_FOUND = math.log(2.0 / 3.0)
+"""Trials find the peak of a rate that falls from the beginning, and is half of it in the mean. Held for half of the run
+and then annealed it would be three quarters: so it is held at two thirds."""
 RAMP, SHORTEST_RAMP = 20, 10
 """The rate held grows linearly from a tenth in a 20th of the run, at least 10 steps: the best trial ended at a rate of
 almost 0, where the loss is curved more. So it does where a task has changed: what the optimizer remembers belongs to
@@ -52,7 +52,7 @@ class CalibrateThenAnneal:
             anneal: Whether to anneal linearly to 0 once the loss no longer falls, from the middle of the run on at the
                 latest (not if a schedule does).
             around: Whether to look only within a factor of ten of the rate given.
-            trial_steps: Steps of a trial, at least 10; default: 6 % of runs of up to 1,000 steps, less of longer ones.
+            trial_steps: Steps of a trial, at least 10; default: 4 % of runs of up to 1,000 steps, less of longer ones.
 
         Raises:
             ValueError: If an argument is out of range.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-SHARE = 0.06
+SHARE = 0.04
 TURNS = 1000
 """A trial takes this share of runs of up to so many steps; of longer ones it grows with the root of their length, so
 that a search costs less of them."""

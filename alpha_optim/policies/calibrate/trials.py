@@ -24,7 +24,7 @@ FEWEST_SCORED, SHARE_SCORED = 10, 5
 """The score of a trial is the mean of its last tenfold or fifth of losses, whichever are more."""
 EQUAL = 2.0
 """Scores that differ by fewer standard errors of the difference are equal. Then the mean of their log rates is taken,
-and it is the trial at the lowest that is gone on from: what too high a rate does to a network shows in the loss later."""
+and the trial at the lowest is gone on from: what too high a rate does to a network shows in the loss later."""
 LOOK = 5
 """The last so many losses of a trial tell whether it is hopeless."""
 
