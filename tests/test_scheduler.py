@@ -194,7 +194,7 @@ WARM_UPS = {
 }
 
 
-@pytest.mark.compatibility("Schedules", "warm-up longer than the calibration: the rate found is that of the peak")
+@pytest.mark.compatibility("Schedules", "warm-up longer than the search: the rate found is that of the peak")
 @pytest.mark.parametrize("name", WARM_UPS)
 def test_a_search_during_a_warm_up_finds_the_peak(name):
     def run(schedule):

@@ -7,7 +7,7 @@ that set their own rate. Every run is one line in the results, and what is there
 whenever you like.
 
     python -m examples.benchmarks.rate_free --quick     # three small problems, under three minutes, not kept
-    python -m examples.benchmarks.rate_free --core      # all problems, most bases, a seed per rate; an hour on two cores
+    python -m examples.benchmarks.rate_free --core      # all problems, most bases, a seed per rate; an hour on 2 cores
     python -m examples.benchmarks.rate_free             # everything, over several runs
     python -m examples.benchmarks.rate_free --further   # and tuned rates on 15 seeds instead of three
     python -m examples.benchmarks.rate_free --unseen    # the problems that nothing was tuned on
