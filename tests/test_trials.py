@@ -301,3 +301,18 @@ def test_without_losses_the_rate_given_is_kept_with_one_message(caplog):
     assert [record.message for record in caplog.records if "no losses" in record.message] == [
         "no losses were seen: the rate given is kept"
     ]
+
+
+def test_without_a_guard_a_trial_that_is_not_finite_is_hopeless():
+    """Nobody judges steps; the measurements say so."""
+    model, loss_fn, base = make("sgd")
+    optimizer = AlphaGuided(base, model, loss_fn, every=None)
+    policy = CalibrateThenAnneal(400, around=True)
+    scheduler = AlphaScheduler(optimizer, policy, guard=False)
+    data = list(batches(60))
+    train(model, loss_fn, optimizer, scheduler, data[:4])
+    with torch.no_grad():
+        model.layers[3].weight.fill_(math.nan)
+    train(model, loss_fn, optimizer, scheduler, data[4:8])
+    assert "hopeless" in policy.story[0][1]
+    assert all(torch.isfinite(param).all() for param in model.parameters())

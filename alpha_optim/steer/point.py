@@ -23,6 +23,8 @@ OWN_WEIGHTS = ("ScheduleFree", "Lookahead", "SAM", "Prodigy", "DAdapt")
 """Parts of the names of classes of optimizers that keep weights, or distances between weights, in their state."""
 DECLARED = "state_belongs_to_weights"
 """An optimizer with this attribute, true, declares that it does, too."""
+SHARD = "optim"
+"""Attribute in which `ZeroRedundancyOptimizer` has the optimizer of this rank's parameters."""
 _SET_BY_SCHEDULES = (
     "params",
     "lr",
@@ -65,7 +67,7 @@ def keeps_own_weights(optimizer: Optimizer) -> bool:
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
     """The optimizer, and those that it wraps or is made of."""
-    inner = [getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer", "optim")]
+    inner = [getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer", SHARD)]
     inner += list(getattr(optimizer, "optimizers", ()))
     return [optimizer, *(part for entry in inner if hasattr(entry, "param_groups") for part in inner_optimizers(entry))]
 
@@ -93,6 +95,12 @@ class OptimizerState:
             )
             for part in parts
         ]
+
+    @property
+    def of_this_rank(self) -> bool:
+        """Whether it is only a part of the state, the rest of which is kept by other ranks."""
+        counts = [sum(len(group["params"]) for group in _groups(part)) for part, _, _ in self._kept]
+        return any(hasattr(part, SHARD) for part, _, _ in self._kept) and min(counts) < max(counts)
 
     def fits(self) -> bool:
         """Whether the param groups are as many as then."""
@@ -256,6 +264,11 @@ class Point:
         if self._state is not None:
             self._state.restore()
         return True
+
+    @property
+    def of_this_rank(self) -> bool:
+        """Whether a state dict of it would be of use to this rank only."""
+        return self._state is not None and self._state.of_this_rank
 
     @torch.no_grad()
     def restore_buffers(self, model: nn.Module | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from alpha_optim.observe.step_direction import parameters_of
 from alpha_optim.policies.base import Place
 from alpha_optim.steer.point import Point
 
+LOG = logging.getLogger(__name__)
 Span = tuple[int, int]
 """First and last iteration of a trial."""
 
@@ -38,6 +40,9 @@ class SearchPoints:
         """Keep the point reached before this iteration; a new start is that of a new search."""
         if place == "start":
             self.forget()
+            LOG.info(
+                "a search keeps up to two copies of parameters, buffers and optimizer state in the memory of the CPU"
+            )
         point = self._points.setdefault(place, Point(on_host=True, whole=True))
         point.keep(parameters_of(self._optimizer), self._model, self._optimizer)
         if place == "best":
@@ -63,9 +68,14 @@ class SearchPoints:
         return [span for span in spans if place != "best" or span != self._best]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything; tensors are copies."""
+        """Return everything; tensors are copies.
+
+        Points with a part of an optimizer's state are left out: one rank's file is loaded by all, and all must agree
+        whether there is a point to go back to.
+        """
+        whole = {place: point for place, point in self._points.items() if point and not point.of_this_rank}
         return {
-            "points": {place: point.state_dict() for place, point in self._points.items() if point},
+            "points": {place: point.state_dict() for place, point in whole.items()},
             "begin": self._begin,
             "best": None if self._best is None else list(self._best),
         }

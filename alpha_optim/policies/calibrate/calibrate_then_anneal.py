@@ -14,7 +14,7 @@ from typing import Any
 
 from alpha_optim.alpha.loss_level import Level
 from alpha_optim.alpha.measurement import AlphaMeasurement
-from alpha_optim.alpha.records import GuardEvent, GuardReason
+from alpha_optim.alpha.records import AlphaStatus, GuardEvent, GuardReason
 from alpha_optim.policies.base import Decision, Place
 from alpha_optim.policies.calibrate.climb import Climb
 from alpha_optim.policies.calibrate.held_rate import HeldRate
@@ -35,6 +35,8 @@ RAMP, SHORTEST_RAMP = 20, 10
 """The rate held grows linearly from a tenth in a 20th of the run, at least 10 steps: the best trial ended at a rate of
 almost 0, where the loss is curved more. So it does where a task has changed: what the optimizer remembers belongs to
 another loss."""
+KEPT = "the rate given is kept"
+"""How every text ends that says that nothing was found: such are warnings."""
 _PHASES: dict[str, Any] = {"jump": Jump, "climb": Climb, "trials": Trials}
 _RATE = re.compile(r"\{([^}]*)\}")
 
@@ -82,7 +84,7 @@ class CalibrateThenAnneal:
         self._undo: dict[str, Any] | None = None  # the held rate before a step was taken back last
         if self._phase is None:
             why = f"total_steps={total_steps} is too short for a search"
-            self._tell(0, f"{why}: the rate given is kept")
+            self._tell(0, f"{why}: {KEPT}")
 
     @property
     def calibrated(self) -> bool:
@@ -116,7 +118,7 @@ class CalibrateThenAnneal:
     def _tell(self, iteration: int, text: str) -> None:
         text = _RATE.sub(lambda match: self._shown(float(match[1])), text)
         self._story.append((iteration, text))
-        LOG.info("%s", text)
+        LOG.log(logging.WARNING if KEPT in text else logging.INFO, "%s", text)
 
     # ---------------------------------------------------------------- what is heard
 
@@ -128,7 +130,11 @@ class CalibrateThenAnneal:
             self._hold(n, measurement.loss_start)
             return 1.0
         rate = measurement.lr[0] if measurement.lr else 0.0
-        if n >= self._since and rate > 0.0 and self._given is not None:
+        if n < self._since:
+            return 1.0
+        if measurement.status is AlphaStatus.NOT_FINITE:  # nobody judges steps; else there are no such measurements
+            self._go_on(self._phase.exploded(), n + 1)
+        elif rate > 0.0 and self._given is not None:
             self._go_on(self._phase.measured(measurement, math.log(rate / self._given)), n + 1)
         return 1.0
 
@@ -160,7 +166,7 @@ class CalibrateThenAnneal:
     def give_up(self, iteration: int) -> None:
         """End the search and keep the rate given."""
         if self._phase is not None:
-            self._go_on(After(None, corrected=False, text="the search was given up: the rate given is kept"), iteration)
+            self._go_on(After(None, corrected=False, text=f"the search was given up: {KEPT}"), iteration)
 
     def _go_on(self, after: After, iteration: int) -> None:
         """Take over what follows from something heard at an iteration."""
