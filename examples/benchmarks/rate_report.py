@@ -56,6 +56,7 @@ HEADER = [
     "worst of 15",
     "guessed",
     "alpha: median, worst",
+    "two climbs (15)",
     "runs",
     "found / tuned rate, 10–90 %",
     "diverged",
@@ -75,6 +76,7 @@ def alpha_line(rows: list[Row], problem: str, base: str) -> list[str] | None:
     best = tuned[0]["lr"]
     guessed = figures(select(rows, problem=problem, base=base, method="guessed"))
     ours, theirs, many = figures(own), figures(tuned), figures(tuned + more)
+    before = figures(select(rows, problem=problem, base=base, method="alpha 0.1"))
     ratios = sorted(row["found"] / best for row in own)
     low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
     worst, median = verdict(ours, theirs, accuracy)
@@ -87,6 +89,7 @@ def alpha_line(rows: list[Row], problem: str, base: str) -> list[str] | None:
         written(many[-1], accuracy) if more else "",
         written(mean, accuracy),
         f"{written(statistics.median(ours), accuracy)}, {written(ours[-1], accuracy)}",
+        f"{written(statistics.median(before), accuracy)}, {written(before[-1], accuracy)}" if before else "",
         str(len(own)),
         f"{statistics.median(ratios):.2g} ({low:.2g}–{high:.2g})",
         str(sum(map(diverged, own))),
@@ -162,18 +165,16 @@ def summary(rows: list[Row]) -> str:
 TEXT = """
 ## Training without a search for the rate
 
-`python -m examples.benchmarks.rate_free` (raw results in `examples/benchmarks/results/rates.jsonl`). Test
-accuracy in % or test loss. **alpha** is `AlphaScheduler(total_steps=...)` from initial rates of 1e-6, 1e-4,
-1e-2, 1 and 100 with up to three seeds each; **tuned** the best of nine rates with linear decay (constant for
-Schedule-Free), chosen on a validation split and run again on three fresh seeds; **guessed** the middle of
-that grid on the same seeds. *found* is the highest rate after the calibration. *time* is that of a whole run
-as a multiple of a tuned one, the search for its rate not counted, 20 steps of each in turn; where a step takes
-a millisecond or two (the MLPs, regression, quadratic) it is Python that costs. *reached*: worst within 0.5
-points (3 % of the loss) of tuned's worst seed of three, or, in brackets, only of its worst of 15 (`--further`:
-as many as there are runs of ours); median within 0.2 points (3 %) of tuned's mean.
-
-These runs were made before slopes of samples came from the model as a whole, and have not been made again since: the
-samples behind the variances, and with them the rates found, differ somewhat today.
+`python -m examples.benchmarks.rate_free --core` and `--unseen` (raw results in
+`examples/benchmarks/results/rates.jsonl`). Test accuracy in % or test loss. **alpha** is
+`AlphaScheduler(total_steps=...)` from initial rates of 1e-6, 1e-4, 1e-2, 1 and 100, one seed each; **two climbs** is
+the search of version 0.1, which had no trials, from the same rates with three seeds each. **tuned** is the best of nine
+rates with linear decay (constant for Schedule-Free), chosen on a validation split and run again on three fresh
+seeds; **guessed** the middle of that grid on the same seeds. *found* is the highest rate after the search. *time* is
+that of a whole run as a multiple of a tuned one, the search for its rate not counted, 20 steps of each in turn;
+where a step takes a millisecond or two (the MLPs, regression, quadratic) it is Python that costs. *reached*: worst
+within 0.5 points (3 % of the loss) of tuned's worst seed of three, or, in brackets, only of its worst of 15
+(`--further`); median within 0.2 points (3 %) of tuned's mean.
 
 """
 

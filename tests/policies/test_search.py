@@ -242,6 +242,13 @@ def test_a_climb_that_a_bound_holds_does_not_run_away():
     assert scale == 1.0
 
 
+def test_looking_around_a_rate_hears_of_every_loss_once():
+    run = Caricature(0.4, around=True)
+    for count in range(1, 12):
+        run.step()
+        assert len(run.policy._phase.losses) == count
+
+
 def test_around_a_rate_only_its_neighbourhood_is_tried():
     run = Caricature(0.4, around=True)
     first = run.step()
@@ -398,6 +405,28 @@ def test_the_last_trial_is_gone_on_from_where_it_ended_if_it_is_the_best():
     answers = trials(lambda where: 5.0 - where if where <= 0.1 else None, knee=-STEP / 2, total=240)
     last = answers[-1][1]
     assert last.restore is None or answers[-1][0].best != answers[-1][0].position
+
+
+def test_equal_trials_are_gone_on_from_at_the_lower_rate_unless_a_better_one_comes():
+    noise = {0: (10.0, 1.0), -1: (10.5, 1.0), 1: (20.0, 1.0), -2: (20.0, 1.0)}
+
+    def follow(scores):
+        phase = Trials.begun(Settings(STEPS, 20, by_steps=True), 0.0, -math.inf, Level(50.0, 0.1, 10), 0)
+        answers = []
+        while phase is not None:
+            where = round(phase.position / STEP)
+            after = phase._end(*scores[where])
+            answers.append((where, after.keep, after.restore))
+            phase = after.phase
+        return answers, after.found
+
+    answers, found = follow(noise)
+    assert answers == [(0, "best", "start"), (-1, "best", "start"), (1, None, "best")]
+    assert found == pytest.approx(-STEP / 2)
+    answers, found = follow({**noise, 1: (6.0, 0.1), 2: (30.0, 1.0)})  # surely better than both
+    assert (1, "best", "start") in answers
+    assert answers[-1][2] == "best"
+    assert abs(found - STEP) < STEP / 2
 
 
 def test_nothing_is_tried_far_below_the_knee():

@@ -43,6 +43,7 @@ class Trials:
         made: Steps of the trial under way.
         losses: Losses of the trial under way.
         scores: Log rate, score and its standard error of the trials that are over; infinite where hopeless.
+        kept: Log rate of the trial whose end is kept to go on from, the lowest one as good as the best; nan if none is.
     """
 
     settings: Settings
@@ -54,6 +55,7 @@ class Trials:
     made: int = 0
     losses: tuple[float, ...] = ()
     scores: tuple[tuple[float, float, float], ...] = ()
+    kept: float = math.nan
 
     @classmethod
     def begun(cls, settings: Settings, around: float, knee: float, level: Level, steps: int) -> Trials | None:
@@ -77,8 +79,10 @@ class Trials:
 
     def stepped(self, loss: float) -> After:
         """Go on with the trial, or end it."""
-        losses = (*self.losses, loss) if math.isfinite(loss) else self.losses
-        return self._seen(replace(self, made=self.made + 1, steps=self.steps + 1, losses=losses))
+        known = math.isfinite(loss)
+        losses = (*self.losses, loss) if known else self.losses
+        settings = replace(self.settings, by_steps=self.settings.by_steps or known)
+        return self._seen(replace(self, settings=settings, made=self.made + 1, steps=self.steps + 1, losses=losses))
 
     def exploded(self) -> After:
         """The trial is hopeless."""
@@ -104,10 +108,11 @@ class Trials:
 
     def _end(self, score: float, error: float) -> After:
         """Score the trial; begin the next one, or go on from the end of one."""
-        scores = (*self.scores, (self.position, score, error))
-        phase = replace(self, scores=scores, made=0, losses=())
-        goes_on = phase.to_go_on_from()
+        phase = replace(self, scores=(*self.scores, (self.position, score, error)), made=0, losses=())
+        good = phase._good()
+        goes_on = min((where for where in (self.kept, self.position) if where in good), default=None)
         keep: Place | None = "best" if goes_on == self.position else None
+        phase = replace(phase, kept=math.nan if goes_on is None else goes_on)
         shown = f"{score:.4g} ± {error:.2g}" if math.isfinite(score) else "hopeless"
         text = f"trial of {self.made} steps at {{{self.position}}}: {shown}"
         following = phase._next()
@@ -134,13 +139,11 @@ class Trials:
         where, score, _ = min(self.scores, key=lambda entry: entry[1])
         return where if math.isfinite(score) else math.nan
 
-    def to_go_on_from(self) -> float | None:
-        """Log rate of the trial whose end is gone on from: the lowest one that is as good as the best."""
-        return None if math.isnan(self.best) else min(self._good())
-
     def _good(self) -> list[float]:
-        """Log rates of the trials as good as the best, itself among them."""
+        """Log rates of the trials as good as the best, itself among them; none if all were hopeless."""
         _, lowest, error = min(self.scores, key=lambda entry: entry[1])
+        if math.isinf(lowest):
+            return []
         return [where for where, score, own in self.scores if score <= lowest + EQUAL * math.hypot(error, own)]
 
     def _next(self) -> float | None:
