@@ -93,7 +93,9 @@ def test_automatic_optimization_measures_every_step_and_sets_the_rate():
     history = module.guided.alpha_history
     assert history.iterations.tolist() == list(range(TOTAL - 1))
     assert {m.information for m in history} == {"full"}
-    assert len(set(module.rates)) > TOTAL / 2
+    # Too short for a search: the rate given is held for half of the run, and then annealed.
+    assert len(set(module.rates)) >= TOTAL / 2
+    assert module.rates[-1] < 0.1 * module.rates[0]
     assert [m.lr[0] for m in history] == module.rates[: TOTAL - 1]
 
 

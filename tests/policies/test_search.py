@@ -302,6 +302,22 @@ def test_a_climb_ends_soon_after_the_loss_has_risen_and_knows_where_it_was_lowes
     assert max(lows) < 45
 
 
+def test_the_level_of_the_start_is_known_well_though_few_steps_were_made_before():
+    """From a high rate given one jump may do; two losses say next to nothing about the noise."""
+    noise = np.random.default_rng(0)
+    phase = Climb(Settings(STEPS, 40, by_steps=True), -8.0, 2, (2.0, 2.4))
+    for loss in valley(noise):
+        after = phase.stepped(float(loss))
+        if not isinstance(after.phase, Climb):
+            break
+        phase = after.phase
+    assert after.phase.level.count == 7
+    scores = [after.phase]
+    while scores[-1] is not None:
+        scores.append(scores[-1]._end(1.0 + 0.1 * abs(scores[-1].position), 0.05).phase)
+    assert len(scores) > 2
+
+
 def test_noise_alone_ends_no_climb():
     ended = 0
     for seed in range(300):

@@ -92,6 +92,10 @@ class Climb:
             for part in (self.losses[k - WINDOW : k] for k in range(WINDOW, len(self.losses) + 1))
         ]
 
+    def _first(self) -> list[float]:
+        """Losses before the climb and from its beginning, at rates that change nothing yet."""
+        return [*self.before, *(loss for _, loss in self.losses[:WINDOW])]
+
     def _levels(self) -> tuple[Level, Level, Level, int] | None:
         """Levels before the climb, of the best window and of the last one, and the degrees of freedom of their noise.
 
@@ -102,7 +106,7 @@ class Climb:
             return None
         best = min(range(len(windows)), key=lambda k: windows[k][1])
         noise = scatter_of([*self.before, *(loss for _, loss in self.losses[: best + WINDOW])])
-        first = [*self.before, *(loss for _, loss in self.losses[:WINDOW])]
+        first = self._first()
         return (
             Level(fmean(first), noise, len(first)),
             Level(windows[best][1], noise, WINDOW),
@@ -164,7 +168,7 @@ class Climb:
         seen = f"the rate climbed to {{{self.position}}}, the loss was lowest at {{{low}}}"
         seen += "" if knee is None else f", alpha rose above 0 at {{{knee}}}"
         seen += "" if risen else ", and it did not rise again"
-        level = level_of(self.before)
+        level = level_of(self._first())
         trials = Trials.begun(self.settings, low, -math.inf if knee is None else knee, level, self.steps)
         if trials is None:
             found = low - WITHOUT_TRIALS
