@@ -108,26 +108,27 @@ def test_the_log_says_what_the_guard_did_and_which_rate_was_found(caplog):
     model, loss_fn = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2)), nn.MSELoss()
     optimizer = AlphaGuided(torch.optim.Adam(model.parameters(), lr=10.0), model, loss_fn)
     scheduler = AlphaScheduler(optimizer, total_steps=300)
-    assert "nothing measured yet" in repr(scheduler)
+    assert "searching the learning rate (jump), at 1e-07" in repr(scheduler)
     with caplog.at_level(logging.INFO, logger="alpha_optim"):
         steps(30, optimizer, model, loss_fn, scheduler)
-        assert "searching the learning rate, at " in repr(scheduler)
+        assert re.search(r"searching the learning rate \(\w+\), at ", repr(scheduler))
         steps(220, optimizer, model, loss_fn, scheduler)
     lines = [record.getMessage() for record in caplog.records]
     assert [line for line in lines if line.startswith("iteration")] == [str(event) for event in optimizer.guard_events]
-    (found,) = [line for line in lines if "found" in line]
+    told = [text for _, text in scheduler.policy.story]
+    assert [line for line in lines if line in told] == told
+    (found,) = [line for line in lines if "the best rate is" in line]
     assert found in repr(scheduler)
-    # What it names led to what it found: the median of what was seen, times 0.8 and the factor for 16 samples.
-    seen = [float(value) for value in re.findall(r" at ([\d.e+-]+\d)", found)]
-    factor = float(re.search(r"found ([\d.e+-]+) at step", found)[1])
-    assert factor == pytest.approx(sorted(seen)[len(seen) // 2] * 0.8 * (16 / 32) ** 0.3, rel=0.01) or len(seen) == 2
-    held = max(item.lr[0] for item in optimizer.alpha_history if item.iteration > scheduler.policy._done_at)
-    assert held == pytest.approx(factor, rel=0.01)
+    # Held, it is two thirds of what was found, until losses correct it.
+    rate = float(found.split("the best rate is ")[1])
+    assert float(re.search(r"holds ([\d.e+-]+) since step", repr(scheduler))[1]) == pytest.approx(
+        rate * 2 / 3, rel=0.01
+    )
 
 
 @pytest.mark.parametrize(
     ("loss_fn", "total_steps", "why"),
-    [(None, 300, "no losses are measured"), (nn.MSELoss(), 60, "total_steps=60 is too short")],
+    [(None, 300, "no losses were seen"), (nn.MSELoss(), 60, "total_steps=60 is too short")],
 )
 def test_a_search_that_depends_on_the_initial_rate_says_so(caplog, loss_fn, total_steps, why):
     torch.manual_seed(0)
@@ -138,7 +139,7 @@ def test_a_search_that_depends_on_the_initial_rate_says_so(caplog, loss_fn, tota
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert why in record.getMessage()
-    assert "depends on the initial learning rate" in record.getMessage()
+    assert "the rate given is kept" in record.getMessage()
 
 
 @pytest.mark.parametrize(
@@ -159,9 +160,10 @@ def test_a_policy_prints_as_the_call_that_builds_it(policy):
 
 def test_what_was_found_survives_a_resume():
     policy = CalibrateThenAnneal(1000)
-    policy._done, policy._done_at = True, 90
+    policy._phase, policy._done_at = None, 90
     policy._held.found, policy._held.position = math.log(0.5), math.log(0.25)
     other = CalibrateThenAnneal(1000)
     other.load_state_dict(policy.state_dict())
-    policy._search = other._search = None
+    assert other.calibrated
     assert (other._held.found, other._held.position) == (math.log(0.5), math.log(0.25))
+    assert repr(other) == repr(policy)

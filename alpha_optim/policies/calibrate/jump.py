@@ -24,6 +24,8 @@ LONGEST_JUMP = math.log(1e3)
 """Largest jump; the slope is measured again before the next."""
 BLIND_JUMP = math.log(30.0)
 """Jump where a step was too short to move the parameters."""
+BLIND = 3
+"""After so many measurements without a loss none is waited for."""
 NEAR = 1.0
 """The jump has arrived when the next one would be shorter than this."""
 
@@ -37,12 +39,14 @@ class Jump:
         position: Log rate of the coming step.
         steps: Steps made.
         losses: Losses so far.
+        blind: Measurements without a loss, before there was any.
     """
 
     settings: Settings
     position: float = START
     steps: int = 0
     losses: tuple[float, ...] = ()
+    blind: int = 0
     factor = 1.0
 
     def measured(self, measurement: AlphaMeasurement, here: float) -> After:
@@ -52,7 +56,9 @@ class Jump:
         if not self.settings.by_steps and math.isfinite(loss):
             losses = (*losses, loss)
         if not losses:
-            return After(self)
+            if self.blind >= BLIND:
+                return self._given_kept("no losses were seen")
+            return After(replace(self, blind=self.blind + 1))
         rises = rises_of(measurement)
         if rises is None or rises[0] == 0.0:
             return After(replace(self, losses=losses, position=max(self.position, here + BLIND_JUMP)))
@@ -70,9 +76,11 @@ class Jump:
         losses = (*self.losses, loss) if math.isfinite(loss) else self.losses
         settings = self.settings if not math.isfinite(loss) else replace(self.settings, by_steps=True)
         if self.steps >= settings.longest_climb:
-            why = "no losses were seen" if not losses else "too few steps were measured"
-            return After(None, restore="start", corrected=False, text=f"{why}: the rate given is kept")
+            return self._given_kept("too few steps were measured" if losses else "no losses were seen")
         return After(replace(self, settings=settings, losses=losses, steps=self.steps + 1))
+
+    def _given_kept(self, why: str) -> After:
+        return After(None, restore="start", corrected=False, text=f"{why}: the rate given is kept")
 
     def exploded(self) -> After:
         """The last jump went too far: begin the climb where it came from."""
