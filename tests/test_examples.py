@@ -158,7 +158,7 @@ def test_the_study_takes_the_best_rate_on_the_validation_split_and_tells_what_di
     assert table.rstrip().endswith("| 0 | 1.25 | worst, – |")
     runs += [row("alpha", 1.0, 0.0, 94.0, seed=3), row("tuned further", 0.3, 0.0, 94.2, seed=3)]
     table = alpha_table([*grid, *runs], ["digits MLP"])
-    assert "| digits MLP, SGD | 95.0, 95.0 (0.3) | 94.2 | – | 94.6, 94.0 | 7 |" in table
+    assert "| digits MLP, SGD | 95.0, 95.0 (0.3) | 94.2 | – | 94.6, 94.0 |  | 7 |" in table
     assert table.rstrip().endswith("| 0 | 1.25 | (worst), – |")
 
 
