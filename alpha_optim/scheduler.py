@@ -253,7 +253,7 @@ class AlphaScheduler(LRScheduler):
     def _tell_session(self) -> None:
         """Tell the session whether a search goes on."""
         searching = self._decision.searching and self._cut is None and not self._sparse
-        self._session.in_search(searching, trial=searching and self._decision.trial)
+        self._session.in_search(searching, searching and self._decision.trial, over=not self._decision.searching)
 
     def _too_sparse(self, optimizer: AlphaGuided) -> bool:
         """Whether a search goes on, but the scheduler is stepped after several steps only."""

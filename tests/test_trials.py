@@ -316,3 +316,22 @@ def test_without_a_guard_a_trial_that_is_not_finite_is_hopeless():
     train(model, loss_fn, optimizer, scheduler, data[4:8])
     assert "hopeless" in policy.story[0][1]
     assert all(torch.isfinite(param).all() for param in model.parameters())
+
+
+def test_a_search_that_waits_keeps_its_points():
+    """One call of the scheduler after several steps: the search waits for it, and goes on."""
+    run = search_run()
+    model, loss_fn, optimizer, scheduler = run
+    data = list(batches(200))
+    train(*run, data[:50])
+    assert optimizer._session.search_points._points
+    for x, y in data[50:54]:
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it waits
+        scheduler.step()
+    assert optimizer._session.search_points._points
+    ended(scheduler, data[54:], run)
+    assert "the best rate is" in scheduler.policy.story[-1][1]

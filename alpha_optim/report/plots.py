@@ -275,5 +275,5 @@ def _draw_alpha(axis: Any, items: Sequence[AlphaMeasurement], window: int) -> No
     axis.axhline(0.0, color=SINGLE, lw=0.9)
     axis.set_ylim(*VISIBLE)
     axis.set_ylabel(r"step length $\alpha$")
-    axis.text(0.99, 0.04, "short of the minimum", transform=axis.transAxes, ha="right", fontsize=8)
-    axis.text(0.99, 0.92, "beyond the minimum", transform=axis.transAxes, ha="right", fontsize=8)
+    axis.text(0.5, 0.04, "short of the minimum", transform=axis.transAxes, ha="center", fontsize=8)
+    axis.text(0.5, 0.92, "beyond the minimum", transform=axis.transAxes, ha="center", fontsize=8)

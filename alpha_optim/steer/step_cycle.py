@@ -164,11 +164,17 @@ class Session:
         self._scheduled_at = self.iteration
         self.reminders.scheduler_stepped(self.iteration)
 
-    def in_search(self, searching: bool, trial: bool) -> None:
-        """Whether a search goes on, and whether the coming steps belong to a trial; after it no point is kept."""
-        if self.searching and not searching:
-            self.search_points.forget()
+    def in_search(self, searching: bool, trial: bool, over: bool) -> None:
+        """Take note of a search.
+
+        Args:
+            searching: Whether it goes on.
+            trial: Whether the coming steps belong to a trial.
+            over: Whether it does not only wait: then no point is kept any longer.
+        """
         self.searching, self.trial = searching, trial
+        if over:
+            self.search_points.forget()
 
     def keep_point(self, place: Place) -> None:
         """Keep the point reached, for a search."""
