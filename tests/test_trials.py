@@ -277,7 +277,7 @@ def test_optimizer_state_loaded_without_the_schedulers_drops_the_points():
     kept = other[2]._session.search_points._points.get("start")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the loaded state brings its own rates
-        train(*other, batches(1))
+        train(*other, batches(3))
     points = other[2]._session.search_points._points
     assert points.get("start") is not kept or kept is None
     assert "best" not in points
