@@ -1,5 +1,6 @@
 """The command line and what it draws: from files alone, and with bad ones refused by line."""
 
+import copy
 import json
 import math
 import os
@@ -14,7 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from alpha_optim import AlphaGuided, AlphaHistory, AlphaMeasurement, AlphaScheduler, GuardEvent, Hold
+from alpha_optim import (
+    AlphaGuided,
+    AlphaHistory,
+    AlphaMeasurement,
+    AlphaScheduler,
+    CalibrateThenAnneal,
+    GuardEvent,
+    Hold,
+    WithWarmup,
+)
 from alpha_optim.alpha.diagnosis import diagnose
 from alpha_optim.alpha.window import window_alpha
 from alpha_optim.integrations.loggers import record
@@ -51,6 +61,11 @@ def run_file(path, rates=None, count=300):
 def add(path, *rows):
     with open(path, "a") as file:
         file.write("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+
+
+def event_line(**values):
+    row = {"iteration": 3, "reason": "loss_rose", "loss_before": 1.0, "loss_after": 1.0, "restored": True, **values}
+    return json.dumps({"event": row}) + "\n"
 
 
 def train(steps, path, broken=(), seed=0):
@@ -107,6 +122,9 @@ def test_windowed_alpha_of_columns_is_that_of_records(tmp_path, size):
         ('{"event": {"iteration": 3}}\n', "line 302"),
         ('{"format": "alpha_optim.history", "version": 99}\n', "line 302: .*newer alpha_optim"),
         ("[" * 100_000 + "\n", "line 302"),
+        (event_line(loss_before="abc"), "line 302"),
+        (event_line(iteration=True), "line 302"),
+        (event_line(restored="no"), "line 302"),
     ],
 )
 @pytest.mark.parametrize("command", ["report", "diagnose", "compare", "watch --once"])
@@ -122,6 +140,23 @@ def test_a_bad_line_is_named_and_the_exit_code_is_2(tmp_path, capsys, command, l
     assert "Traceback" not in message
     assert len(message) < 600
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("command", ["report", "diagnose", "compare", "watch --once"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("information", "abc"), ("samples_start", None), ("samples_end", math.inf), ("loss_end", []), ("lr", None),
+     ("slope_start", "abc"), ("iteration", math.inf)],
+)  # fmt: skip
+def test_a_bad_value_anywhere_in_a_line_is_an_error_with_its_number(tmp_path, capsys, command, field, value):
+    path = tmp_path / "run.jsonl"
+    run_file(path, count=50)
+    row = json.loads(path.read_text().splitlines()[-1])
+    add(path, {**row, field: value})
+    command, *more = command.split()
+    output = ["-o", str(tmp_path / "page.html")] if command == "report" else more
+    assert main([command, str(path), *output]) == 2
+    assert "line 52" in capsys.readouterr().err
 
 
 def test_files_that_are_none(tmp_path, capsys):
@@ -194,6 +229,39 @@ def test_events_of_the_guard_are_recorded(tmp_path):
     assert [str(event) for event in recording.events] == [str(event) for event in optimizer.guard_events]
     assert any("batch skipped" in line for line in told(recording))
     assert len(AlphaHistory.load(path)) == len(optimizer.alpha_history)
+
+
+def test_what_was_told_before_a_resume_is_not_told_again(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        model, loss_fn = torch.nn.Linear(4, 1), torch.nn.MSELoss()
+        optimizer = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.05), model, loss_fn)
+        return model, loss_fn, optimizer, AlphaScheduler(optimizer, WithWarmup(CalibrateThenAnneal(400), 1))
+
+    def go(run, begin, end):
+        model, loss_fn, optimizer, scheduler = run
+        stop = record(optimizer, path, scheduler)
+        for n in range(begin, end):
+            x = torch.randn(16, 4, generator=torch.Generator().manual_seed(n))
+            optimizer.zero_grad()
+            loss_fn(model(x), x.sum(1, keepdim=True) * (math.nan if n == 20 else 1.0)).backward()
+            optimizer.step()
+            scheduler.step()
+        stop()
+
+    path = tmp_path / "run.jsonl"
+    one = build()
+    go(one, 0, 120)
+    before = Recording.read(path)
+    assert before.notes  # of a policy inside another
+    assert before.events
+    two = build()
+    for part, other in zip(two, one, strict=True):
+        part.load_state_dict(copy.deepcopy(other.state_dict()))
+    go(two, 120, 140)
+    after = Recording.read(path)
+    assert after.notes == before.notes
+    assert list(map(str, after.events)) == list(map(str, before.events))
 
 
 def test_recording_refuses_a_file_that_is_something_else(tmp_path):

@@ -335,3 +335,12 @@ def test_a_search_that_waits_keeps_its_points():
     assert optimizer._session.search_points._points
     ended(scheduler, data[54:], run)
     assert "the best rate is" in scheduler.policy.story[-1][1]
+
+
+@pytest.mark.parametrize("guard", [True, False])
+@pytest.mark.parametrize("bad", [(3, 4), (5, 6), (12, 13), (25, 26)])
+def test_two_bad_batches_early_in_a_search_do_not_end_it(bad, guard):
+    run = search_run(guard=guard)
+    data = [(x * math.nan, y) if n in bad else (x, y) for n, (x, y) in enumerate(batches(200))]
+    ended(run[3], data, run)
+    assert any(text.startswith("trial of") for _, text in run[3].policy.story)

@@ -45,8 +45,8 @@ def ratio_of_sums(rises: Sequence[tuple[float, float]]) -> WindowAlpha:
     alpha = -math.fsum(end for _, end in rises) / total
     if count < 2:
         return WindowAlpha(alpha, math.nan, count)
-    squares = math.fsum((end + alpha * start) ** 2 for start, end in rises)
-    return WindowAlpha(alpha, math.sqrt(count / (count - 1) * squares) / abs(total), count)
+    scatter = math.hypot(*(end + alpha * start for start, end in rises))
+    return WindowAlpha(alpha, math.sqrt(count / (count - 1)) * scatter / abs(total), count)
 
 
 def window_alpha(measurements: Iterable[AlphaMeasurement]) -> WindowAlpha:

@@ -150,9 +150,12 @@ def record(
         ...     len(AlphaHistory.load(f"{folder}/run.jsonl"))
         2
     """
+    there: set[str] = set()  # what a run before it was resumed has told already
     if os.path.exists(path) and os.path.getsize(path):
         _mend_last_line(path)
         AlphaHistory.load(path)  # raises where lines of ours would not belong
+        with open(path, encoding="utf-8") as before:
+            there = {line for line in before if line.startswith((f'{{"{EVENT}"', f'{{"{NOTE}"'))}
     else:
         AlphaHistory().save(path)
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open while training runs
@@ -160,7 +163,8 @@ def record(
     seen = {"events": len(optimizer.guard_events), "notes": 0}
 
     def write(*rows: dict[str, Any]) -> None:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        lines = [json.dumps(row) + "\n" for row in rows]
+        file.write("".join(line for line in lines if line not in there))
         file.flush()
 
     def others() -> list[dict[str, Any]]:

@@ -45,6 +45,12 @@ class _Around:
         """Ask the inner policy."""
         return base.decision_of(self.policy, iteration, given)
 
+    @property
+    def story(self) -> tuple[tuple[int, str], ...]:
+        """What the inner policy tells of its search."""
+        story: tuple[tuple[int, str], ...] = getattr(self.policy, "story", ())
+        return story
+
     def give_up(self, iteration: int) -> None:
         """Tell the inner policy."""
         base.give_up(self.policy, iteration)

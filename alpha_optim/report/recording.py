@@ -61,7 +61,7 @@ class Recording:
         self.unfinished = False
         self._columns = {name: array("d") for name in ("iteration", "alpha", "std", "loss", "rate", "start", "end")}
         self._status = array("b")
-        self._recent: list[dict[str, Any]] = []
+        self._recent: list[tuple[int, dict[str, Any]]] = []
         self._lines, self._offset, self._rest = 0, 0, b""
 
     @classmethod
@@ -126,10 +126,7 @@ class Recording:
         try:
             self._take_row(json.loads(line))
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
-            raise BadFileError(
-                f"{self.path}, line {self._lines}: not a line of an alpha history ({_short(error)}). Expected a file "
-                "written by AlphaHistory.save or loggers.record; if a run was killed while writing, delete this line."
-            ) from error
+            raise self._bad(self._lines, error) from error
         return True
 
     def _take_row(self, row: dict[str, Any]) -> None:
@@ -150,15 +147,21 @@ class Recording:
             for reason, count in row.get("dropped", {}).items():
                 self.dropped[str(reason)] = self.dropped.get(str(reason), 0) + int(count)
         elif EVENT in row:
-            event = {name: _number(value) for name, value in row[EVENT].items()}
-            self.events.append(GuardEvent(**{**event, "iteration": int(event["iteration"])}))
+            self.events.append(_event(row[EVENT]))
         elif NOTE in row:
             self.notes.append((int(row[NOTE]["iteration"]), str(row[NOTE]["text"])))
         else:
             raise ValueError(f"fields missing or unknown: {', '.join(sorted(_NAMES ^ row.keys()))}")
 
     def _take_measurement(self, row: dict[str, Any]) -> None:
+        """Take what pictures need of a measurement.
+
+        Raises:
+            ValueError: If its iteration is none.
+        """
         # Few calls: this is done a million times.
+        if type(row["iteration"]) is not int:
+            raise ValueError(f"iteration must be a whole number, got {row['iteration']!r}")
         length, rates = row["step_length"], row["lr"]
         start, end = row["fitted_slope_start"], row["fitted_slope_end"]
         values: tuple[Any, ...] = (
@@ -184,7 +187,7 @@ class Recording:
         columns["start"].append(start * length)
         columns["end"].append(end * length)
         self._status.append(status)
-        self._recent.append(row)
+        self._recent.append((self._lines, row))
         if len(self._recent) >= 2 * RECENT:
             del self._recent[:RECENT]
 
@@ -250,11 +253,24 @@ class Recording:
         return np.where(none, np.nan, alpha), np.where(none | (count < 2), np.nan, error)
 
     def diagnosis(self) -> Diagnosis:
-        """What alpha says at the end of the run."""
-        history = AlphaHistory(maxlen=2 * RECENT)
-        for row in self._recent:
-            history.append(from_row(row))
-        return diagnose(history, self.events)
+        """What alpha says at the end of the run.
+
+        Raises:
+            BadFileError: If a line has a value that is none of a measurement.
+        """
+        history, line = AlphaHistory(maxlen=2 * RECENT), 0
+        try:
+            for line, row in self._recent:  # noqa: B007 - the message names it
+                history.append(from_row(row))
+            return diagnose(history, self.events)
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise self._bad(line, error) from error
+
+    def _bad(self, line: int, error: Exception) -> BadFileError:
+        return BadFileError(
+            f"{self.path}, line {line}: not a line of an alpha history ({_short(error)}). Expected a file "
+            "written by AlphaHistory.save or loggers.record; if a run was killed while writing, delete this line."
+        )
 
 
 def _trailing(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
@@ -274,6 +290,22 @@ def _number(value: Any) -> Any:
     if value is None or isinstance(value, str):
         return _INFINITE.get(value, value)
     return value if isinstance(value, bool) else float(value)
+
+
+def _event(row: dict[str, Any]) -> GuardEvent:
+    """Build an event from a row.
+
+    Raises:
+        ValueError: If a value is none of an event.
+    """
+    numbers, answers = ("loss_before", "loss_after", "scale_factor"), ("restored", "skipped")
+    event = {name: _number(value) if name in numbers else value for name, value in row.items()}
+    if type(event["iteration"]) is not int:
+        raise ValueError(f"an event's iteration must be a whole number, got {event['iteration']!r}")
+    for name, kind in (*((name, float) for name in numbers), *((name, bool) for name in answers)):
+        if name in event and type(event[name]) is not kind:
+            raise ValueError(f"an event's {name} must be a {kind.__name__}, got {event[name]!r}")
+    return GuardEvent(**event)
 
 
 def _short(error: Exception) -> str:

@@ -45,6 +45,7 @@ class Climb:
         before: Losses of the steps before the climb.
         losses: Pairs of log rate and loss.
         rises: Log rate, and slope times length per rate at both ends, of the steps measured.
+        shaken: Whether it has gone on after a step that was taken back.
         again: Whether it is the second climb, since the first one only rose.
     """
 
@@ -55,6 +56,7 @@ class Climb:
     losses: tuple[tuple[float, float], ...] = ()
     rises: tuple[tuple[float, float, float], ...] = ()
     again: bool = False
+    shaken: bool = False
     factor = 1.0
 
     def measured(self, measurement: AlphaMeasurement, here: float) -> After:
@@ -76,7 +78,9 @@ class Climb:
         return phase._with_loss(self.position, loss) if math.isfinite(loss) else After(phase)
 
     def exploded(self) -> After:
-        """The edge is passed."""
+        """The edge is passed; or two batches were bad, as long as the loss has not fallen: then climb on, once."""
+        if not self.shaken and not self.fell():
+            return After(replace(self, shaken=True), restore="start")
         return self._end(risen=True)
 
     def _with_loss(self, here: float, loss: float) -> After:

@@ -83,5 +83,5 @@ class Jump:
         return After(None, restore="start", corrected=False, text=f"{why}: the rate given is kept")
 
     def exploded(self) -> After:
-        """The last jump went too far: begin the climb where it came from."""
-        return After(Climb(self.settings, self.position - LONGEST_JUMP, self.steps, self.losses), restore="start")
+        """Try again from below: the last jump went too far, or two batches were bad, whatever the rate."""
+        return After(replace(self, position=max(START, self.position - LONGEST_JUMP)), restore="start")
