@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Any
 
 from alpha_optim.alpha.loss_level import Level
 from alpha_optim.alpha.measurement import AlphaMeasurement
@@ -15,9 +14,6 @@ RISE = 0.5
 """The climb is over when a window lost this share of all progress since the first step ..."""
 SURE = 4.0
 """... and that is so many standard errors of the difference of two windows."""
-AHEAD = 1.0
-"""The lowest loss lies behind when the log rate there is so much smaller, and the loss `SURE` standard errors
-above. The lowest of many windows is low by chance; that is why there must be so many."""
 SURELY = 4.0
 """Standard errors by which the loss of a climb has to fall: the lowest of many windows is low by chance."""
 FALLEN = 2.0
@@ -73,33 +69,11 @@ class LossTrace:
         rise = self._means[-1][0] - self.best.mean
         return rise > max(RISE * (self.first - self.best.mean), SURE * self._error(self.best))
 
-    def passed(self, position: float) -> bool:
-        """Whether the lowest loss lies behind this log rate, risen for good or not."""
-        if self.best is None or not self.has_fallen():
-            return False
-        rise = self._means[-1][0] - self.best.mean
-        if not rise > SURE * self._error(self.best):
-            return False
-        lowest = self.lowest()  # last: it goes through all windows, and this is asked after every step
-        return lowest is not None and position - lowest > AHEAD
-
     def has_fallen(self, errors: float = FALLEN) -> bool:
         """Whether the best window lies below the first one, by so many standard errors."""
         if self.best is None:
             return False
         return self._means[0][0] - self.best.mean > errors * self._error(self.best)
-
-    @property
-    def begin(self) -> float | None:
-        """Mean loss of the first window, if there is one."""
-        return self._means[0][0] if self._means else None
-
-    def lies_below(self, level: float, count: int, errors: float) -> bool:
-        """Whether the best window lies below the mean of ``count`` earlier losses, by so many standard errors."""
-        if self.best is None:
-            return False
-        error = self.best.deviation * math.sqrt(1.0 / self.size + 1.0 / count)
-        return bool(level - self.best.mean > errors * error)
 
     def _error(self, level: Level) -> float:
         """Standard error of the difference of two windows."""
@@ -112,29 +86,3 @@ class LossTrace:
         limit = self.best.mean + self.best.deviation / math.sqrt(self.size)
         near = [where for mean, where in self._means if mean <= limit]
         return math.fsum(near) / len(near)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return {
-            "size": self.size,
-            "first": self.first,
-            "best": None if self.best is None else list(self.best),
-            "losses": list(self._losses),
-            "where": list(self._where),
-            "means": [list(entry) for entry in self._means],
-        }
-
-    @classmethod
-    def of(cls, state: dict[str, Any]) -> LossTrace:
-        """Return the trace with this state."""
-        trace = cls(int(state["size"]), float(state["first"]))
-        trace.best = level_from(state["best"])
-        trace._losses.extend(map(float, state["losses"]))
-        trace._where.extend(map(float, state["where"]))
-        trace._means = [(float(mean), float(where)) for mean, where in state["means"]]
-        return trace
-
-
-def level_from(state: list[float] | None) -> Level | None:
-    """Return a level from plain values."""
-    return None if state is None else Level(float(state[0]), float(state[1]), int(state[2]))

@@ -18,20 +18,12 @@ class AlphaWindow:
         """Start empty; ``size`` is the length in measurements."""
         self._rises: deque[tuple[float, float]] = deque(maxlen=size)
 
-    def add(self, measurement: AlphaMeasurement, weight: float = 1.0) -> bool:
+    def add(self, measurement: AlphaMeasurement) -> bool:
         """Add a measurement; False if it has no finite slopes and was ignored."""
         rises = rises_of(measurement)
         if rises is not None:
-            self._rises.append((rises[0] * weight, rises[1] * weight))
+            self._rises.append(rises)
         return rises is not None
-
-    def add_per_rate(self, measurement: AlphaMeasurement) -> bool:
-        """Add a measurement of a climb or descent, in which old rates should weigh as new ones.
-
-        Products of slope and step length grow with the rate, so they are divided by it.
-        """
-        rate = measurement.lr[0] if measurement.lr and measurement.lr[0] > 0.0 else 1.0
-        return self.add(measurement, weight=1.0 / rate)
 
     def clear(self) -> None:
         """Forget everything, after the rate has changed."""

@@ -40,7 +40,7 @@ LATEST = 0.2
 """Weight of the latest batch in the usual log number of samples: batches of mixed sizes have one usual size."""
 PER_SAMPLES = 0.8
 """The log rate falls by this share of the log ratio: by half of it since the noise of a gradient grows with the root of
-1 / N, and by 0.3 since that much was added for large batches (`loss_trace.room_above`)."""
+1 / N, and by 0.3 since the best rate lies so much further above that of the lowest loss (`loss_trace.room_above`)."""
 
 
 class HeldRate:
