@@ -30,7 +30,7 @@ from alpha_optim.alpha.window import window_alpha
 from alpha_optim.integrations.loggers import record
 from alpha_optim.report.command_line import main
 from alpha_optim.report.recording import BadFileError, Recording
-from alpha_optim.report.sampling import extremes
+from alpha_optim.report.sampling import extremes, trailing_mean
 from alpha_optim.report.story import stretches, told
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -318,6 +318,15 @@ def test_extremes_keep_the_outline():
     assert len(at) <= 1002
     assert {0, 12_345, 54_321, 99_999} <= set(at.tolist())
     assert np.array_equal(extremes(values[:500], 1000), np.arange(500))
+
+
+@pytest.mark.parametrize("size", [1, 3, 64, 65, 500])
+def test_the_trailing_mean_is_that_of_the_values_known(size):
+    values = np.random.default_rng(0).normal(size=300)
+    values[10:20] = values[250] = np.nan
+    expected = [values[max(0, k + 1 - size) : k + 1] for k in range(300)]
+    expected = [part[np.isfinite(part)].mean() if np.isfinite(part).any() else np.nan for part in expected]
+    assert trailing_mean(values, size) == pytest.approx(expected, nan_ok=True, abs=1e-12)
 
 
 def chromium(page, *flags):

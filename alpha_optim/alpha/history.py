@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from alpha_optim.alpha.history_file import EVENT, NAMES, NOTE, from_row, to_row
+from alpha_optim.alpha.history_file import EVENT, FORMAT, NAMES, NOTE, VERSION, check_header, from_row, to_row
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import DropReason
 from alpha_optim.alpha.window import WindowAlpha, window_alpha
@@ -18,8 +18,6 @@ from alpha_optim.alpha.window import WindowAlpha, window_alpha
 if TYPE_CHECKING:
     import pandas
 
-FORMAT = "alpha_optim.history"
-VERSION = 1
 UNREAD = 4096
 """How many measurements may wait on the device; by then the first have long been computed."""
 
@@ -293,13 +291,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
 
     def _load_line(self, row: dict[str, Any], first: bool) -> None:
         if "format" in row or first:
-            if row.get("format") != FORMAT:
-                raise ValueError(f"the header must say format={FORMAT!r}, it says {row.get('format')!r}")
-            if row["version"] > VERSION:
-                raise ValueError(
-                    f"written by a newer alpha_optim (format version {row['version']}, "
-                    f"this one reads up to {VERSION}): update the package"
-                )
+            check_header(row)
             for reason, count in row.get("dropped", {}).items():
                 self.drop(str(reason), int(count))
             self.abandoned += [(int(first), int(last)) for first, last in row.get("abandoned", ())]

@@ -9,6 +9,8 @@ from typing import Any
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import AlphaStatus, Information
 
+FORMAT = "alpha_optim.history"
+VERSION = 1
 NAMES = tuple(field.name for field in fields(AlphaMeasurement))
 EVENT, NOTE = "event", "note"
 """Keys of the other lines that a file may hold: something the guard did, and something the scheduler said."""
@@ -18,8 +20,8 @@ def to_row(measurement: AlphaMeasurement) -> dict[str, Any]:
     """Return the fields as values that JSON knows: nan becomes null, infinities become strings."""
     row = asdict(measurement)
     row["status"], row["information"] = str(measurement.status), str(measurement.information)
-    row["lr"] = [_to_json(rate) for rate in measurement.lr]
-    return {name: _to_json(value) for name, value in row.items()}
+    row["lr"] = [to_json(rate) for rate in measurement.lr]
+    return {name: to_json(value) for name, value in row.items()}
 
 
 def from_row(row: dict[str, Any]) -> AlphaMeasurement:
@@ -52,7 +54,23 @@ def from_row(row: dict[str, Any]) -> AlphaMeasurement:
 _NOT_FLOAT = ("iteration", "status", "information", "samples_start", "samples_end", "lr")
 
 
-def _to_json(value: Any) -> Any:
+def check_header(row: dict[str, Any]) -> None:
+    """Refuse a first line of something else, or of a file that this version cannot read.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if row.get("format") != FORMAT:
+        raise ValueError(f"the header must say format={FORMAT!r}, it says {row.get('format')!r}")
+    if row["version"] > VERSION:
+        raise ValueError(
+            f"written by a newer alpha_optim (format version {row['version']}, "
+            f"this one reads up to {VERSION}): update the package"
+        )
+
+
+def to_json(value: Any) -> Any:
+    """A value that JSON knows: nan becomes None, an infinity a string."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value

@@ -36,17 +36,18 @@ size; the second where the noise over samples is not known either."""
 
 
 @lru_cache(maxsize=4096)
-def quantile(freedom: int) -> float:
-    """One-sided quantile of the Student t distribution at the root of `FALSE_ALARM`; infinite below 1.
+def quantile(freedom: float, chance: float = math.sqrt(FALSE_ALARM)) -> float:
+    """The value that a Student t variable exceeds with this chance; infinite below one degree of freedom.
 
     Args:
         freedom: Degrees of freedom.
+        chance: The chance; by default that of one batch that looks like an explosion.
     """
     if freedom < 1:
         return math.inf
     from scipy.special import stdtrit
 
-    return float(stdtrit(freedom, 1.0 - math.sqrt(FALSE_ALARM)))
+    return float(stdtrit(freedom, 1.0 - chance))
 
 
 class LossScatter:
@@ -185,12 +186,4 @@ def surely_above(high: Level, low: Level, looks: int, freedom: float | None = No
         return True
     if freedom is None:
         freedom = sum(parts) ** 2 / (parts[0] ** 2 / (high.count - 1) + parts[1] ** 2 / (low.count - 1))
-    return rise > _quantile(round(freedom, 2), MISTAKEN / looks) * noise
-
-
-@lru_cache(maxsize=4096)
-def _quantile(freedom: float, chance: float) -> float:
-    """The value that a Student t variable exceeds with this chance."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(freedom, 1.0 - chance))
+    return rise > quantile(round(freedom, 2), MISTAKEN / looks) * noise

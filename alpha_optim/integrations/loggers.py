@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from alpha_optim.alpha.history import AlphaHistory
-from alpha_optim.alpha.history_file import EVENT, NOTE, to_row
+from alpha_optim.alpha.history_file import EVENT, NOTE, to_json, to_row
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.window import window_alpha
 from alpha_optim.optimizer import AlphaGuided
@@ -150,49 +150,53 @@ def record(
         ...     len(AlphaHistory.load(f"{folder}/run.jsonl"))
         2
     """
-    there: set[str] = set()  # what a run before it was resumed has told already
-    if os.path.exists(path) and os.path.getsize(path):
-        _mend_last_line(path)
-        AlphaHistory.load(path)  # raises where lines of ours would not belong
-        with open(path, encoding="utf-8") as before:
-            there = {line for line in before if line.startswith((f'{{"{EVENT}"', f'{{"{NOTE}"'))}
-    else:
-        AlphaHistory().save(path)
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open while training runs
-    # What the guard did before is in the file already, if it was recorded.
-    seen = {"events": len(optimizer.guard_events), "notes": 0}
+    return _Recorder(optimizer, path, scheduler).stop
 
-    def write(*rows: dict[str, Any]) -> None:
-        lines = [json.dumps(row) + "\n" for row in rows]
-        file.write("".join(line for line in lines if line not in there))
-        file.flush()
 
-    def others() -> list[dict[str, Any]]:
-        events, notes = optimizer.guard_events, getattr(getattr(scheduler, "policy", None), "story", ())
+class _Recorder:
+    """Appends lines to the file of a run."""
+
+    def __init__(self, optimizer: AlphaGuided, path: str | os.PathLike[str], scheduler: AlphaScheduler | None) -> None:
+        """Begin a file, or continue one; see `record`."""
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self._there: set[str] = set()  # lines that a run before it was resumed has written already
+        if os.path.exists(path) and os.path.getsize(path):
+            _mend_last_line(path)
+            AlphaHistory.load(path)  # raises where lines of ours would not belong
+            with open(path, encoding="utf-8") as before:
+                self._there = {line for line in before if line.startswith((f'{{"{EVENT}"', f'{{"{NOTE}"'))}
+        else:
+            AlphaHistory().save(path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open while training runs
+        # What the guard did before is in the file already, if it was recorded.
+        self._events, self._notes = len(optimizer.guard_events), 0
+        self._unsubscribe = optimizer.alpha_history.subscribe(self._measured)
+
+    def _measured(self, measurement: AlphaMeasurement) -> None:
+        self._write([*self._told(), to_row(measurement)])
+
+    def _told(self) -> list[dict[str, Any]]:
+        """Rows of what the guard did and the policy said since this was asked last."""
+        events = self._optimizer.guard_events
+        notes = getattr(getattr(self._scheduler, "policy", None), "story", ())
         rows: list[dict[str, Any]] = [
-            {EVENT: {name: _plain(value) for name, value in asdict(event).items()}}
-            for event in events[seen["events"] :]
+            {EVENT: {name: to_json(value) for name, value in asdict(event).items()}} for event in events[self._events :]
         ]
-        rows += [{NOTE: {"iteration": iteration, "text": text}} for iteration, text in notes[seen["notes"] :]]
-        seen["events"], seen["notes"] = len(events), len(notes)
+        rows += [{NOTE: {"iteration": iteration, "text": text}} for iteration, text in notes[self._notes :]]
+        self._events, self._notes = len(events), len(notes)
         return rows
 
-    unsubscribe = optimizer.alpha_history.subscribe(lambda measurement: write(*others(), to_row(measurement)))
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        lines = [json.dumps(row) + "\n" for row in rows]
+        self._file.write("".join(line for line in lines if line not in self._there))
+        self._file.flush()
 
-    def stop() -> None:
-        unsubscribe()
-        if not file.closed:
-            write(*others())
-            file.close()
-
-    return stop
-
-
-def _plain(value: Any) -> Any:
-    """A value that JSON knows, as `to_row` writes it."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return str(value) if isinstance(value, str) else value
+    def stop(self) -> None:
+        """Write what came after the last measurement, and close the file."""
+        self._unsubscribe()
+        if not self._file.closed:
+            self._write(self._told())
+            self._file.close()
 
 
 def _mend_last_line(path: str | os.PathLike[str]) -> None:

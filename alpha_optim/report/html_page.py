@@ -10,7 +10,7 @@ import numpy as np
 
 from alpha_optim.report.plots import COLOURS, VISIBLE, window_of
 from alpha_optim.report.recording import Recording
-from alpha_optim.report.sampling import extremes
+from alpha_optim.report.sampling import extremes, trailing_mean
 from alpha_optim.report.story import told
 from alpha_optim.report.summary import SUMMARY, summary
 
@@ -249,7 +249,7 @@ def _beside_each_other(recordings: Sequence[Recording]) -> Any:
     figure = _figure(2, 560)
     for place, recording in enumerate(recordings):
         colour = COLOURS[place % len(COLOURS)]
-        losses = _smooth(recording.losses, window_of(len(recording)))
+        losses = trailing_mean(recording.losses, window_of(len(recording)))
         curves = (losses, "loss %{y:.5g}"), (recording.rates, "learning rate %{y:.4g}")
         for row, (values, hover) in enumerate(curves, start=1):
             at = extremes(values, 2000)
@@ -263,14 +263,3 @@ def _beside_each_other(recordings: Sequence[Recording]) -> Any:
     figure.update_yaxes(title="learning rate", type="log", exponentformat="power", row=2, col=1)
     figure.update_xaxes(title="iteration", row=2, col=1)
     return figure
-
-
-def _smooth(values: np.ndarray, size: int) -> np.ndarray:
-    """Mean over the last ``size`` values that are known; fewer at the beginning."""
-    known = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(known)])
-    ends = np.arange(1, len(values) + 1)
-    begins = np.maximum(0, ends - size)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray((sums[ends] - sums[begins]) / (counts[ends] - counts[begins]))

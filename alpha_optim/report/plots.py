@@ -17,6 +17,7 @@ from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import GuardEvent
 from alpha_optim.alpha.window import window_alpha
+from alpha_optim.report.sampling import trailing_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -176,10 +177,8 @@ def compare(histories: Mapping[str, AlphaHistory], *, title: str = "", axes: Seq
     for place, (name, history) in enumerate(histories.items()):
         items, colour = _items(history), COLOURS[place % len(COLOURS)]
         iterations, size = [item.iteration for item in items], window_of(len(items))
-        losses = np.array([item.loss_start for item in items])
-        loss.plot(iterations, [np.nanmean(losses[max(0, k + 1 - size) : k + 1]) if np.isfinite(
-            losses[max(0, k + 1 - size) : k + 1]).any() else np.nan for k in range(len(items))],
-            color=colour, lw=1.3, label=name)  # fmt: skip
+        losses = trailing_mean(np.array([item.loss_start for item in items]), size)
+        loss.plot(iterations, losses, color=colour, lw=1.3, label=name)
         alpha.plot(iterations, _windows(items, size)[0], color=colour, lw=1.3, label=name)
         rate.semilogy(iterations, [_rate(item) for item in items], color=colour, lw=1.3, label=name)
     alpha.axhline(0.0, color=SINGLE, lw=0.9)

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpha_optim.alpha.diagnosis import Diagnosis, diagnose
-from alpha_optim.alpha.history import FORMAT, VERSION, AlphaHistory
-from alpha_optim.alpha.history_file import EVENT, NAMES, NOTE, from_row
+from alpha_optim.alpha.history import AlphaHistory
+from alpha_optim.alpha.history_file import EVENT, NAMES, NOTE, check_header, from_row
 from alpha_optim.alpha.records import AlphaStatus, GuardEvent
+from alpha_optim.report.sampling import trailing_sums
 
 RECENT = 20_000
 """So many measurements are kept as records, for the diagnosis."""
@@ -55,6 +56,7 @@ class Recording:
         self._begin()
 
     def _begin(self) -> None:
+        self._diagnosis: Diagnosis | None = None  # of what was read so far
         self.events: list[GuardEvent] = []
         self.notes: list[tuple[int, str]] = []
         self.dropped: dict[str, int] = {}
@@ -120,7 +122,7 @@ class Recording:
         if self.unfinished:
             self._rest = line
             return False
-        self._lines += 1
+        self._lines, self._diagnosis = self._lines + 1, None
         if not line.strip():
             return False
         try:
@@ -140,10 +142,7 @@ class Recording:
                 raise ValueError("the header is missing")
             self._take_measurement(row)
         elif self._lines == 1 or "format" in row:
-            if row.get("format") != FORMAT:
-                raise ValueError(f"the header must say format={FORMAT!r}, it says {row.get('format')!r}")
-            if row["version"] > VERSION:
-                raise ValueError(f"written by a newer alpha_optim, format version {row['version']}: update the package")
+            check_header(row)
             for reason, count in row.get("dropped", {}).items():
                 self.dropped[str(reason)] = self.dropped.get(str(reason), 0) + int(count)
         elif EVENT in row:
@@ -240,13 +239,17 @@ class Recording:
         start, end = self._column("start"), self._column("end")
         usable = np.isfinite(start) & np.isfinite(end)
         start, end = np.where(usable, start, 0.0), np.where(usable, end, 0.0)
-        total, ends, count = _trailing(start, size), _trailing(end, size), _trailing(usable.astype(float), size)
+        total, ends, count = (
+            trailing_sums(start, size),
+            trailing_sums(end, size),
+            trailing_sums(usable.astype(float), size),
+        )
         with np.errstate(divide="ignore", invalid="ignore"):
             alpha = -ends / total
             squares = (
-                _trailing(end * end, size)
-                + 2 * alpha * _trailing(start * end, size)
-                + alpha**2 * _trailing(start * start, size)
+                trailing_sums(end * end, size)
+                + 2 * alpha * trailing_sums(start * end, size)
+                + alpha**2 * trailing_sums(start * start, size)
             )
             error = np.sqrt(np.maximum(squares, 0.0) * count / (count - 1)) / np.abs(total)
         none = (count == 0) | ~np.isfinite(alpha)
@@ -258,31 +261,22 @@ class Recording:
         Raises:
             BadFileError: If a line has a value that is none of a measurement.
         """
+        if self._diagnosis is not None:
+            return self._diagnosis
         history, line = AlphaHistory(maxlen=2 * RECENT), 0
         try:
             for line, row in self._recent:  # noqa: B007 - the message names it
                 history.append(from_row(row))
-            return diagnose(history, self.events)
+            self._diagnosis = diagnose(history, self.events)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise self._bad(line, error) from error
+        return self._diagnosis
 
     def _bad(self, line: int, error: Exception) -> BadFileError:
         return BadFileError(
             f"{self.path}, line {line}: not a line of an alpha history ({_short(error)}). Expected a file "
             "written by AlphaHistory.save or loggers.record; if a run was killed while writing, delete this line."
         )
-
-
-def _trailing(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """Sums of the last ``size`` values at every place; made in blocks, so that no rounding is carried along a run."""
-    size = min(size, len(values))
-    padded = np.concatenate([np.zeros(size - 1), values]) if size > 1 else values
-    if size <= 64:
-        sums: NDArray[np.float64] = np.lib.stride_tricks.sliding_window_view(padded, size).sum(axis=1)
-        return sums
-    sums = np.concatenate([[0.0], np.cumsum(padded)])
-    trailing: NDArray[np.float64] = sums[size:] - sums[:-size]
-    return trailing
 
 
 def _number(value: Any) -> Any:

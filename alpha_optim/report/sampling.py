@@ -1,4 +1,4 @@
-"""Fewer points that look the same: of every stretch of a curve its lowest and its highest value."""
+"""Curves made readable: fewer points that look the same, and windows over the last values."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 POINTS = 4000
 """More than a wide screen has columns, twice over."""
+SHORT = 64
+"""Longer windows would cost more than their rounding is worth."""
 
 
 def extremes(values: NDArray[np.float64], points: int = POINTS) -> NDArray[np.int64]:
@@ -32,3 +34,27 @@ def extremes(values: NDArray[np.float64], points: int = POINTS) -> NDArray[np.in
     rows = np.arange(buckets)
     chosen = np.concatenate([places[rows, low], places[rows, high], [0, count - 1]])
     return np.unique(chosen)
+
+
+def trailing_sums(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """Sums of the last ``size`` values at every place, fewer at the beginning.
+
+    Short windows are summed one by one; long ones are differences of running sums, and carry their rounding.
+    """
+    size = min(size, len(values))
+    if size <= SHORT:
+        padded = np.concatenate([np.zeros(size - 1), values])
+        sums: NDArray[np.float64] = np.lib.stride_tricks.sliding_window_view(padded, size).sum(axis=1)
+        return sums
+    running = np.concatenate([np.zeros(size), np.cumsum(values)])
+    trailing: NDArray[np.float64] = running[size:] - running[:-size]
+    return trailing
+
+
+def trailing_mean(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """Mean of those of the last ``size`` values that are finite, at every place; nan where none is."""
+    known = np.isfinite(values)
+    sums = trailing_sums(np.where(known, values, 0.0), size)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean: NDArray[np.float64] = sums / trailing_sums(known.astype(np.float64), size)
+    return mean
