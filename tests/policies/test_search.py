@@ -12,6 +12,7 @@ from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, WithWarmup
 from alpha_optim.alpha.loss_level import Level, level_of, scatter_of, surely_above
 from alpha_optim.policies import base
 from alpha_optim.policies.calibrate.climb import Climb
+from alpha_optim.policies.calibrate.phase import After
 from alpha_optim.policies.calibrate.settings import Settings, trial_length
 from alpha_optim.policies.calibrate.trials import STEP, Trials, _vertex
 
@@ -468,7 +469,7 @@ def test_a_trial_that_explodes_is_hopeless_and_something_between_is_tried():
 def test_where_all_trials_are_hopeless_the_rate_given_is_kept():
     answers = trials(lambda where: None)
     last = answers[-1][1]
-    assert (last.phase, last.restore, last.found) == (None, "start", 0.0)
+    assert (last.phase, last.restore, last.found) == (None, "start", None)
     assert "every trial was hopeless" in last.text
     assert len(answers) <= 5
 
@@ -542,3 +543,14 @@ def test_a_state_of_the_first_version_is_held_at_its_rate_or_given_up():
 def test_bad_arguments(options, says):
     with pytest.raises(ValueError, match=says):
         CalibrateThenAnneal(**options)
+
+
+def test_a_rate_found_that_is_the_one_given_is_held_as_any_other():
+    policy = CalibrateThenAnneal(1000, around=True)
+    policy._go_on(After(None, found=0.0, text="the best rate is {0.0}"), 100)
+    assert base.decision_of(policy, 101, 0.3).scale == pytest.approx(2 / 3)
+    assert policy.envelope(101) == pytest.approx(0.1)  # it grows, as after any search
+    kept = CalibrateThenAnneal(1000, around=True)
+    kept._go_on(After(None, text="every trial was hopeless"), 100)
+    assert (base.decision_of(kept, 101, 0.3).scale, kept.envelope(101)) == (1.0, 1.0)
+    assert kept.story == ((100, "every trial was hopeless: the rate given is kept"),)

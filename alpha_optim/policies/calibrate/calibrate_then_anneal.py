@@ -36,7 +36,6 @@ RAMP, SHORTEST_RAMP = 20, 10
 almost 0, where the loss is curved more. So it does where a task has changed: what the optimizer remembers belongs to
 another loss."""
 KEPT = "the rate given is kept"
-"""How every text ends that says that nothing was found: such are warnings."""
 _PHASES: dict[str, Any] = {"jump": Jump, "climb": Climb, "trials": Trials}
 _RATE = re.compile(r"\{([^}]*)\}")
 
@@ -83,8 +82,7 @@ class CalibrateThenAnneal:
         self._warned = False
         self._undo: dict[str, Any] | None = None  # the held rate before a step was taken back last
         if self._phase is None:
-            why = f"total_steps={total_steps} is too short for a search"
-            self._tell(0, f"{why}: {KEPT}")
+            self._tell(0, f"total_steps={total_steps} is too short for a search: {KEPT}", logging.WARNING)
 
     @property
     def calibrated(self) -> bool:
@@ -115,10 +113,10 @@ class CalibrateThenAnneal:
             return f"{math.exp(min(700.0, position)):.3g} times the rate given"
         return f"{self._given * math.exp(min(700.0, position)):.3g}"
 
-    def _tell(self, iteration: int, text: str) -> None:
+    def _tell(self, iteration: int, text: str, severity: int = logging.INFO) -> None:
         text = _RATE.sub(lambda match: self._shown(float(match[1])), text)
         self._story.append((iteration, text))
-        LOG.log(logging.WARNING if KEPT in text else logging.INFO, "%s", text)
+        LOG.log(severity, "%s", text)
 
     # ---------------------------------------------------------------- what is heard
 
@@ -166,7 +164,7 @@ class CalibrateThenAnneal:
     def give_up(self, iteration: int) -> None:
         """End the search and keep the rate given."""
         if self._phase is not None:
-            self._go_on(After(None, corrected=False, text=f"the search was given up: {KEPT}"), iteration)
+            self._go_on(After(None, corrected=False, text="the search was given up"), iteration)
 
     def _go_on(self, after: After, iteration: int) -> None:
         """Take over what follows from something heard at an iteration."""
@@ -177,14 +175,23 @@ class CalibrateThenAnneal:
         self._keep = after.keep or self._keep
         if after.restore is not None:
             self._restore, self._since = after.restore, iteration + 1
-        if after.text:
-            self._tell(iteration, after.text)
         if after.phase is None:
-            self._done_at = iteration + 1 + self._skipped
-            self._ramp_at = self._done_at if after.found else None
-            below = BELOW_FOUND if self.anneal and after.found else 0.0
-            self._held.begin(after.found + below, level if after.corrected else None, after.highest)
-            self._held.starts_after(iteration)
+            self._end(after, iteration, level)
+        elif after.text:
+            self._tell(iteration, after.text)
+
+    def _end(self, after: After, iteration: int, level: Level) -> None:
+        """The search is over: hold what was found, or the rate given."""
+        self._done_at = iteration + 1 + self._skipped
+        position = 0.0
+        if after.found is None:
+            self._tell(iteration, f"{after.text}: {KEPT}", logging.WARNING)
+        else:
+            self._tell(iteration, after.text)
+            self._ramp_at = self._done_at
+            position = after.found + (BELOW_FOUND if self.anneal else 0.0)
+        self._held.begin(position, level if after.corrected else None, after.highest)
+        self._held.starts_after(iteration)
 
     def _level(self) -> Level:
         """Where the losses lay at the start: those of the rate held must not rise above that."""

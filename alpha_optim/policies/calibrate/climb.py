@@ -125,7 +125,7 @@ class Climb:
             return False
         first, best, last, freedom = levels
         looks = self.settings.longest_climb
-        if not self.fell():
+        if not self._fell(levels):
             return surely_above(last, first, looks, freedom)
         looks *= looks  # for the lowest of many windows is low by chance
         return last.mean - best.mean > LOST * (first.mean - best.mean) and surely_above(last, best, looks, freedom)
@@ -140,7 +140,11 @@ class Climb:
     def fell(self) -> bool:
         """Whether the loss surely fell."""
         levels = self._levels()
-        return levels is not None and surely_above(levels[0], levels[1], self.settings.longest_climb**2, levels[3])
+        return levels is not None and self._fell(levels)
+
+    def _fell(self, levels: tuple[Level, Level, Level, int]) -> bool:
+        first, best, _, freedom = levels
+        return surely_above(first, best, self.settings.longest_climb**2, freedom)
 
     def knee(self) -> float | None:
         """Log rate at which alpha, over a few steps, first rose from below 0 above it; None if it did not."""
@@ -167,7 +171,7 @@ class Climb:
         if not fell and not (risen and enough and self.settings.allows(self.steps)):
             why = "the loss did not surely fall while the rate climbed"
             # It may grow where the loss falls fast later, half a decade less far than the climb went.
-            return After(None, restore="start", highest=self.position - STEP, text=f"{why}: the rate given is kept")
+            return After(None, restore="start", highest=self.position - STEP, text=why)
         low, knee = self.lowest(), self.knee()
         seen = f"the rate climbed to {{{self.position}}}, the loss was lowest at {{{low}}}"
         seen += "" if knee is None else f", alpha rose above 0 at {{{knee}}}"

@@ -80,7 +80,7 @@ class Jump:
         return After(replace(self, settings=settings, losses=losses, steps=self.steps + 1))
 
     def _given_kept(self, why: str) -> After:
-        return After(None, restore="start", corrected=False, text=f"{why}: the rate given is kept")
+        return After(None, restore="start", corrected=False, text=why)
 
     def exploded(self) -> After:
         """Try again from below: the last jump went too far, or two batches were bad, whatever the rate."""

@@ -44,7 +44,7 @@ class After(NamedTuple):
         phase: The phase from here on; None: the search is over.
         keep: Where to keep the point reached.
         restore: The point to go on from.
-        found: Once the search is over: the log rate, 0 for the rate given.
+        found: Once the search is over: the log rate; None: the rate given is kept, and the text says why.
         highest: Once the search is over: how high the log rate may be raised.
         corrected: Once the search is over: whether losses correct the rate held.
         text: Something worth telling, in absolute rates where ``{...}`` stands around a log rate; empty if nothing.
@@ -53,7 +53,7 @@ class After(NamedTuple):
     phase: Phase | None
     keep: Place | None = None
     restore: Place | None = None
-    found: float = 0.0
+    found: float | None = None
     highest: float = 0.0
     corrected: bool = True
     text: str = ""

@@ -94,9 +94,13 @@ class Trials:
             return phase._end(math.inf, 0.0)
         if phase.made < phase.settings.trial:
             return After(phase)
-        count = max(FEWEST_SCORED, phase.settings.trial // SHARE_SCORED)
-        score = level_of(phase.losses[-count:]) if phase.losses else Level(math.inf, 0.0, 0)
+        score = level_of(phase.losses[-self._scored :])
         return phase._end(score.mean, score.error)
+
+    @property
+    def _scored(self) -> int:
+        """So many of the last losses of a trial are its score."""
+        return max(FEWEST_SCORED, self.settings.trial // SHARE_SCORED)
 
     def _hopeless(self) -> bool:
         """Whether the loss surely lies above where the trial began."""
@@ -120,7 +124,7 @@ class Trials:
             return After(replace(phase, position=following), keep, "start", text=text)
         if goes_on is None or not phase._fell():
             why = "every trial was hopeless" if goes_on is None else "no trial surely lowered the loss"
-            return After(None, restore="start", text=f"{text}; {why}: the rate given is kept")
+            return After(None, restore="start", text=f"{text}; {why}")
         found, highest = phase.found()
         text += f"; the best rate is {{{found}}}"
         return After(None, None, None if keep == "best" else "best", found, highest, text=text)
@@ -129,19 +133,24 @@ class Trials:
         """Whether the best trial surely lowered the loss; True where it is not known where that began."""
         if self.level.count < 2:
             return True
-        _, score, error = min(self.scores, key=lambda entry: entry[1])
-        count = max(FEWEST_SCORED, self.settings.trial // SHARE_SCORED)
-        return surely_above(self.level, Level(score, error * math.sqrt(count), count), self.settings.most_trials)
+        _, score, error = self._lowest
+        best = Level(score, error * math.sqrt(self._scored), self._scored)
+        return surely_above(self.level, best, self.settings.most_trials)
+
+    @property
+    def _lowest(self) -> tuple[float, float, float]:
+        """The lowest of the scores."""
+        return min(self.scores, key=lambda entry: entry[1])
 
     @property
     def best(self) -> float:
         """Log rate of the trial with the lowest score; nan if all were hopeless."""
-        where, score, _ = min(self.scores, key=lambda entry: entry[1])
+        where, score, _ = self._lowest
         return where if math.isfinite(score) else math.nan
 
     def _good(self) -> list[float]:
         """Log rates of the trials as good as the best, itself among them; none if all were hopeless."""
-        _, lowest, error = min(self.scores, key=lambda entry: entry[1])
+        _, lowest, error = self._lowest
         if math.isinf(lowest):
             return []
         return [where for where, score, own in self.scores if score <= lowest + EQUAL * math.hypot(error, own)]
