@@ -38,9 +38,9 @@ def screen(recording: Recording, width: int, height: int) -> Any:
     if not len(recording):
         return Panel(f"{recording.path}: waiting for the first measurement", title="alpha_optim")
     rows = max(8, (height - 6) // 3)
-    middle, errors = recording.windowed(window_of(len(recording)))
-    x, rates = recording.iterations, recording.rates
     size = window_of(len(recording))
+    middle, errors = recording.windowed(size)
+    x, rates = recording.iterations, recording.rates
     plots = [
         _plot(x, recording.losses, "mini-batch loss", width, rows),
         _plot(x, np.clip(middle, *VISIBLE), f"step length α over {size} steps (0: into the minimum)", width, rows),
