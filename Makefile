@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity harm bench format lint types doctest check clean
+.PHONY: help install demo test parity harm bench docs format lint types doctest check clean
 
 help:  ## list the tasks
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ harm: install  ## does steering make a run worse? a table of situations, bare an
 bench: install  ## measure what alpha costs on this machine
 	$(BIN)/python -m examples.benchmarks.cost $(ARGS)
 
+docs: install  ## build the documentation into site/, warnings are errors (ARGS="--site-dir FOLDER")
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
+
 format: install  ## format the code
 	$(BIN)/ruff format .
 
@@ -53,4 +56,4 @@ doctest: install  ## run the examples in the docstrings alone
 check: lint types test  ## everything CI runs: format, lint, types, tests, doctests
 
 clean:  ## remove the environment and what was built
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist out site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

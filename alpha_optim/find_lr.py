@@ -99,7 +99,7 @@ def find_lr(
         TypeError: If the optimizer is wrapped, the loader can be used only once, or a batch or loss is of no use.
         ValueError: If there are no batches, too few steps, or rates that do not climb.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(4, 1)
         >>> data = [(torch.randn(16, 4), torch.randn(16, 1)) for _ in range(10)]

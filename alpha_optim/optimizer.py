@@ -37,7 +37,7 @@ class AlphaGuided(Optimizer):
     Attributes:
         optimizer: The wrapped optimizer; ``param_groups``, ``state`` and ``defaults`` are its own.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model, loss_fn = torch.nn.Linear(3, 1), torch.nn.MSELoss()
         >>> optimizer = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn)

@@ -57,7 +57,7 @@ RECOVERY = 1.3
 class AlphaScheduler(LRScheduler):
     """Sets learning rates from measured alphas; stepped once per optimizer step.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alpha_optim import AlphaGuided
         >>> model = torch.nn.Linear(3, 1)

@@ -160,10 +160,3 @@ def test_the_study_takes_the_best_rate_on_the_validation_split_and_tells_what_di
     table = alpha_table([*grid, *runs], ["digits MLP"])
     assert "| digits MLP, SGD | 95.0, 95.0 (0.3) | 94.2 | – | 94.6, 94.0 |  | 7 |" in table
     assert table.rstrip().endswith("| 0 | 1.25 | (worst), – |")
-
-
-@pytest.mark.parametrize("path", [*ROOT.glob("docs/*.md"), ROOT / "README.md"], ids=lambda path: path.name)
-def test_links_in_the_documents_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
-        if "://" not in target:
-            assert (path.parent / target).exists(), target

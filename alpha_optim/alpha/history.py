@@ -38,7 +38,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
 
     Numbers may wait on the device until somebody reads; every reading method fetches them first.
 
-    Example:
+    Examples:
         >>> history = AlphaHistory(maxlen=1000)
         >>> len(history), history.windowed(10).count
         (0, 0)

@@ -37,7 +37,7 @@ def fit_quadratic(step_length: float, start: Observation, end: Observation) -> Q
     Returns:
         The fitted slopes at both ends and their covariance.
 
-    Example:
+    Examples:
         f(x) = (x - 1)^2 and a step of length 1 from 0, which ends in the minimum:
 
         >>> start = Observation(samples=8, loss=1.0, loss_variance=1.0, slope=-2.0, slope_variance=1.0)

@@ -66,7 +66,7 @@ def log_measurements(
     Raises:
         ValueError: If ``every`` is less than 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alpha_optim import AlphaGuided
         >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -135,7 +135,7 @@ def record(
     Raises:
         ValueError: If there is a file that is not one of a run.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from alpha_optim import AlphaGuided, AlphaHistory
         >>> weight = torch.nn.Parameter(torch.ones(2))

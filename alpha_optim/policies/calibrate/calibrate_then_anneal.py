@@ -222,7 +222,7 @@ class CalibrateThenAnneal:
 
     def envelope(self, iteration: int) -> float:
         """Return 1 until the search is over, and in the end fall linearly to 0."""
-        if iteration > self.total_steps and not self._warned:
+        if self.anneal and iteration > self.total_steps and not self._warned:
             self._warned = True
             warn_user(f"more steps than total_steps={self.total_steps}: the last learning rate is held")
         if self._phase is not None:

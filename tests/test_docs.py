@@ -1,0 +1,144 @@
+"""The documentation: its code runs, its links lead somewhere, the site builds without a warning."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from alpha_optim import AlphaGuided, AlphaScheduler
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def parts(path):
+    """Pairs of a section's title and the code in it, joined."""
+    sections = re.split(r"^## ", (DOCS / path).read_text(), flags=re.MULTILINE)
+    found = [(text.partition("\n")[0], re.findall(r"```python\n(.*?)```", text, re.DOTALL)) for text in sections]
+    return [(title, "\n".join(code)) for title, code in found if code]
+
+
+class Gpt(nn.Module):
+    """The smallest model with logits of ``[N, T, vocabulary]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True)
+        self.blocks, self.head = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(8, 16)
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        return self.head(self.blocks(self.embedding(x), mask=mask, is_causal=True))
+
+
+class Vae(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+
+    def forward(self, x):
+        mean, log_variance = self.encoder(x).chunk(2, 1)
+        code = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+        return self.decoder(code), mean, log_variance
+
+
+def make_model():
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def surroundings(folder):
+    """What a reader of the pages has: a model, data, a loop."""
+    x = torch.randn(320, 6)
+    y = (x @ torch.randn(6, 3)).argmax(1)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16, shuffle=True)
+    loss_fn = nn.CrossEntropyLoss()
+
+    def train(model, optimizer, scheduler, steps):
+        made = 0
+        while made < steps:
+            for inputs, targets in loader:
+                if made == steps:
+                    return
+                made += 1
+                optimizer.zero_grad()
+                loss_fn(model(inputs), targets).backward()
+                optimizer.step()
+                scheduler.step()
+
+    sequences = torch.randint(0, 16, (40, 8, 9))
+    return {
+        "torch": torch, "nn": nn, "F": nn.functional, "AlphaGuided": AlphaGuided, "AlphaScheduler": AlphaScheduler,
+        "make_model": make_model, "model": make_model(), "loss_fn": loss_fn, "loader": loader, "batch_size": 16,
+        "epochs": 6, "train": train, "device": "cpu", "folder": str(folder),
+        "gpt": Gpt(), "tokens": [(batch[:, :-1], batch[:, 1:]) for batch in sequences],
+        "vae": Vae(), "generator": nn.Linear(4, 6), "critic": nn.Linear(6, 1),
+        "ones": torch.ones(16, 1), "zeros": torch.zeros(16, 1),
+    }  # fmt: skip
+
+
+def bert_and_sentences():
+    transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16, num_labels=3,
+    )  # fmt: skip
+    x = torch.randint(0, 32, (64, 8))
+    sentences = [{"input_ids": row, "labels": int(row[0]) % 3} for row in x]
+    return {"bert": transformers.BertForSequenceClassification(config), "sentences": sentences}
+
+
+@pytest.mark.parametrize(
+    ("page", "title"),
+    [
+        pytest.param(page, title, id=f"{page}-{title}")
+        for page in ("recipes.md", "coming_from.md")
+        for title, _ in parts(page)
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # the Trainer's, on a machine without a GPU
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_code_on_a_page_runs_without_a_warning(page, title, tmp_path, monkeypatch):
+    code = dict(parts(page))[title]
+    for package in ("transformers", "schedulefree"):
+        if package in code:
+            pytest.importorskip(package, reason=f"{package} is not installed")
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        names = surroundings(tmp_path)
+        if "bert" in code:
+            names |= bert_and_sentences()
+        exec(code, names)
+        optimizer = names.get("optimizer")
+        if optimizer is not None and len(optimizer.alpha_history):
+            assert optimizer.alpha_history[-1].information in ("full", "slopes+variances")
+        if "finding" in names:
+            assert names["finding"].lr is not None
+
+
+@pytest.mark.parametrize("path", [*DOCS.glob("*.md"), ROOT / "README.md"], ids=lambda path: path.name)
+def test_links_in_the_documents_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "WARNING -" not in done.stderr
+    reference = (tmp_path / "site" / "api.html").read_text()
+    for name in __import__("alpha_optim").__all__:
+        if not name.startswith("_"):
+            assert f'id="alpha_optim.{name}"' in reference, name
+    loaded = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', reference)
+    assert loaded == [], "the pages load something from elsewhere"
