@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity harm bench docs format lint types doctest check clean
+.PHONY: help install demo test parity harm trust bench docs format lint types doctest check clean
 
 help:  ## list the tasks
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ parity: install  ## compare with Cockpit, all cases, and print the table (ARGS="
 
 harm: install  ## does steering make a run worse? a table of situations, bare and steered (ARGS="--only Nan")
 	$(BIN)/python -m tests.harm $(ARGS)
+
+trust: install  ## random cases, hostile numbers, faults: what is lost? about 20 minutes (ARGS="--cases 10000 --kills 100")
+	$(BIN)/python -m tests.trust $(ARGS)
 
 bench: install  ## measure what alpha costs on this machine
 	$(BIN)/python -m examples.benchmarks.cost $(ARGS)

@@ -17,6 +17,7 @@ from alpha_optim.alpha.records import GuardEvent
 from alpha_optim.distributed import as_text, asked_by_checkpoint, from_text
 from alpha_optim.measure.plan import Every, Plan
 from alpha_optim.observe.checks import check_arguments, check_membership
+from alpha_optim.steer.checks import load_whole
 from alpha_optim.steer.several import HOOKS, Several, make_hooks
 from alpha_optim.steer.step_cycle import VERSION, Session
 
@@ -290,7 +291,8 @@ class AlphaGuided(Optimizer):
             state_dict: What `state_dict` returned.
 
         Raises:
-            ValueError: If it was written by a newer version of the package.
+            ValueError: If it was written by a newer version of the package, or is not such a state; nothing is changed
+                then.
         """
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
@@ -308,10 +310,15 @@ class AlphaGuided(Optimizer):
                 f"up to {VERSION}: update alpha_optim, or delete its key {KEY!r} to start measuring anew"
             )
         bare = {key: value for key, value in state_dict.items() if key != KEY}
-        self.optimizer.load_state_dict({**bare, "param_groups": groups})
-        self._session.load_state_dict(ours)
+        before = self.optimizer.state_dict(), self._session.state_dict()
+        load_whole(self._load_both, ({**bare, "param_groups": groups}, ours), before, "optimizer's")
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _load_both(self, states: tuple[dict[str, Any], dict[str, Any] | None]) -> None:
+        """Load the wrapped optimizer's state, and ours."""
+        self.optimizer.load_state_dict(states[0])
+        self._session.load_state_dict(states[1])
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything needed to build the wrapper anew; hooks are not part of it."""

@@ -9,6 +9,7 @@ warm-up would otherwise find a multiple of whatever the warm-up had reached.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import weakref
@@ -25,7 +26,7 @@ from alpha_optim.alpha.records import GuardEvent, GuardReason
 from alpha_optim.distributed import as_text, from_text, initialised
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
-from alpha_optim.steer.checks import check_scheduler_state, check_scheduling
+from alpha_optim.steer.checks import check_scheduler_state, check_scheduling, load_whole
 from alpha_optim.steer.guard import KEPT, Guard
 from alpha_optim.steer.rates import clamped, peak_of, ratios, taken_over
 from alpha_optim.steer.step_cycle import Session
@@ -538,10 +539,14 @@ class AlphaScheduler(LRScheduler):
             state_dict: What `state_dict` returned.
 
         Raises:
-            ValueError: If it was written by a newer version, with another number of groups or another policy.
+            ValueError: If it was written by a newer version, with another number of groups or another policy, or is no
+                such state; nothing is changed then.
         """
         groups, name = len(self.optimizer.param_groups), base.name_of(self.policy)
         check_scheduler_state(state_dict, VERSION, groups, name)
+        load_whole(self._load, state_dict, copy.deepcopy(self.state_dict()), "scheduler's")
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         self.scale = float(state_dict["scale"])
         self._scheduled, self._written = list(state_dict["scheduled"]), list(state_dict["written"])
         self._peaks = list(state_dict["peaks"])

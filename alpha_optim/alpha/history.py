@@ -256,9 +256,14 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         header = {"format": FORMAT, "version": VERSION, "dropped": self.dropped, "abandoned": self.abandoned}
         lines = [json.dumps(header)] + [json.dumps(to_row(item)) for item in self._read()]
         temporary = f"{os.fspath(path)}.part"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
+            os.replace(temporary, path)
+        except BaseException:  # a full disk, Ctrl-C: the file that was there stays, and nothing lies beside it
+            if os.path.exists(temporary):
+                os.remove(temporary)
+            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], maxlen: int = 100_000) -> AlphaHistory:
@@ -275,10 +280,10 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
             ValueError: If a line is not what `save` writes; the message names the line.
         """
         history = cls(maxlen)
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    history._load_line(json.loads(line), first=number == 1)
+                    history._load_line(json.loads(line.decode()), first=number == 1)
                 except (ValueError, TypeError, KeyError, AttributeError) as error:  # noqa: PERF203 - names the line
                     raise ValueError(
                         f"{os.fspath(path)}, line {number}: not a line of an alpha history ({error}). "

@@ -282,7 +282,13 @@ class Pairing:
         loss_variance = loss.variance
         slope_variance: Number | None = None
         doubtful: Truth = False
-        if due and not alone:
+        backend = iteration.task.backend
+        told = backend is not None and bool(backend.unaccounted.reasons)
+        if due and not alone and slopes is None and not told and self.variances.sampled:
+            # In vain this time only (the model was called otherwise, say): what is known stands until the next one.
+            slope_variance = self.variances.of_slope(role)
+            self.variances.missed()
+        elif due and not alone:
             if slopes is not None:
                 # Along d / |d|, so that it can stand in for other steps.
                 slope_variance = sample_variance(slopes.values / direction.length.to(slopes.values.device))
@@ -297,10 +303,8 @@ class Pairing:
                 self.variances.measured(role, iteration.task.number, slope_variance, loss.samples)
         elif not alone:
             slope_variance = self.variances.of_slope(role)
-        backend = iteration.task.backend
-        told = backend is not None and backend.unaccounted.reasons and slope_variance is None
-        if loss.samples == 1 or told:  # where samples interact their losses say no more than their slopes
-            loss_variance = None
+        if loss.samples == 1 or (told and slope_variance is None):
+            loss_variance = None  # where samples interact their losses say no more than their slopes
         return EndPoint(product, factor, gamma, loss.mean, loss_variance, slope_variance, lost, doubtful, loss.samples)
 
     def _doubtful(

@@ -95,6 +95,13 @@ class Variances:
         if variance is not None:
             self._slopes[role] = finite_or(variance, before)
 
+    def missed(self) -> None:
+        """An attempt told nothing, and not for good: measure in the next iteration; what is known stands.
+
+        Both ends, since what the end of a step takes over is found out at the start of one.
+        """
+        self._in_vain.update(("start", "end"))
+
     def look_again(self, role: Role) -> None:
         """The last attempt told nothing, since no parameter moved: measure in the next iteration."""
         if role not in self._slopes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -79,3 +80,26 @@ def check_scheduler_state(state: dict[str, Any], version: int, groups: int, poli
             f"this scheduler state is of the policy {state['policy_name']}, this scheduler has {policy}; build "
             "it with the policy that the run had"
         )
+
+
+def load_whole(load: Callable[[Any], None], state: Any, before: Any, what: str) -> None:
+    """Take over a state, or refuse it and leave everything as it was.
+
+    Args:
+        load: Takes over a state; may raise half way.
+        state: The new one.
+        before: The present one, to go back to.
+        what: Whose state it is, for the message.
+
+    Raises:
+        ValueError: If the state cannot be taken over.
+    """
+    try:
+        load(state)
+    except Exception as error:
+        load(before)
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"this {what} state cannot be taken over, and nothing was changed: {reason[:300]}. Is it another object's, "
+            "or was it changed since state_dict() returned it?"
+        ) from error

@@ -1,0 +1,323 @@
+"""Models, optimizers, ways of writing a loss and mistakes of a loop, put together at random."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+CLASSES, WIDTH, TOKENS = 3, 4, 5
+
+
+class Mlp(nn.Module):
+    """Linear layers of some widths, with or without a norm, dropout, a frozen part, a bare parameter, odd buffers."""
+
+    def __init__(self, widths, norm, dropout, frozen, bare):
+        super().__init__()
+        layers, last = [], WIDTH
+        for width in widths:
+            layers.append(nn.Linear(last, width))
+            layers += {"none": [], "batch": [nn.BatchNorm1d(width)], "layer": [nn.LayerNorm(width)]}[norm]
+            layers += [nn.Tanh(), *([nn.Dropout(0.3)] if dropout else [])]
+            last = width
+        self.layers, self.head = nn.Sequential(*layers), nn.Linear(last, CLASSES)
+        self.scale = nn.Parameter(torch.ones(last)) if bare else None
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("count", torch.tensor(7))
+        self.register_buffer("low", torch.full((2,), -math.inf))
+        self.register_buffer("unknown", torch.full((1,), math.nan), persistent=False)
+        if frozen:
+            self.layers[0].requires_grad_(False)
+
+    def forward(self, x):
+        hidden = self.layers(x)
+        return self.head(hidden if self.scale is None else hidden * self.scale)
+
+
+class Conv(nn.Module):
+    def __init__(self, channels, norm):
+        super().__init__()
+        self.conv = nn.Conv1d(1, channels, 3, padding=1)
+        self.norm = {"none": nn.Identity(), "batch": nn.BatchNorm1d(channels), "layer": nn.GroupNorm(1, channels)}[norm]
+        self.head = nn.Linear(channels, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x.unsqueeze(1))).relu().mean(2))
+
+
+class Sequence(nn.Module):
+    """Attention or a GRU over tokens; the embedding may be sparse or tied to the head."""
+
+    def __init__(self, kind, tied, dropout, sparse):
+        super().__init__()
+        self.embedding = nn.Embedding(TOKENS, WIDTH, sparse=sparse)
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, 0.2 if dropout else 0.0, batch_first=True)
+        self.mix = layer if kind == "attention" else nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.head = nn.Linear(WIDTH, TOKENS)
+        if tied and not sparse:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        hidden = self.mix(self.embedding(x))
+        return self.head(hidden[0] if isinstance(hidden, tuple) else hidden)
+
+
+class Routed(nn.Module):
+    """Each sample is sent to one of two experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(WIDTH, 2), nn.ModuleList(nn.Linear(WIDTH, CLASSES) for _ in range(2))
+
+    def forward(self, x):
+        weights = self.router(x).softmax(1)
+        chosen = weights.argmax(1)
+        output = x.new_zeros(len(x), CLASSES)
+        for k, expert in enumerate(self.experts):
+            mine = chosen == k
+            output = output.index_put((mine,), weights[mine, k : k + 1] * expert(x[mine]))
+        return output
+
+
+OPTIMIZERS = {
+    "SGD": ({"momentum": (0.0, 0.9), "weight_decay": (0.0, 0.1), "maximize": (False, True)}, True),
+    "Adam": ({"amsgrad": (False, True), "weight_decay": (0.0, 0.1), "foreach": (None, False)}, False),
+    "AdamW": ({"amsgrad": (False, True), "maximize": (False, True)}, False),
+    "RMSprop": ({"momentum": (0.0, 0.9), "centered": (False, True)}, False),
+    "Adagrad": ({"lr_decay": (0.0, 0.1)}, True),
+    "Adadelta": ({"rho": (0.9, 0.5)}, False),
+    "NAdam": ({"decoupled_weight_decay": (False, True)}, False),
+    "Rprop": ({}, False),
+    "ASGD": ({"weight_decay": (0.0, 0.1)}, False),
+}
+"""Settings that are tried, and whether sparse gradients are taken."""
+
+MISTAKES = (
+    "none", "step twice", "backward twice", "no zero_grad", "evaluation", "raises in forward", "raises in backward",
+    "raises in closure", "interrupted", "no backward", "closure", "clipped", "state read", "exchanged gradient",
+)  # fmt: skip
+LOSSES = ("module", "sum", "functional", "handed over", "recorded", "closure")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+        family: Name of the model's family.
+        options: What it is built with.
+        optimizer: Name in torch.optim.
+        settings: Its settings.
+        lr: Learning rate.
+        sizes: Samples of every batch.
+        mistakes: What goes wrong at every iteration.
+        loss: How the loss is written.
+        every: As of AlphaGuided.
+        backend: As of AlphaGuided.
+        variance: As of AlphaGuided.
+        double: float64 instead of float32.
+        schedule: Whether a torch schedule steps the rate.
+        given: How much AlphaGuided is given: 0 the optimizer, 1 the model, 2 the loss function.
+        seed: Of weights and data.
+    """
+
+    family: str
+    options: tuple
+    optimizer: str
+    settings: tuple
+    lr: float
+    sizes: tuple
+    mistakes: tuple
+    loss: str
+    every: int
+    backend: str
+    variance: str
+    double: bool
+    schedule: bool
+    given: int
+    seed: int
+
+    @property
+    def oracle(self):
+        """Whether one backward pass per sample tells what must be measured: nothing random, nothing between samples."""
+        plain = (
+            set(self.mistakes) <= {"none", "evaluation", "state read"} and self.loss in self.seen and not self.schedule
+        )
+        return plain and self.double and self.every == 1 and not self._random and not self._sparse
+
+    @property
+    def seen(self):
+        """Ways of writing the loss of which the losses of samples are seen."""
+        told = ("handed over", "recorded")
+        return {0: (), 1: told, 2: ("module", "sum", "closure", *told)}[self.given]
+
+    @property
+    def _random(self):
+        if self.family == "mlp":
+            return self.options[1] == "batch" or self.options[2]
+        if self.family == "conv":
+            return self.options[1] == "batch"
+        return self.family == "sequence" and self.options[2]
+
+    @property
+    def _sparse(self):
+        return self.family == "sequence" and self.options[3]
+
+    def model(self):
+        torch.manual_seed(self.seed)
+        kind = {"mlp": Mlp, "conv": Conv, "sequence": Sequence, "routed": Routed}[self.family]
+        return kind(*self.options).to(torch.float64 if self.double else torch.float32)
+
+    def base(self, model, frozen=True):
+        params = [p for p in model.parameters() if frozen or p.requires_grad]
+        return getattr(torch.optim, self.optimizer)(params, lr=self.lr, **dict(self.settings))
+
+    def batches(self):
+        generator = torch.Generator().manual_seed(self.seed)
+        dtype = torch.float64 if self.double else torch.float32
+        for n in self.sizes:
+            if self.family == "sequence":
+                yield tuple(torch.randint(0, TOKENS, (n, 4), generator=generator) for _ in range(2))
+            else:
+                x = torch.randn(n, WIDTH, generator=generator, dtype=dtype)
+                yield x, torch.randint(0, CLASSES, (n,), generator=generator)
+
+
+@st.composite
+def cases(draw):
+    flag = st.booleans()
+    family = draw(st.sampled_from(("mlp", "conv", "sequence", "routed")))
+    norm, widths = st.sampled_from(("none", "batch", "layer")), st.lists(st.integers(1, 6), min_size=1, max_size=3)
+    options = {
+        "mlp": lambda: (tuple(draw(widths)), draw(norm), draw(flag), draw(flag), draw(flag)),
+        "conv": lambda: (draw(st.integers(1, 4)), draw(norm)),
+        "sequence": lambda: (draw(st.sampled_from(("attention", "gru"))), draw(flag), draw(flag), draw(flag)),
+        "routed": tuple,
+    }[family]()  # fmt: skip
+    sparse = family == "sequence" and options[3]
+    name = draw(st.sampled_from(sorted(name for name, (_, takes) in OPTIMIZERS.items() if takes or not sparse)))
+    settings = tuple((key, draw(st.sampled_from(values))) for key, values in OPTIMIZERS[name][0].items() if not sparse)
+    # BatchNorm refuses single samples.
+    smallest = 2 if "batch" in options else 1
+    sizes = tuple(draw(st.lists(st.integers(smallest, 7), min_size=4, max_size=8)))
+    # A third of the cases is a sound loop that is told all, so that the numbers can be checked.
+    sound = draw(st.integers(0, 2)) == 0
+    wrong = st.just("none") if sound else st.one_of(st.just("none"), st.sampled_from(MISTAKES))
+    loss = draw(st.sampled_from(LOSSES))
+    return Case(
+        family, options, name, settings, 10.0 ** draw(st.floats(-6, 1)), sizes,
+        tuple(draw(st.lists(wrong, min_size=len(sizes), max_size=len(sizes)))), loss,
+        1 if sound else draw(st.sampled_from((1, 1, 2, 3))),
+        draw(st.sampled_from(("auto", "auto", "layerwise", "gradients", "cached"))),
+        draw(st.sampled_from(("sampled", "exact"))), draw(flag) or sound, draw(flag) and not sound,
+        2 if sound else draw(st.sampled_from((0, 1, 2, 2))),
+        draw(st.integers(0, 10**6)),
+    )  # fmt: skip
+
+
+class Wrong(Exception):
+    """Raised in a loop on purpose."""
+
+
+def run(case, model, optimizer, loss_fn, schedule):
+    """The user's loop, the same for a bare and a wrapped optimizer; ends with the random number that comes next."""
+    wrapped = hasattr(optimizer, "alpha_history")
+
+    def losses_of(output, y):
+        return F.cross_entropy(output.transpose(1, -1), y, reduction="none").reshape(len(y), -1).mean(1)
+
+    def loss_of(x, y):
+        output = model(x)
+        if case.loss in ("module", "closure") or (case.loss == "sum" and case.family == "sequence"):
+            return loss_fn(output.transpose(1, -1), y)
+        if case.loss == "sum":
+            return loss_fn(output.transpose(1, -1), y) / len(y)
+        if case.loss == "functional":
+            return F.cross_entropy(output.transpose(1, -1), y)
+        losses = losses_of(output, y)
+        if wrapped and case.loss == "recorded":
+            optimizer.record_losses(losses.detach())
+        return losses
+
+    def backward(loss, **options):
+        if loss.dim() == 0:
+            loss.backward(**options)
+        elif wrapped and case.loss == "handed over" and not options:
+            optimizer.backward(loss)
+        else:
+            loss.mean().backward(**options)
+
+    for (x, y), wrong in zip(case.batches(), case.mistakes, strict=True):
+        if wrong != "no zero_grad":
+            optimizer.zero_grad()
+        with contextlib.suppress(Wrong, KeyboardInterrupt):
+            one_iteration(wrong, case, model, optimizer, x, y, loss_of, backward)
+        if schedule is not None:
+            schedule.step()
+    return torch.rand(2)
+
+
+def one_iteration(wrong, case, model, optimizer, x, y, loss_of, backward):
+    if wrong == "evaluation":
+        model.eval()
+        with torch.no_grad():
+            model(x)
+        model.train()
+    if wrong in ("raises in forward", "interrupted"):
+        handle = next(model.children()).register_forward_pre_hook(lambda *_: stop(wrong))
+        try:
+            loss_of(x, y)
+        finally:
+            handle.remove()
+    if wrong in ("closure", "raises in closure") or case.loss == "closure":
+        optimizer.step(lambda: closure(wrong, optimizer, lambda: loss_of(x, y), backward))
+        return
+    loss = loss_of(x, y)
+    if wrong == "raises in backward":
+        (loss.mean() + Stop.apply(next(p for p in model.parameters() if p.requires_grad).sum())).backward()
+    if wrong == "no backward":
+        optimizer.step()
+        return
+    backward(loss, **({"retain_graph": True} if wrong == "backward twice" else {}))
+    if wrong == "backward twice":
+        backward(loss)
+    if wrong == "clipped":
+        nn.utils.clip_grad_value_([p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse], 0.01)
+    if wrong == "exchanged gradient":
+        for p in model.parameters():
+            p.grad = None if p.grad is None else p.grad.clone()
+    if wrong == "state read":
+        optimizer.state_dict()
+    optimizer.step()
+    if wrong == "step twice":
+        optimizer.step()
+
+
+def stop(wrong):
+    raise KeyboardInterrupt if wrong == "interrupted" else Wrong
+
+
+class Stop(torch.autograd.Function):
+    """Raises on the way back."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value * 0.0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise Wrong
+
+
+def closure(wrong, optimizer, loss_of, backward):
+    optimizer.zero_grad()
+    loss = loss_of()
+    backward(loss)
+    if wrong == "raises in closure":
+        raise Wrong
+    return loss.mean()

@@ -1,0 +1,198 @@
+"""Files that are cut off, changed or foreign, and runs that are killed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import os
+import random
+import subprocess
+import sys
+import time
+
+import torch
+from torch import nn
+
+from alpha_optim import AlphaGuided, AlphaHistory, AlphaScheduler
+from tests.test_transparency import equal_states
+
+KILLED = (("sgd", "backpack", "fp32"), ("momentum", "layerwise", "fp16"), ("adamw", "layerwise", "fp32"))
+STEPS = 40
+
+
+def make(steps=12):
+    """A run with a scheduler, some steps old."""
+    torch.manual_seed(0)
+    model, loss_fn = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), nn.CrossEntropyLoss()
+    optimizer = AlphaGuided(torch.optim.AdamW(model.parameters(), lr=1e-2), model, loss_fn)
+    scheduler = AlphaScheduler(optimizer, total_steps=200)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_fn(model(torch.randn(8, 4)), torch.randint(0, 2, (8,))).backward()
+        optimizer.step()
+        scheduler.step()
+    return model, optimizer, scheduler
+
+
+# ---------------------------------------------------------------- histories
+
+
+def history_is_read_or_refused(path, content):
+    """Either a history, or an error that names file and line; nothing else."""
+    path.write_bytes(content)
+    try:
+        history = AlphaHistory.load(path)
+    except ValueError as error:
+        refused = str(error)
+    else:
+        refused = ""
+        assert all(isinstance(m.iteration, int) for m in history)
+    assert not refused or str(path) in refused, refused
+    assert len(refused) < 600, refused
+
+
+def history_checks(folder, count=150):
+    """A history file with bytes changed, lines cut, and other things in its place."""
+    whole = folder / "whole.jsonl"
+    make()[1].alpha_history.save(whole)
+    content = whole.read_bytes()
+    dice = random.Random(0)
+    changed = [content[: dice.randrange(len(content))] for _ in range(count)]
+    for _ in range(count):
+        place = dice.randrange(len(content))
+        changed.append(content[:place] + bytes([dice.randrange(256)]) + content[place + 1 :])
+    lines = content.splitlines(keepends=True)
+    for _ in range(count // 3):
+        some = dice.sample(lines, len(lines))
+        changed.append(b"".join(some[: dice.randrange(1, len(some))]))
+    changed += [b"", b"\n\n", b"{}", b"[]", b"null", b"\x00" * 100, b"\xff\xfe", b"PK\x03\x04" + bytes(50), b"1e999\n"]
+    path = folder / "changed.jsonl"
+    return [
+        (f"history file, change {n}", functools.partial(history_is_read_or_refused, path, part))
+        for n, part in enumerate(changed)
+    ]
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def flattened(state, path=()):
+    """Paths to all entries of nested dicts and lists."""
+    yield path
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    for key, value in items:
+        yield from flattened(value, (*path, key))
+
+
+def at(state, path):
+    for key in path:
+        state = state[key]
+    return state
+
+
+def state_is_taken_or_refused(name, state, path, value):
+    """A state dict with one entry replaced: taken over, or refused with nothing changed."""
+    parts = dict(zip(("model", "optimizer", "scheduler"), make(3), strict=True))
+    changed = copy.deepcopy(state)
+    holder = at(changed, path[:-1])
+    if value is Missing:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = value
+    before = copy.deepcopy(parts[name].state_dict())
+    weights = copy.deepcopy(parts["model"].state_dict())
+    try:
+        parts[name].load_state_dict(changed)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        refused = str(error)
+    else:
+        return
+    assert refused
+    assert equal_states(before, parts[name].state_dict()), f"refused ({refused}), and changed all the same"
+    assert equal_states(weights, parts["model"].state_dict())
+
+
+class Missing:
+    """Stands for an entry that is left out."""
+
+
+def state_checks(count=250):
+    """Entries of our own in the optimizer's state dict, and of the scheduler's, left out or replaced."""
+    dice = random.Random(1)
+    _, optimizer, scheduler = make(40)
+    made = []
+    for name, part, root in (("optimizer", optimizer, ("alpha_guided",)), ("scheduler", scheduler, ())):
+        state = part.state_dict()
+        paths = [root + path for path in flattened(at(state, root)) if path]
+        for path in dice.sample(paths, min(count, len(paths))):
+            value = dice.choice((Missing, "nonsense", None, -1, 10**9, [], {}, [None], float("nan")))
+            made.append(
+                (
+                    f"{name}'s state, {path} = {value}",
+                    functools.partial(state_is_taken_or_refused, name, state, path, value),
+                )
+            )
+    return made
+
+
+def nothing_is_unpickled():
+    """A checkpoint of ours holds tensors and plain values only."""
+    model, optimizer, scheduler = make(40)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in (model, optimizer, scheduler)], file)
+    file.seek(0)
+    torch.load(file, weights_only=True)
+
+
+def file_checks(folder):
+    """Pairs of a name and a check."""
+    return [*history_checks(folder), *state_checks(), ("plain values only", nothing_is_unpickled)]
+
+
+# ---------------------------------------------------------------- kills
+
+
+def start(folder, case):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.killed_run", str(folder), *case, str(STEPS)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def killed_run_ends_alike(folder, case, seed, expected):
+    """Kill -9 after a random step and a moment more, perhaps while a checkpoint is written; up to three times."""
+    dice = random.Random(seed)
+    killed = folder / f"killed {seed}"
+    killed.mkdir()
+    for _ in range(dice.randint(1, 3)):
+        victim = start(killed, case)
+        last = dice.randrange(STEPS)
+        for line in victim.stdout:
+            if int(line) >= last:
+                break
+        time.sleep(dice.random() * 0.02)
+        victim.kill()
+        victim.communicate()
+    done = start(killed, case)
+    _, errors = done.communicate(timeout=300)
+    assert done.returncode == 0, errors
+    assert (killed / "result.txt").read_text() == expected()
+
+
+def kill_checks(folder, count, seed):
+    """Pairs of a name and a check."""
+
+    @functools.cache
+    def uninterrupted(case):
+        whole = folder / "-".join(case)
+        os.makedirs(whole)
+        process = start(whole, case)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        return (whole / "result.txt").read_text()
+
+    made = []
+    for n in range(count):
+        case = KILLED[n % len(KILLED)]
+        expected = functools.partial(uninterrupted, case)
+        made.append((f"kill {n}", functools.partial(killed_run_ends_alike, folder, case, 1000 * seed + n, expected)))
+    return made
