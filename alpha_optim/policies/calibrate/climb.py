@@ -177,7 +177,7 @@ class Climb:
         seen += "" if knee is None else f", alpha rose above 0 at {{{knee}}}"
         seen += "" if risen else ", and it did not rise again"
         level = level_of(self._first())
-        trials = Trials.begun(self.settings, low, -math.inf if knee is None else knee, level, self.steps)
+        trials = Trials.begun(self.settings, low, -math.inf if knee is None else knee, level, self.steps, fell)
         if trials is None:
             found = low - WITHOUT_TRIALS
             return After(None, restore="start", found=found, highest=low, text=f"{seen}: {{{found}}} is taken")

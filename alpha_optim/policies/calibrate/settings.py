@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 SHARE = 0.04
-TURNS = 1000
+TURNS = 2500
 """A trial takes this share of runs of up to so many steps; of longer ones it grows with the root of their length, so
 that a search costs less of them."""
 SHORTEST = 10

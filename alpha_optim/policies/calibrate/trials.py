@@ -1,6 +1,7 @@
 """Third phase: short annealed runs from one point, each at another rate; the best one is gone on from.
 
 Short runs that fall linearly to 0 predict the best rate of the whole run; at constant rates they prefer rates too low.
+Like the run that follows they begin with a short growth: what explodes at once at its full rate may be best after that.
 Trials begin at the rate of the climb's lowest loss and the next lower one, and go outwards as long as the best one lies
 at the border. The rate is the mean of those as good as the best, or, if there is one best, that of a parabola through
 the scores around it.
@@ -20,6 +21,10 @@ from alpha_optim.policies.calibrate.settings import Settings
 
 STEP = math.log(10.0) / 2
 """Log rates of trials are so far apart: half a decade."""
+BELOW_KNEE = 2 * STEP
+"""Nothing is tried further below the knee: where batches are small the knee may lie above the best rate."""
+GROWS = 0.2
+"""In this share of a trial its rate grows linearly, as after the search it does in a share of the run."""
 FEWEST_SCORED, SHARE_SCORED = 10, 5
 """The score of a trial is the mean of its last tenfold or fifth of losses, whichever are more."""
 EQUAL = 2.0
@@ -39,9 +44,11 @@ class Trials:
         lowest: Log rate below which nothing is tried.
         highest: Log rate above which nothing is tried.
         level: Losses at the point that all trials start from.
+        fell: Whether the climb surely lowered the loss; else a trial has to.
         steps: Steps made since the beginning of the search.
         made: Steps of the trial under way.
         losses: Losses of the trial under way.
+        best_losses: Losses of the trial with the lowest score so far.
         scores: Log rate, score and its standard error of the trials that are over; infinite where hopeless.
         kept: Log rate of the trial whose end is kept to go on from, the lowest one as good as the best; nan if none is.
     """
@@ -52,23 +59,28 @@ class Trials:
     highest: float
     level: Level
     steps: int
+    fell: bool = False
     made: int = 0
     losses: tuple[float, ...] = ()
+    best_losses: tuple[float, ...] = ()
     scores: tuple[tuple[float, float, float], ...] = ()
     kept: float = math.nan
 
     @classmethod
-    def begun(cls, settings: Settings, around: float, knee: float, level: Level, steps: int) -> Trials | None:
+    def begun(
+        cls, settings: Settings, around: float, knee: float, level: Level, steps: int, fell: bool = False
+    ) -> Trials | None:
         """The first trial, at the log rate ``around``; None where the run is too short for two."""
         if not settings.allows(steps + settings.trial):
             return None
-        lowest, highest = (-2 * STEP, 2 * STEP) if settings.around else (knee - STEP, math.inf)
-        return cls(settings, around, lowest, highest, level, steps)
+        lowest, highest = (-2 * STEP, 2 * STEP) if settings.around else (knee - BELOW_KNEE, math.inf)
+        return cls(settings, around, lowest, highest, level, steps, fell)
 
     @property
     def factor(self) -> float:
-        """Linearly down from 1, never 0."""
-        return (self.settings.trial - self.made) / self.settings.trial
+        """Linearly down from 1 after a short growth, never 0."""
+        length = self.settings.trial
+        return min((length - self.made) / length, (self.made + 1) / max(1.0, GROWS * length))
 
     def measured(self, measurement: AlphaMeasurement, here: float) -> After:
         """Take the loss where steps do not tell."""
@@ -89,13 +101,14 @@ class Trials:
         return self._end(math.inf, 0.0)
 
     def _seen(self, phase: Trials) -> After:
-        """End the trial if it is over or hopeless."""
+        """End the trial if it is over, or hopeless, or surely no better than the best."""
         if phase._hopeless():
             return phase._end(math.inf, 0.0)
-        if phase.made < phase.settings.trial:
-            return After(phase)
-        score = level_of(phase.losses[-self._scored :])
-        return phase._end(score.mean, score.error)
+        if phase.made >= phase.settings.trial:
+            score = level_of(phase.losses[-self._scored :])
+            return phase._end(score.mean, score.error)
+        behind = phase._behind()
+        return After(phase) if behind is None else phase._end(*behind)
 
     @property
     def _scored(self) -> int:
@@ -110,9 +123,25 @@ class Trials:
         looks = self.settings.trial * self.settings.most_trials
         return surely_above(last, self.level, looks, self.level.count - 1)
 
+    def _behind(self) -> tuple[float, float] | None:
+        """Score and error if the loss surely lies above that of the best trial after as many steps; None if not.
+
+        What the rate does shows late in a trial, so that it is asked in the second half only. The distance there is
+        taken for that at the end.
+        """
+        seen, window = len(self.losses), self._scored
+        if seen < max(self.settings.trial / 2, window) or seen > len(self.best_losses):
+            return None
+        own, best = level_of(self.losses[-window:]), level_of(self.best_losses[seen - window : seen])
+        if not surely_above(own, best, self.settings.trial * self.settings.most_trials):
+            return None
+        return self._lowest[1] + own.mean - best.mean, math.hypot(own.error, best.error)
+
     def _end(self, score: float, error: float) -> After:
         """Score the trial; begin the next one, or go on from the end of one."""
+        best = not self.scores or score < self._lowest[1]
         phase = replace(self, scores=(*self.scores, (self.position, score, error)), made=0, losses=())
+        phase = replace(phase, best_losses=self.losses if best else self.best_losses)
         good = phase._good()
         goes_on = min((where for where in (self.kept, self.position) if where in good), default=None)
         keep: Place | None = "best" if goes_on == self.position else None
@@ -130,12 +159,11 @@ class Trials:
         return After(None, None, None if keep == "best" else "best", found, highest, text=text)
 
     def _fell(self) -> bool:
-        """Whether the best trial surely lowered the loss; True where it is not known where that began."""
-        if self.level.count < 2:
+        """Whether climb or trials surely lowered the loss; True where it is not known where that began."""
+        if self.fell or self.level.count < 2:
             return True
-        _, score, error = self._lowest
-        best = Level(score, error * math.sqrt(self._scored), self._scored)
-        return surely_above(self.level, best, self.settings.most_trials)
+        ends = (Level(score, error * math.sqrt(self._scored), self._scored) for _, score, error in self.scores)
+        return any(surely_above(self.level, end, self.settings.most_trials) for end in ends)
 
     @property
     def _lowest(self) -> tuple[float, float, float]:
