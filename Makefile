@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity harm trust bench docs format lint types doctest check clean
+.PHONY: help install demo test parity harm trust bench dist docs format lint types doctest check clean
 
 help:  ## list the tasks
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -39,6 +39,20 @@ trust: install  ## random cases, hostile numbers, faults: what is lost? about 20
 
 bench: install  ## measure what alpha costs on this machine
 	$(BIN)/python -m examples.benchmarks.cost $(ARGS)
+
+# A folder of its own for everything: nothing of the sources is importable where the wheel is tried.
+dist: install  ## build wheel and sdist, install each in an environment of its own, try it from another folder
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation --outdir dist
+	set -e; for file in dist/*.whl dist/*.tar.gz; do \
+		folder=$$(mktemp -d); \
+		$(PYTHON) -m venv $$folder/env; \
+		$$folder/env/bin/pip install --quiet --disable-pip-version-check 'setuptools==80.10.2' wheel; \
+		$$folder/env/bin/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt $$file; \
+		cp tests/installed.py $$folder; \
+		(cd $$folder && env/bin/python installed.py $(CURDIR)); \
+		rm -rf $$folder; \
+	done
 
 docs: install  ## build the documentation into site/, warnings are errors (ARGS="--site-dir FOLDER")
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
