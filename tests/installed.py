@@ -1,6 +1,6 @@
 """What an installed package has to do, in an environment of its own; run by `make dist` from another folder.
 
-    python installed.py FOLDER      # FOLDER: where the sources are, which must not be what is imported
+python installed.py FOLDER      # FOLDER: where the sources are, which must not be what is imported
 """
 
 import importlib.metadata

@@ -71,13 +71,31 @@ def test_only_one_file_knows_torch_distributed():
         assert not found or path.name == "distributed.py", (path, found)
 
 
+RECORDS = ("columns", "row", "metrics")
+"""What holds rates that were, not those that will be."""
+
+
+def writes_a_rate(node):
+    """Whether a statement sets an entry "lr", or changes a tensor that is one in place."""
+    if isinstance(node, (ast.Assign, ast.AugAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.endswith("_"):
+        targets = [node.func.value]
+    else:
+        return False
+    places = [target for target in targets if isinstance(target, ast.Subscript)]
+    places = [place for place in places if ast.unparse(place.value) not in RECORDS]
+    return any(isinstance(place.slice, ast.Constant) and place.slice.value == "lr" for place in places)
+
+
 def test_only_the_scheduler_writes_learning_rates():
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            targets = node.targets if isinstance(node, ast.Assign) else []
-            written = [t for t in targets if isinstance(t, ast.Subscript) and isinstance(t.slice, ast.Constant)]
-            if any(target.slice.value == "lr" and ast.unparse(target.value) == "group" for target in written):
-                assert path.name == "scheduler.py"
+    writers = {path.name for path in MODULES for node in ast.walk(ast.parse(path.read_text())) if writes_a_rate(node)}
+    assert writers == {"scheduler.py"}
+
+
+@pytest.mark.parametrize("line", ['g["lr"] = 1', 'group["lr"].fill_(1)', 'g["lr"] *= 2', 'g["lr"].mul_(2)'])
+def test_every_way_of_writing_a_rate_is_seen(line):
+    assert any(map(writes_a_rate, ast.walk(ast.parse(line))))
 
 
 def test_importing_the_package_stays_light():

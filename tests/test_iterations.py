@@ -48,6 +48,7 @@ def plain_run(kind="sgd", batches=None, **options):
 
 
 def check_same(a, b, fields=FIELDS, tolerance=1e-9):
+    assert len(a) > 0
     for left, right in zip(a, b, strict=True):
         for name in fields:
             assert getattr(left, name) == pytest.approx(getattr(right, name), rel=tolerance), name
@@ -665,15 +666,21 @@ def test_a_recorded_mean_is_only_recorded():
 def test_a_penalty_is_in_the_slopes_but_not_in_the_losses():
     model, loss_fn = make_model(), nn.CrossEntropyLoss()
     guided = wrap(model, loss_fn, backend="gradients")
+    points, gradients, losses = [], [], []
     for x, y in make_batches(4):
         guided.zero_grad()
         loss = loss_fn(model(x), y)
         (loss + 0.1 * model[0].weight.square().sum()).backward()
-        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        points.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         guided.step()
-    last = guided.alpha_history[-1]
-    assert last.loss_end == pytest.approx(loss.item())
-    assert abs(last.slope_end) <= float(gradient.norm())
+    history = guided.alpha_history
+    assert [m.loss_end for m in history] == pytest.approx(losses[1:])
+    for n, m in enumerate(history):
+        direction = (points[n + 1] - points[n]) / (points[n + 1] - points[n]).norm()
+        assert m.slope_start == pytest.approx(float(direction @ gradients[n]))
+        assert m.slope_end == pytest.approx(float(direction @ gradients[n + 1]))
 
 
 def test_two_terms_of_one_loss_add_up():

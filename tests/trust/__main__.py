@@ -8,6 +8,7 @@ python -m tests.trust --seed 7              # other cases; every failure prints 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 import hypothesis
 from hypothesis import HealthCheck, given
 
-from tests.trust import faults, numbers
+from tests.trust import faults, growth, numbers
 from tests.trust.cases import cases
 from tests.trust.test_fuzz import check_steered, check_watched
 
@@ -62,6 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=2000, help="random cases of each kind")
     parser.add_argument("--kills", type=int, default=20, help="runs that are killed and resumed")
+    parser.add_argument("--steps", type=int, default=5000, help="length of the long runs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -75,6 +77,13 @@ def main() -> int:
             ),
             "hostile numbers": lambda: all_of(numbers.checks()),
             "files cut off, changed or foreign": lambda: all_of(faults.file_checks(Path(folder))),
+            f"runs of {args.steps:,} steps: what grows but the history": lambda: all_of(
+                [
+                    (f"{name}, {steered}", functools.partial(growth.nothing_grows, args.steps, name, steered))
+                    for name in ("SGD", "AdamW")
+                    for steered in (False, True)
+                ]
+            ),
             "runs killed at any moment and resumed, bit for bit": lambda: all_of(
                 faults.kill_checks(Path(folder), args.kills, args.seed)
             ),

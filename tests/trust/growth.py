@@ -1,0 +1,52 @@
+"""What grows over a long run: measurements up to their bound, and nothing else."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+
+import torch
+from torch import nn
+
+from alpha_optim import AlphaGuided, AlphaScheduler
+
+GROWS = {"AlphaMeasurement"}
+"""Kept in the history, which is bounded."""
+
+
+def alive(guided):
+    """How many objects there are, of ours and of the kinds that hooks and graphs are made of."""
+    assert len(guided.alpha_history) > 0  # reads what was not read yet, of which 4,096 measurements are kept
+    gc.collect()
+    kinds = (type(thing) for thing in gc.get_objects())
+    watched = ("Tensor", "Parameter", "function", "method", "cell", "RemovableHandle", "WeakMethod", "ReferenceType")
+    return Counter(k.__name__ for k in kinds if str(k.__module__).startswith("alpha_optim") or k.__name__ in watched)
+
+
+def nothing_grows(steps, optimizer="AdamW", steered=True):
+    """Train for so many steps, and compare what is alive in the middle and at the end."""
+    torch.manual_seed(0)
+    model, loss_fn = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)), nn.CrossEntropyLoss()
+    guided = AlphaGuided(getattr(torch.optim, optimizer)(model.parameters(), lr=1e-3), model, loss_fn)
+    scheduler = AlphaScheduler(guided, total_steps=steps) if steered else None
+    middle, hooks = Counter(), 0
+    for n in range(steps):
+        x = torch.randn(16, 6)
+        guided.zero_grad()
+        loss_fn(model(x), x[:, :3].argmax(1)).backward()
+        guided.step()
+        if scheduler is not None:
+            scheduler.step()
+        if n == steps // 2:
+            middle, hooks = alive(guided), count_of_hooks(model, loss_fn)
+    # A few caches of torch's fill late; what grows with the steps grows by more than one in fifty.
+    grown = {kind: count - middle[kind] for kind, count in alive(guided).items() if count - middle[kind] > steps // 50}
+    assert set(grown) <= GROWS, grown
+    assert count_of_hooks(model, loss_fn) <= hooks
+
+
+def count_of_hooks(model, loss_fn):
+    """Hooks on modules and parameters."""
+    modules = [*model.modules(), loss_fn]
+    own = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
+    return own + sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())

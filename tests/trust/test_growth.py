@@ -1,0 +1,10 @@
+"""A short run of what `python -m tests.trust` does for 20,000 steps."""
+
+import pytest
+
+from tests.trust.growth import nothing_grows
+
+
+@pytest.mark.parametrize(("optimizer", "steered"), [("SGD", False), ("AdamW", False), ("AdamW", True)])
+def test_nothing_but_the_history_grows(optimizer, steered):
+    nothing_grows(2000, optimizer, steered)
