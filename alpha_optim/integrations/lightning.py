@@ -10,14 +10,15 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from alpha_optim.integrations.loggers import metrics_of
+from alpha_optim.integrations.loggers import events_of, metrics_of
 from alpha_optim.optimizer import AlphaGuided
 
 
 class AlphaMonitor(Callback):
     """Logs ``alpha``, ``alpha_std``, ``step_length`` and ``lr`` to the trainer's loggers.
 
-    Alpha is that of all steps since it was last logged.
+    Once the scheduler's guard has acted also ``batches_skipped`` and ``steps_taken_back``, counted so far. Alpha is that
+    of all steps since it was last logged.
     """
 
     def __init__(self, every: int = 50) -> None:
@@ -56,6 +57,6 @@ class AlphaMonitor(Callback):
             name = "alpha_optim" if len(trainer.optimizers) == 1 else f"alpha_optim_{index}"
             # The newest measurement is that of the step before the last.
             found = metrics_of(optimizer.alpha_history.up_to(optimizer.iteration, after=last - 2))
-            metrics = {f"{name}/{key}": value for key, value in found.items()}
+            metrics = {f"{name}/{key}": value for key, value in {**found, **events_of(optimizer)}.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.history_file import EVENT, NOTE, to_json, to_row
 from alpha_optim.alpha.measurement import AlphaMeasurement
@@ -17,6 +19,8 @@ from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.scheduler import AlphaScheduler
 
 Metrics = dict[str, float]
+HISTOGRAM = 100
+"""TensorBoard gets the distribution of so many alphas at a time."""
 
 
 def metrics_of(recent: Sequence[AlphaMeasurement]) -> Metrics:
@@ -42,6 +46,38 @@ def metrics_of(recent: Sequence[AlphaMeasurement]) -> Metrics:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
+def events_of(optimizer: AlphaGuided) -> Metrics:
+    """How often the scheduler's guard has acted so far, for a logger.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        ``batches_skipped`` and ``steps_taken_back``; empty if neither happened.
+    """
+    events = optimizer.guard_events
+    counts = {"batches_skipped": sum(e.skipped for e in events), "steps_taken_back": sum(e.restored for e in events)}
+    return {name: float(count) for name, count in counts.items()} if events else {}
+
+
+def postfix(optimizer: AlphaGuided, window: int = 50) -> dict[str, str]:
+    """What a progress bar may show: ``bar.set_postfix(postfix(optimizer))`` of tqdm.
+
+    Args:
+        optimizer: The optimizer.
+        window: Alpha is that of the last so many measurements.
+
+    Returns:
+        ``alpha`` with its standard error, ``lr`` of the first param group; the former only once it is known.
+    """
+    shown = {}
+    if len(optimizer.alpha_history):
+        recent = optimizer.alpha_history.windowed(window)
+        error = f" ± {recent.alpha_std:.2f}" if math.isfinite(recent.alpha_std) else ""
+        shown["alpha"] = f"{recent.alpha:+.2f}{error}"
+    return {**shown, "lr": f"{float(optimizer.param_groups[0]['lr']):.2g}"}
+
+
 def log_measurements(
     optimizer: AlphaGuided,
     log: Callable[[Metrics, int], Any],
@@ -56,7 +92,7 @@ def log_measurements(
 
     Args:
         optimizer: The optimizer.
-        log: Takes the metrics of `metrics_of` and the iteration.
+        log: Takes the metrics of `metrics_of` and `events_of`, and the iteration.
         every: Log at every so many measurements, with alpha over all since the last time.
         prefix: Put before the names.
 
@@ -87,7 +123,9 @@ def log_measurements(
         waiting += 1
         if waiting == every:
             waiting = 0
-            metrics = {prefix + name: value for name, value in metrics_of(history[-every:]).items()}
+            metrics = {
+                prefix + name: value for name, value in {**metrics_of(history[-every:]), **events_of(optimizer)}.items()
+            }
             log(metrics, measurement.iteration)
 
     return history.subscribe(measured)
@@ -98,6 +136,9 @@ def log_to_tensorboard(
 ) -> Callable[[], None]:
     """Write to TensorBoard while training runs; see `log_measurements`.
 
+    Beside the numbers there are histograms of alpha, and a page "Custom scalars" with alpha in its band of one standard
+    error above the learning rates.
+
     Args:
         optimizer: The optimizer.
         writer: A `torch.utils.tensorboard.SummaryWriter`.
@@ -107,10 +148,26 @@ def log_to_tensorboard(
     Returns:
         A function that ends it.
     """
+    names = [f"{prefix}{name}" for name in ("alpha", "alpha_low", "alpha_high")]
+    rates = (
+        ["lr"] if len(optimizer.param_groups) == 1 else ["lr", *(f"lr_{k}" for k in range(len(optimizer.param_groups)))]
+    )
+    charts = {"alpha": ["Margin", names], "learning rate": ["Multiline", [prefix + name for name in rates]]}
+    writer.add_custom_scalars({"alpha_optim": charts})
+    seen: list[float] = []
 
     def write(metrics: Metrics, step: int) -> None:
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
+        alpha, error = metrics.get(names[0]), metrics.get(f"{prefix}alpha_std", 0.0)
+        if alpha is None:
+            return
+        writer.add_scalar(names[1], alpha - error, step)
+        writer.add_scalar(names[2], alpha + error, step)
+        seen.append(alpha)
+        if len(seen) == HISTOGRAM:
+            writer.add_histogram(f"{prefix}alphas", np.array(seen), step)
+            seen.clear()
 
     return log_measurements(optimizer, write, every=every, prefix=prefix)
 

@@ -10,15 +10,16 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alpha_optim.integrations.loggers import metrics_of
+from alpha_optim.integrations.loggers import events_of, metrics_of
 from alpha_optim.optimizer import AlphaGuided
 
 
 class AlphaCallback(TrainerCallback):
     """Adds ``alpha``, ``alpha_std`` and ``step_length`` to what the Trainer logs.
 
-    They appear on the console and in ``trainer.state.log_history``. Reporters (``report_to``) run before the
-    callbacks that are given to the Trainer; for them, insert it in front:
+    Once the scheduler's guard has acted also ``batches_skipped`` and ``steps_taken_back``, counted so far. They appear
+    on the console and in ``trainer.state.log_history``. Reporters (``report_to``) run before the callbacks that are
+    given to the Trainer; for them, insert it in front:
     ``trainer.callback_handler.callbacks.insert(0, AlphaCallback(optimizer))``.
     """
 
@@ -54,6 +55,7 @@ class AlphaCallback(TrainerCallback):
         self._logged = now
         # The newest measurement is that of the step before the last.
         metrics = metrics_of(self._optimizer.alpha_history.up_to(now, after=last - 2))
-        extra = {name: value for name, value in metrics.items() if not name.startswith("lr")}
+        extra = {name: value for name, value in metrics.items() if not name.startswith("lr")}  # the Trainer logs those
+        extra |= events_of(self._optimizer)
         logs.update(extra)
         state.log_history[-1].update(extra)

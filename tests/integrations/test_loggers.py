@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from alpha_optim import AlphaGuided
-from alpha_optim.integrations.loggers import log_measurements, log_to_tensorboard
-from tests.test_transparency import make_model, train
+from alpha_optim import AlphaGuided, AlphaScheduler, Hold
+from alpha_optim.integrations.loggers import log_measurements, log_to_tensorboard, postfix
+from tests.test_transparency import make_model, optimizer_loss, train
 
 
 def make(groups=1):
@@ -57,3 +57,56 @@ def test_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     alphas = [event.value for event in events.Scalars("alpha_optim/alpha")]
     assert alphas == pytest.approx(optimizer.alpha_history.alphas.tolist(), rel=1e-6)
+    low, high = ([event.value for event in events.Scalars(f"alpha_optim/alpha_{end}")] for end in ("low", "high"))
+    errors = [m.alpha_std for m in optimizer.alpha_history]
+    assert [above - below for above, below in zip(high, low, strict=True)] == pytest.approx(
+        [2 * e for e in errors], rel=1e-4
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_gets_histograms_and_a_layout(tmp_path):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
+    from torch.utils.tensorboard import SummaryWriter
+
+    model, optimizer = make()
+    with SummaryWriter(str(tmp_path)) as writer:
+        log_to_tensorboard(optimizer, writer)
+        train(model, optimizer, steps=230)
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0, "histograms": 0}).Reload()
+    histograms = events.Histograms("alpha_optim/alphas")
+    assert [(event.step, event.histogram_value.num) for event in histograms] == [(99, 100), (199, 100)]
+    (stored,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(stored.tensor_proto.string_val[0])
+    charts = {chart.title: chart for category in layout.category for chart in category.chart}
+    margin = charts["alpha"].margin.series[0]
+    assert (margin.value, margin.lower, margin.upper) == (
+        "alpha_optim/alpha", "alpha_optim/alpha_low", "alpha_optim/alpha_high",
+    )  # fmt: skip
+    assert list(charts["learning rate"].multiline.tag) == ["alpha_optim/lr"]
+
+
+def test_events_of_the_guard_are_counted():
+    model, optimizer = make()
+    scheduler = AlphaScheduler(optimizer, Hold())
+    rows = []
+    log_measurements(optimizer, lambda metrics, _: rows.append(metrics))
+    for n in range(8):
+        x = torch.full((4, 6), float("nan")) if n == 4 else torch.randn(4, 6)
+        optimizer.zero_grad()
+        optimizer_loss(optimizer)(model(x), torch.tensor([0, 1, 2, 0])).backward()
+        optimizer.step()
+        scheduler.step()
+    assert "alpha_optim/batches_skipped" not in rows[0]
+    assert rows[-1]["alpha_optim/batches_skipped"] == 1.0
+    assert rows[-1]["alpha_optim/steps_taken_back"] == 0.0
+
+
+def test_a_progress_bar_shows_alpha_and_rate():
+    model, optimizer = make()
+    assert postfix(optimizer) == {"lr": "0.1"}
+    train(model, optimizer, steps=5)
+    window = optimizer.alpha_history.windowed(50)
+    assert postfix(optimizer) == {"alpha": f"{window.alpha:+.2f} ± {window.alpha_std:.2f}", "lr": "0.1"}
