@@ -75,7 +75,7 @@ class AlphaGuided(Optimizer):
             every: Measure the steps n with ``n % every == 0``, or those for which ``every(n)`` is true;
                 None: the scheduler's policy decides.
             backend: How slopes of single samples are computed: ``"auto"`` or a name from
-                `alpha_optim.slopes.BACKENDS`.
+                `alpha_optim.slopes.choose.BACKENDS`.
             variance: ``"sampled"``: variances of the slopes from a bounded number of samples;
                 ``"exact"``: from all of them. Means always use all samples.
             sample_dim: Dimension along which samples lie in the first tensor the model is called with: 0, or 1

@@ -17,8 +17,8 @@ from alpha_optim.optimizer import AlphaGuided
 class AlphaMonitor(Callback):
     """Logs ``alpha``, ``alpha_std``, ``step_length`` and ``lr`` to the trainer's loggers.
 
-    Once the scheduler's guard has acted also ``batches_skipped`` and ``steps_taken_back``, counted so far. Alpha is that
-    of all steps since it was last logged.
+    Once the scheduler's guard has acted also ``batches_skipped`` and ``steps_taken_back``, counted so far. Alpha is
+    that of all steps since it was last logged.
     """
 
     def __init__(self, every: int = 50) -> None:
