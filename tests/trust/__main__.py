@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import hypothesis
+import torch
 from hypothesis import HealthCheck, given
 
 from tests.trust import faults, growth, numbers
@@ -67,6 +68,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         parts = {
             "random cases, watched: bit for bit, numbers against one backward pass per sample": lambda: tried(
