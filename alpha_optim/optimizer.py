@@ -310,15 +310,17 @@ class AlphaGuided(Optimizer):
                 f"up to {VERSION}: update alpha_optim, or delete its key {KEY!r} to start measuring anew"
             )
         bare = {key: value for key, value in state_dict.items() if key != KEY}
-        before = self.optimizer.state_dict(), self._session.state_dict()
-        load_whole(self._load_both, ({**bare, "param_groups": groups}, ours), before, "optimizer's")
+        # Ours first, to see whether it can be taken over: the wrapped optimizer's cannot always be put back (ZeRO's).
+        before = self._session.state_dict()
+        load_whole(self._session.load_state_dict, ours, before, "optimizer's")
+        try:
+            self.optimizer.load_state_dict({**bare, "param_groups": groups})
+        except BaseException:
+            self._session.load_state_dict(before)
+            raise
+        self._session.load_state_dict(ours)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _load_both(self, states: tuple[dict[str, Any], dict[str, Any] | None]) -> None:
-        """Load the wrapped optimizer's state, and ours."""
-        self.optimizer.load_state_dict(states[0])
-        self._session.load_state_dict(states[1])
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything needed to build the wrapper anew; hooks are not part of it."""
