@@ -977,3 +977,15 @@ def test_steps_at_rate_zero_without_a_gradient_count():
         (model(torch.ones(2, 3)).sum() * 0.0).backward()
         optimizer.step()
         assert optimizer.iteration == step + 1
+
+
+def test_what_is_known_of_the_noise_stands_where_a_batch_is_called_otherwise():
+    """A batch of as many samples as its inputs are wide could be cut along either dimension, and is checked anew."""
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, "adam", variance="sampled")
+    for size in (8, 8, 6, 8, 8, 8):
+        ((x, y),) = make_batches(1, size)
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+    assert [m.information for m in guided.alpha_history] == ["full"] * 5

@@ -284,9 +284,10 @@ class Pairing:
         doubtful: Truth = False
         backend = iteration.task.backend
         told = backend is not None and bool(backend.unaccounted.reasons)
-        if due and not alone and slopes is None and not told and self.variances.sampled:
+        known = self.variances.of_slope(role) if self.variances.sampled and self.exchange is None else None
+        if due and not alone and slopes is None and not told and known is not None:
             # In vain this time only (the model was called otherwise, say): what is known stands until the next one.
-            slope_variance = self.variances.of_slope(role)
+            slope_variance = known
             self.variances.missed()
         elif due and not alone:
             if slopes is not None:
