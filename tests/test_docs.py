@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import alpha_optim
 from alpha_optim import AlphaGuided, AlphaScheduler
+from tests import today
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -22,39 +24,14 @@ def parts(path):
     return [(title, "\n".join(code)) for title, code in found if code]
 
 
-class Gpt(nn.Module):
-    """The smallest model with logits of ``[N, T, vocabulary]``."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(16, 8)
-        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True)
-        self.blocks, self.head = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(8, 16)
-
-    def forward(self, x):
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
-        return self.head(self.blocks(self.embedding(x), mask=mask, is_causal=True))
-
-
-class Vae(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
-
-    def forward(self, x):
-        mean, log_variance = self.encoder(x).chunk(2, 1)
-        code = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
-        return self.decoder(code), mean, log_variance
-
-
 def make_model():
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    return nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 3))
 
 
 def surroundings(folder):
     """What a reader of the pages has: a model, data, a loop."""
-    x = torch.randn(320, 6)
-    y = (x @ torch.randn(6, 3)).argmax(1)
+    x = torch.randn(320, 10)
+    y = (x @ torch.randn(10, 3)).argmax(1)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16, shuffle=True)
     loss_fn = nn.CrossEntropyLoss()
 
@@ -70,13 +47,13 @@ def surroundings(folder):
                 optimizer.step()
                 scheduler.step()
 
-    sequences = torch.randint(0, 16, (40, 8, 9))
+    sequences = torch.randint(0, today.V, (40, 8, today.T + 1))
     return {
         "torch": torch, "nn": nn, "F": nn.functional, "AlphaGuided": AlphaGuided, "AlphaScheduler": AlphaScheduler,
         "make_model": make_model, "model": make_model(), "loss_fn": loss_fn, "loader": loader, "batch_size": 16,
         "epochs": 6, "train": train, "device": "cpu", "folder": str(folder),
-        "gpt": Gpt(), "tokens": [(batch[:, :-1], batch[:, 1:]) for batch in sequences],
-        "vae": Vae(), "generator": nn.Linear(4, 6), "critic": nn.Linear(6, 1),
+        "gpt": today.GPT(dropout=0.1), "tokens": [(batch[:, :-1], batch[:, 1:]) for batch in sequences],
+        "vae": today.VAE(), "generator": nn.Linear(4, 10), "critic": nn.Linear(10, 1),
         "ones": torch.ones(16, 1), "zeros": torch.zeros(16, 1),
     }  # fmt: skip
 
@@ -137,7 +114,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "WARNING -" not in done.stderr
     reference = (tmp_path / "site" / "api.html").read_text()
-    for name in __import__("alpha_optim").__all__:
+    for name in alpha_optim.__all__:
         if not name.startswith("_"):
             assert f'id="alpha_optim.{name}"' in reference, name
     loaded = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', reference)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from alpha_optim.integrations.loggers import events_of, metrics_of
+from alpha_optim.integrations.loggers import logged
 from alpha_optim.optimizer import AlphaGuided
 
 
@@ -56,7 +56,7 @@ class AlphaMonitor(Callback):
             self._logged[index] = optimizer.iteration
             name = "alpha_optim" if len(trainer.optimizers) == 1 else f"alpha_optim_{index}"
             # The newest measurement is that of the step before the last.
-            found = metrics_of(optimizer.alpha_history.up_to(optimizer.iteration, after=last - 2))
-            metrics = {f"{name}/{key}": value for key, value in {**found, **events_of(optimizer)}.items()}
+            found = logged(optimizer, optimizer.alpha_history.up_to(optimizer.iteration, after=last - 2))
+            metrics = {f"{name}/{key}": value for key, value in found.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)

@@ -60,6 +60,11 @@ def events_of(optimizer: AlphaGuided) -> Metrics:
     return {name: float(count) for name, count in counts.items()} if events else {}
 
 
+def logged(optimizer: AlphaGuided, recent: Sequence[AlphaMeasurement]) -> Metrics:
+    """All that loggers and callbacks get: `metrics_of` some measurements, and `events_of` the guard."""
+    return {**metrics_of(recent), **events_of(optimizer)}
+
+
 def postfix(optimizer: AlphaGuided, window: int = 50) -> dict[str, str]:
     """What a progress bar may show: ``bar.set_postfix(postfix(optimizer))`` of tqdm.
 
@@ -123,9 +128,7 @@ def log_measurements(
         waiting += 1
         if waiting == every:
             waiting = 0
-            metrics = {
-                prefix + name: value for name, value in {**metrics_of(history[-every:]), **events_of(optimizer)}.items()
-            }
+            metrics = {prefix + name: value for name, value in logged(optimizer, history[-every:]).items()}
             log(metrics, measurement.iteration)
 
     return history.subscribe(measured)
@@ -149,9 +152,8 @@ def log_to_tensorboard(
         A function that ends it.
     """
     names = [f"{prefix}{name}" for name in ("alpha", "alpha_low", "alpha_high")]
-    rates = (
-        ["lr"] if len(optimizer.param_groups) == 1 else ["lr", *(f"lr_{k}" for k in range(len(optimizer.param_groups)))]
-    )
+    groups = len(optimizer.param_groups)
+    rates = ["lr", *(f"lr_{index}" for index in range(groups) if groups > 1)]
     charts = {"alpha": ["Margin", names], "learning rate": ["Multiline", [prefix + name for name in rates]]}
     writer.add_custom_scalars({"alpha_optim": charts})
     seen: list[float] = []

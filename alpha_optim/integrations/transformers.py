@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alpha_optim.integrations.loggers import events_of, metrics_of
+from alpha_optim.integrations.loggers import logged
 from alpha_optim.optimizer import AlphaGuided
 
 
@@ -54,8 +54,7 @@ class AlphaCallback(TrainerCallback):
         now, last = self._optimizer.iteration, self._logged
         self._logged = now
         # The newest measurement is that of the step before the last.
-        metrics = metrics_of(self._optimizer.alpha_history.up_to(now, after=last - 2))
+        metrics = logged(self._optimizer, self._optimizer.alpha_history.up_to(now, after=last - 2))
         extra = {name: value for name, value in metrics.items() if not name.startswith("lr")}  # the Trainer logs those
-        extra |= events_of(self._optimizer)
         logs.update(extra)
         state.log_history[-1].update(extra)

@@ -43,18 +43,23 @@ def test_rarer_logs_have_alpha_over_all_since_the_last():
         log_measurements(optimizer, print, every=0)
 
 
-@pytest.mark.compatibility("Logging", "TensorBoard's SummaryWriter")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tensorboard(tmp_path):
+def in_tensorboard(folder, steps):
+    """The optimizer of a run that wrote to TensorBoard, and what is there."""
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
 
     model, optimizer = make()
-    with SummaryWriter(str(tmp_path)) as writer:
+    with SummaryWriter(str(folder)) as writer:
         log_to_tensorboard(optimizer, writer)
-        train(model, optimizer, steps=6)
-    events = EventAccumulator(str(tmp_path)).Reload()
+        train(model, optimizer, steps=steps)
+    return optimizer, EventAccumulator(str(folder), size_guidance={"tensors": 0, "histograms": 0}).Reload()
+
+
+@pytest.mark.compatibility("Logging", "TensorBoard's SummaryWriter")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard(tmp_path):
+    optimizer, events = in_tensorboard(tmp_path, steps=6)
     alphas = [event.value for event in events.Scalars("alpha_optim/alpha")]
     assert alphas == pytest.approx(optimizer.alpha_history.alphas.tolist(), rel=1e-6)
     low, high = ([event.value for event in events.Scalars(f"alpha_optim/alpha_{end}")] for end in ("low", "high"))
@@ -66,16 +71,9 @@ def test_tensorboard(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_gets_histograms_and_a_layout(tmp_path):
-    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    _, events = in_tensorboard(tmp_path, steps=230)
     from tensorboard.plugins.custom_scalar import layout_pb2
-    from torch.utils.tensorboard import SummaryWriter
 
-    model, optimizer = make()
-    with SummaryWriter(str(tmp_path)) as writer:
-        log_to_tensorboard(optimizer, writer)
-        train(model, optimizer, steps=230)
-    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0, "histograms": 0}).Reload()
     histograms = events.Histograms("alpha_optim/alphas")
     assert [(event.step, event.histogram_value.num) for event in histograms] == [(99, 100), (199, 100)]
     (stored,) = events.Tensors("custom_scalars__config__")

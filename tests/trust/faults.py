@@ -5,20 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 import io
-import os
 import random
-import subprocess
-import sys
 import time
 
 import torch
 from torch import nn
 
 from alpha_optim import AlphaGuided, AlphaHistory, AlphaScheduler
+from tests.test_kill import STEPS, start
 from tests.test_transparency import equal_states
 
 KILLED = (("sgd", "backpack", "fp32"), ("momentum", "layerwise", "fp16"), ("adamw", "layerwise", "fp32"))
-STEPS = 40
 
 
 def make(steps=12):
@@ -153,11 +150,6 @@ def file_checks(folder):
 # ---------------------------------------------------------------- kills
 
 
-def start(folder, case):
-    command = [sys.executable, "-W", "ignore", "-m", "tests.killed_run", str(folder), *case, str(STEPS)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def killed_run_ends_alike(folder, case, seed, expected):
     """Kill -9 after a random step and a moment more, perhaps while a checkpoint is written; up to three times."""
     dice = random.Random(seed)
@@ -184,7 +176,7 @@ def kill_checks(folder, count, seed):
     @functools.cache
     def uninterrupted(case):
         whole = folder / "-".join(case)
-        os.makedirs(whole)
+        whole.mkdir()
         process = start(whole, case)
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors

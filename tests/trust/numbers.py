@@ -27,7 +27,7 @@ class Hostile(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.factor, self.reduction = None, "mean"
+        self.factor = None
 
     def forward(self, output, target):
         loss = ((output - target) ** 2).mean()
@@ -63,8 +63,7 @@ def watch(dtype, value, when, optimizer, steered=False, size=4, scale=1.0):
         assert math.isfinite(m.alpha) == (m.status not in (AlphaStatus.NOT_FINITE, AlphaStatus.DEGENERATE)), m
     if scheduler is not None:
         assert all(math.isfinite(rate) and rate >= 0.0 for rate in scheduler.get_last_lr())
-        if math.isfinite(scale):
-            assert all(bool(torch.isfinite(p).all()) for p in model.parameters()), "a parameter is not finite"
+        assert all(bool(torch.isfinite(p).all()) for p in model.parameters()), "a parameter is not finite"
 
 
 def complex_parameters():

@@ -1,6 +1,5 @@
 """A part of what `python -m tests.trust` tries: hostile numbers, changed files and states."""
 
-import functools
 import io
 
 import pytest
@@ -51,20 +50,3 @@ def test_a_full_disk_leaves_the_history_that_was_there(tmp_path, monkeypatch):
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["run.jsonl"]
     assert len(AlphaHistory.load(path)) == len(history)
-
-
-@functools.cache
-def long_history():
-    history = AlphaHistory(maxlen=1000)
-    for m in faults.make(60)[1].alpha_history:
-        history.append(m)
-    return history
-
-
-def test_a_history_is_bounded_and_says_what_it_dropped():
-    source = list(long_history())
-    history = AlphaHistory(maxlen=100)
-    for n in range(20_000):
-        history.append(source[n % len(source)])
-    assert len(history) == 100
-    assert sum(history.dropped.values()) == 20_000 - 100

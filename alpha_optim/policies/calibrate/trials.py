@@ -140,8 +140,9 @@ class Trials:
     def _end(self, score: float, error: float) -> After:
         """Score the trial; begin the next one, or go on from the end of one."""
         best = not self.scores or score < self._lowest[1]
-        phase = replace(self, scores=(*self.scores, (self.position, score, error)), made=0, losses=())
-        phase = replace(phase, best_losses=self.losses if best else self.best_losses)
+        scores = (*self.scores, (self.position, score, error))
+        best_losses = self.losses if best else self.best_losses
+        phase = replace(self, scores=scores, best_losses=best_losses, made=0, losses=())
         good = phase._good()
         goes_on = min((where for where in (self.kept, self.position) if where in good), default=None)
         keep: Place | None = "best" if goes_on == self.position else None
