@@ -64,9 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=2000, help="random cases of each kind")
     parser.add_argument("--kills", type=int, default=20, help="runs that are killed and resumed")
-    parser.add_argument(
-        "--steps", type=int, default=5000, help="length of the long runs, 2,000 or more: caches of torch fill late"
-    )
+    parser.add_argument("--steps", type=int, default=5000, help="length of the long runs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
