@@ -1,5 +1,6 @@
 """What the README shows and calls."""
 
+import importlib
 import math
 import pathlib
 import re
@@ -106,6 +107,103 @@ def test_the_examples_of_frameworks_run(example, options, package):
     done = run(f"examples.{example}", *options)
     assert done.returncode == 0, done.stderr
     assert "alpha = " in done.stdout
+
+
+@pytest.fixture
+def shown(monkeypatch, tmp_path, capsys):
+    """Runs a numbered example in an empty folder and returns what it prints."""
+    pytest.importorskip("sklearn", reason="the examples' data come with scikit-learn, which is not installed")
+
+    def run_example(name, *options):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        with torch.random.fork_rng():
+            importlib.import_module(f"examples.{name}").main()
+        return capsys.readouterr().out
+
+    return run_example
+
+
+def test_example_1_tells_low_rates_from_a_good_one(shown):
+    alphas, verdicts = zip(*re.findall(r"alpha (\S+) ±.*\n +(\w+):", shown("ex1_watch")), strict=True)
+    low, middle, good = map(float, alphas)
+    assert max(low, middle) < -0.3
+    assert good > 0.0
+    assert verdicts == ("undershooting", "undershooting", "balanced")
+
+
+def test_example_2_ends_well_from_any_rate_and_says_how(shown):
+    printed = shown("ex2_find_the_rate")
+    accuracies = [float(value) for value in re.findall(r"test accuracy (\S+)%", printed)]
+    assert len(accuracies) == 3
+    assert min(accuracies) > 95.0
+    assert len(re.findall(r"the best rate is", printed)) == 3
+
+
+def test_example_3_finds_a_rate_and_leaves_nothing_behind(shown, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    printed = shown("ex3_range_test")
+    assert 0.02 < float(re.search(r"learning rate (\S+):", printed).group(1)) < 3.0
+    assert "parameters as before: True; the optimizer's rate is still 0.1" in printed
+    assert (tmp_path / "out" / "range_test.png").is_file()
+
+
+def test_example_4_measures_a_language_model_in_full(shown):
+    printed = shown("ex4_language_model", "--steps", "120")
+    losses = [float(value) for value in re.findall(r"held-out loss (\S+) \(full, 16 samples a batch\)", printed)]
+    assert len(losses) == 3
+    assert max(losses) < 3.5  # a bare run from 1e-6 is at 4.6
+
+
+def test_example_5_resumes_bit_for_bit(shown):
+    printed = shown("ex5_resume")
+    assert "stopped at step 60: CalibrateThenAnneal(300 steps: searching" in printed
+    assert "parameters of both are equal, bit for bit: True" in printed
+
+
+def test_example_6_makes_a_page(shown, tmp_path):
+    pytest.importorskip("plotly", reason="plotly is not installed")
+    assert "wrote out/run.html" in shown("ex6_report").replace("\\", "/")
+    assert "</html>" in (tmp_path / "out" / "run.html").read_text()
+
+
+def test_example_7_steers_by_policies_of_its_own(shown):
+    printed = re.findall(r"(\w+): lr 3 -> (\S+), test accuracy (\S+)%", shown("ex7_own_policy"))
+    assert [name for name, _, _ in printed] == ["careful", "Patient"]
+    for _, rate, accuracy in printed:
+        assert float(rate) < 1.0
+        assert float(accuracy) > 90.0
+
+
+def test_example_8_takes_slopes_from_a_backend_of_its_own(shown):
+    """Against gradients of single samples by rules of layers, on the same steps."""
+    from alpha_optim.slopes.choose import BACKENDS
+
+    known = dict(BACKENDS)
+    try:
+        printed = shown("ex8_own_backend")
+        assert "backend 'sample gradients', information full" in printed
+        data, found = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), {}
+        for name in ("sample gradients", "cached"):
+            torch.manual_seed(1)
+            model = nn.Linear(3, 2).double()
+            sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            optimizer = AlphaGuided(sgd, model, backend=name, variance="exact")
+            for _ in range(4):
+                losses = model(data).pow(2).sum(1)
+                optimizer.zero_grad()
+                for param in model.parameters():
+                    param.grad_sample = torch.stack(
+                        [torch.autograd.grad(loss, param, retain_graph=True)[0] for loss in losses]
+                    )
+                optimizer.backward(losses)
+                optimizer.step()
+            found[name] = [(m.alpha, m.alpha_std) for m in optimizer.alpha_history]
+        assert len(found["cached"]) == 3
+        assert found["sample gradients"] == [pytest.approx(pair, rel=1e-9) for pair in found["cached"]]
+    finally:
+        BACKENDS.clear()
+        BACKENDS.update(known)
 
 
 def test_a_run_of_the_study_from_an_absurd_rate_ends_where_a_good_one_does():

@@ -27,6 +27,8 @@ BACKENDS: dict[str, Callable[[nn.Module, Names, int, bool], Backend]] = {
     "cached": CachedBackend,
     "gradients": lambda model, names, sample_dim, sampled: GradientsBackend(),
 }
+"""From a backend's name to what builds it from model, names of parameters by id, ``sample_dim`` and whether variances
+are sampled. One of your own is a further entry."""
 
 
 class Choice(NamedTuple):
@@ -82,7 +84,7 @@ def obstacle(name: str, optimizer: Optimizer, model: nn.Module | None, sample_di
         return "SyncBatchNorm talks to other processes in its forward pass, which a repetition must not"
     if isinstance(model, torch.jit.ScriptModule):
         return "a scripted model takes no hooks"
-    if name == "layerwise":
+    if name not in ("backpack", "cached"):  # those two look into layers
         return None
     if model._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
         return "a compiled model makes no calls of layers"
