@@ -336,7 +336,7 @@ class LossHooks:
 
 def _may_be_walked(losses: Tensor, mean: Tensor | None) -> bool:
     """Whether a walk through the graph of a loss leaves no trace: no functions and no hooks of the user's in it."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if _saved_tensors_are_hooked():
         return False
     if any(tensor is not None and (tensor.retains_grad or tensor._backward_hooks) for tensor in (losses, mean)):
         return False
@@ -352,6 +352,21 @@ def _may_be_walked(losses: Tensor, mean: Tensor | None) -> bool:
         if len(seen) < 50:  # the loss itself and what lies between it and the model's output
             waiting.extend(entry for entry, _ in node.next_functions)
     return True
+
+
+def _saved_tensors_are_hooked() -> bool:
+    """Whether a graph made now saves its tensors by hooks (`torch.autograd.graph.saved_tensors_hooks`)."""
+    top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None:
+        return top(True) is not None
+    # Before torch 2.7 nobody tells, but what such hooks have saved takes no others.
+    with torch.enable_grad():
+        node: Any = torch.ones((), requires_grad=True).exp().grad_fn
+    try:
+        node._raw_saved_result.register_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _same(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
