@@ -31,6 +31,13 @@ OPTIMIZERS = {
 }
 
 
+def for_matrices(params, lr=0.02):
+    """Muon, which torch has from 2.9 on; before that SGD with momentum."""
+    matrices = [param for param in params if param.dim() == 2]
+    muon = getattr(torch.optim, "Muon", None)
+    return torch.optim.SGD(matrices, lr=lr, momentum=0.9) if muon is None else muon(matrices, lr=lr)
+
+
 def make_problem(name, batch_sizes, dtype=torch.float64, seed=0):
     """Return a model, its loss function and one batch per entry of ``batch_sizes``."""
     build, shape, kind = MODELS[name]

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils import checkpoint as torch_checkpoint
 
 from alpha_optim import AlphaGuided
+from tests.today import Checkpointed
 
 N = 6
 
@@ -268,3 +270,30 @@ def test_losses_weighed_by_themselves_are_not_taken_for_weighted_samples():
     for record, slope in zip(opt.alpha_history, slopes, strict=False):
         assert record.information != "full"
         assert record.slope_start == pytest.approx(slope, rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:no slopes of single samples")
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_torchs_checkpoints_are_as_they_were(reentrant, raises):
+    found = torch_checkpoint._checkpoint_without_reentrant_generator, torch_checkpoint.CheckpointFunction
+    exchanged = 0
+
+    class Watches(Checkpointed):
+        def forward(self, x):
+            nonlocal exchanged
+            now = torch_checkpoint._checkpoint_without_reentrant_generator, torch_checkpoint.CheckpointFunction
+            exchanged += now != found
+            if raises and now != found:
+                raise RuntimeError("in a repetition")
+            return super().forward(x)
+
+    model, loss_fn = Watches(reentrant), nn.CrossEntropyLoss()
+    optimizer = AlphaGuided(torch.optim.AdamW(model.parameters(), lr=0.01), model, loss_fn)
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss_fn(model(torch.randn(N, 6)), torch.arange(N) % 3).backward()
+        optimizer.step()
+    assert optimizer.alpha_history[-1].information == ("slopes" if raises else "full")
+    assert exchanged
+    assert found == (torch_checkpoint._checkpoint_without_reentrant_generator, torch_checkpoint.CheckpointFunction)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from alpha_optim import AlphaGuided, AlphaScheduler, Hold
+from tests.problems import for_matrices
 from tests.test_transparency import equal_states
 
 
@@ -16,7 +17,7 @@ def make():
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
     params = list(model.parameters())
     optimizers = [
-        torch.optim.Muon([p for p in params if p.dim() == 2], lr=0.02),
+        for_matrices(params),
         torch.optim.AdamW([p for p in params if p.dim() == 1], lr=0.01),
     ]
     return model, optimizers
@@ -160,7 +161,7 @@ def test_steering_two_wrappers_of_one_model_is_refused_with_the_recipe():
             one.step()
     assert all(len(one.alpha_history) for one in guided)
     scheduler = AlphaScheduler(guided[0], Hold())
-    with pytest.raises(ValueError, match=r"AlphaGuided\(\[muon, adamw\], model, loss_fn\)"):
+    with pytest.raises(ValueError, match=r"AlphaGuided\(\[(muon|sgd), adamw\], model, loss_fn\)"):
         AlphaScheduler(guided[1], Hold())
     del scheduler
     guided[0].detach()

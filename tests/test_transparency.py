@@ -30,9 +30,10 @@ OPTIMIZERS = {
     "ASGD": lambda p: torch.optim.ASGD(p),
     "RMSprop": lambda p: torch.optim.RMSprop(p, momentum=0.9, centered=True),
     "Rprop": lambda p: torch.optim.Rprop(p),
-    "Muon": lambda p: torch.optim.Muon([q for q in p if q.dim() == 2], lr=0.01),
     "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4),
 }
+if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+    OPTIMIZERS["Muon"] = lambda p: torch.optim.Muon([q for q in p if q.dim() == 2], lr=0.01)
 
 
 def make_model():

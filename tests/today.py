@@ -66,6 +66,35 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.view(-1, V), targets.view(-1), ignore_index=IGNORED)
 
 
+class SquareWithoutForwardRule(torch.autograd.Function):
+    """A function that only a backward pass can differentiate."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 2.0 * x * gradient
+
+
+class Checkpointed(nn.Module):
+    """A part of it is checkpointed, and has no forward derivative."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.below, self.part, self.above = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        def square(h):
+            return SquareWithoutForwardRule.apply(torch.tanh(self.part(h)))
+
+        return self.above(checkpoint(square, self.below(x), use_reentrant=self.reentrant))
+
+
 class Recurrent(nn.Module):
     """A language model that may be fed time first and carries its state over."""
 
@@ -327,6 +356,8 @@ CASES = {
         lambda: GPT(dropout=0.2), lambda g, d: tokens(g, d, 24), flattened, None, CROSS, samples=24
     ),
     "gpt, checkpointed": Case(lambda: GPT(checkpointed=True), tokens, flattened, language, CROSS),
+    "checkpointed, no forward rule": Case(lambda: Checkpointed(False), vectors, vector_loop, classes, CROSS),
+    "checkpointed, reentrant": Case(lambda: Checkpointed(True), vectors, vector_loop, None, CROSS),
     "gpt, mask as buffer": Case(lambda: GPT(mask=True), tokens, flattened, language, CROSS),
     "gpt, 24 samples": Case(GPT, lambda g, d: tokens(g, d, 24), flattened, language, CROSS, samples=24),
     "lstm": Case(lambda: Recurrent(nn.LSTM), tokens, flattened, language, CROSS),

@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as torch_module
+from torch.utils import checkpoint as torch_checkpoint
 
 from alpha_optim.observe.model_calls import ModelCall
 from alpha_optim.observe.snapshot import Snapshot, other_random_numbers_untouched
@@ -65,14 +66,15 @@ def as_in_its_call(model: nn.Module, call: ModelCall, plain_kernels: bool) -> It
     Args:
         model: The innermost module.
         call: The earlier call: its training flags and autocast are used.
-        plain_kernels: Whether attention and recurrent layers run by plain products; that is a setting of the whole
-            process, which other threads see as well.
+        plain_kernels: Whether attention and recurrent layers run by plain products, and checkpointed parts as if they
+            were not; these are settings of the whole process, which other threads see as well.
     """
     with PROCESS_WIDE, ExitStack() as stack:
         stack.enter_context(other_random_numbers_untouched())
         stack.enter_context(_modules_as_found(model, call))
         if plain_kernels:
             stack.enter_context(_plain_kernels())
+            stack.enter_context(_without_checkpoints())
         stack.enter_context(call.autocast.again())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -164,3 +166,36 @@ def _plain_kernels() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+@contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """Checkpointed parts keep what they compute.
+
+    A backward pass would compute it anew, but of the module's own parameters instead of those it was given; a reentrant
+    checkpoint has no forward derivative, before torch 2.7 none has. Both are what `torch.utils.checkpoint.checkpoint`
+    calls, and private; under a torch that has others nothing is exchanged, and the checks notice.
+    """
+    with ExitStack() as stack:
+        for name, plain in (
+            ("_checkpoint_without_reentrant_generator", _around_nothing),
+            ("CheckpointFunction", _CheckpointedAsItIs),
+        ):
+            if hasattr(torch_checkpoint, name):
+                stack.callback(setattr, torch_checkpoint, name, getattr(torch_checkpoint, name))
+                setattr(torch_checkpoint, name, plain)
+        yield
+
+
+def _around_nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Run before and after a checkpointed part."""
+    yield
+
+
+class _CheckpointedAsItIs:
+    """Stands in for torch's function of reentrant checkpoints."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        """Call the part."""
+        return function(*args)

@@ -5,6 +5,7 @@ import math
 import pathlib
 import warnings
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional
@@ -12,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from alpha_optim import AlphaGuided, AlphaScheduler, Hold
 
+FSDP_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+needs_fsdp = pytest.mark.skipif(not FSDP_ON_CPU, reason="fully_shard runs on CPUs from torch 2.7 on")
 BATCH = 24
 TRUTH = torch.randn(5, 3, generator=torch.Generator().manual_seed(77), dtype=torch.float64)
 OPTIMIZERS = {

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+from tests.distributed.setups import needs_fsdp
+
 ROOT = pathlib.Path(__file__).parents[2]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
 # On CPUs accelerate launches several processes with MPI only, or like this.
@@ -54,7 +56,11 @@ def test_two_processes(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("with_ddp", "information: full"), ("with_fsdp", "38 measured over both halves")]
+    ("name", "said"),
+    [
+        ("with_ddp", "information: full"),
+        pytest.param("with_fsdp", "38 measured over both halves", marks=needs_fsdp),
+    ],
 )
 def test_the_examples(name, said):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -16,6 +16,7 @@ from alpha_optim.policies import Hold
 from tests.distributed import setups
 from tests.distributed.test_steering import equal, error_of
 
+pytestmark = setups.needs_fsdp
 TWO = [
     *[("fsdp", optimizer, given) for optimizer in setups.OPTIMIZERS for given in ("model", "nothing")],
     ("fsdp, a part left whole", "adamw", "model"),

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.problems import for_matrices
+
 RATES = {"adam": 3e-3, "momentum": 0.05, "sgd": 0.2}
 
 
@@ -715,7 +717,7 @@ class TwoOptimizers(Spike):
     def optimizer(self) -> Any:
         params = list(self.model.parameters())
         return [
-            torch.optim.Muon([p for p in params if p.dim() == 2], lr=0.02),
+            for_matrices(params),
             torch.optim.AdamW([p for p in params if p.dim() != 2], lr=3e-3),
         ]
 
