@@ -12,12 +12,13 @@ whenever you like.
     python -m examples.benchmarks.rate_free --further   # and tuned rates on 15 seeds instead of three
     python -m examples.benchmarks.rate_free --unseen    # three problems on which hardly anything was tuned
     python -m examples.benchmarks.report                # docs/benchmarks.md from what was kept
+
+The other methods come with ``pip install '.[benchmarks]'``.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
 import math
@@ -30,10 +31,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from tqdm import tqdm
 
 from alpha_optim import AlphaGuided, AlphaScheduler, CalibrateThenAnneal
+from examples.benchmarks.peers import PEERS, Setting, package
 from examples.benchmarks.problems import PROBLEMS, UNSEEN, Problem
 
 RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
@@ -42,14 +44,11 @@ INITIAL = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
 SEEDS, FRESH, GRID_SEED = (0, 1, 2), (20, 21, 22), 10
 FURTHER = tuple(range(23, 35))
 """Seeds that give tuned as many runs as there are of ours."""
+OTHERS = 1000
+"""Added to the seed of a run: the mini-batches that a method may look at beside those of the run."""
 IN_TURN = 20
 """Steps with and without alpha take turns, so many at a time, where time is measured."""
 ROOT_TEN = math.sqrt(10.0)
-
-
-def package(module: str, name: str) -> Any:
-    """An optimizer of another package."""
-    return getattr(importlib.import_module(module), name)
 
 
 class Base(NamedTuple):
@@ -72,18 +71,6 @@ BASES = {
     "Schedule-Free SGD": Base(lambda p, lr: package("schedulefree", "SGDScheduleFree")(p, lr=lr), 1.0, True),
     "Schedule-Free AdamW": Base(lambda p, lr: package("schedulefree", "AdamWScheduleFree")(p, lr=lr), 3e-3, True),
 }
-PEERS: dict[str, Callable[[Iterable[Tensor]], torch.optim.Optimizer]] = {
-    "Prodigy": lambda p: package("prodigyopt", "Prodigy")(p),
-    "DAdaptAdam": lambda p: package("dadaptation", "DAdaptAdam")(p),
-    "DAdaptSGD": lambda p: package("dadaptation", "DAdaptSGD")(p, momentum=0.9),
-    "MoMo": lambda p: package("momo", "Momo")(p),
-    "Schedule-Free AdamW, default": lambda p: package("schedulefree", "AdamWScheduleFree")(p),
-    "Schedule-Free SGD, default": lambda p: package("schedulefree", "SGDScheduleFree")(p),
-    "Adam, default": lambda p: torch.optim.Adam(p),
-    "ReduceLROnPlateau": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-}
-COSINE = ("Prodigy", "DAdaptAdam", "DAdaptSGD")
-"""Methods whose rate follows a cosine to 0, as their authors advise; the others' is constant."""
 
 
 class Case(NamedTuple):
@@ -168,15 +155,16 @@ def prepare(
     case: Case, problem: Problem, model: nn.Module, loss_fn: nn.Module
 ) -> tuple[torch.optim.Optimizer, Callable[[int], object], Callable[[], bool]]:
     """The optimizer of a case, what is done after every step, and whether its rate is found."""
-    params = list(model.parameters())
     if case.method in PEERS:
-        optimizer = PEERS[case.method](params)
+        peer = PEERS[case.method]
+        others = batches(problem, case.seed + OTHERS)
+        optimizer = peer.build(Setting(model, loss_fn, problem.steps, others))
         if case.method == "ReduceLROnPlateau":
             return optimizer, watch_plateau(problem, model, loss_fn, optimizer), always
-        cosine = CosineAnnealingLR(optimizer, problem.steps) if case.method in COSINE else None
-        return optimizer, lambda step: cosine.step() if cosine is not None else None, always
+        schedule = None if peer.schedule is None else peer.schedule(optimizer, problem.steps)
+        return optimizer, lambda step: schedule.step() if schedule is not None else None, always
     base = BASES[case.base]
-    optimizer = base.build(params, case.lr)
+    optimizer = base.build(model.parameters(), case.lr)
     if case.method == "alpha":
         guided = AlphaGuided(optimizer, model, loss_fn, every=None)
         policy = CalibrateThenAnneal(problem.steps, anneal=not base.constant)

@@ -7,7 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from examples.benchmarks.rate_free import ALL, BASES, COSINE, FRESH, PEERS, UNSEEN
+from examples.benchmarks.peers import PEERS
+from examples.benchmarks.rate_free import ALL, BASES, FRESH, UNSEEN
 from examples.benchmarks.tables import table
 
 Row = dict[str, Any]
@@ -225,9 +226,10 @@ def section(rows: list[Row], picture_path: Path) -> str:
     parts.append(f"\n![test figures against initial rates]({picture_path.name})\n")
     parts.append("\nMedian over seeds by initial rate:\n\n" + by_initial_rate(rows, seen))
     parts.append(
-        f"\nOther methods that set their own rate (three seeds; {', '.join(COSINE)} with a cosine, "
-        "ReduceLROnPlateau on SGD with momentum 0.9 from 0.1, the others as they come), and alpha over all its "
-        "initial rates and seeds:\n\n" + peer_table(rows, seen)
+        "\nOther methods (three seeds): those that set their own rate (Prodigy and D-Adaptation with a cosine, GeN "
+        "every fourth step with a linear decay, the others at the constant rate of their authors), ReduceLROnPlateau "
+        "on SGD with momentum 0.9 from 0.1, and what people take without tuning, AdamW with a cosine or OneCycle; and "
+        "alpha over all its initial rates and seeds:\n\n" + peer_table(rows, seen)
     )
     parts.append("\nRanks by the median, among the methods that ran on every problem:\n\n" + rank_table(rows, seen))
     if select(rows, problem=next(iter(UNSEEN)), method="alpha"):

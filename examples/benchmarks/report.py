@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from examples.benchmarks import rate_free, rate_report
+from examples.benchmarks import range_test, rate_free, rate_report
 from examples.benchmarks.tables import load, table
 
 REFERENCES = ("cached", "Cockpit", "vmap")
@@ -155,6 +155,7 @@ def write() -> None:
     rates = rate_free.kept()
     if rates:
         parts.append(rate_report.section(rates, DOCS / "rates.png"))
+    parts.append(range_test.section())
     (DOCS / "benchmarks.md").write_text("".join(parts))
 
 
