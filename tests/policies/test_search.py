@@ -193,11 +193,18 @@ def test_short_runs_climb_and_have_fewer_trials_or_none():
 
 
 def test_trials_take_less_of_longer_runs():
-    shares = [trial_length(steps) / steps for steps in (400, 1000, 5000, 20_000, 10**6)]
-    assert shares[0] == shares[1] == pytest.approx(0.04)
+    shares = [trial_length(steps) / steps for steps in (400, 500, 1000, 2500, 5000, 20_000, 10**6)]
+    assert shares[0] == pytest.approx(0.06)
+    assert shares[1] * 500 == 24
+    assert shares[2] == shares[3] == pytest.approx(0.04)
     assert shares == sorted(shares, reverse=True)
-    assert shares[2] < 0.03
-    assert 4 * shares[3] < 0.06
+    assert shares[4] < 0.03
+    assert 4 * shares[5] < 0.06
+
+
+def test_the_shortest_runs_have_no_trials():
+    settings = [Settings(steps, trial_length(steps)) for steps in (100, 200, 236, 238, 250, 300)]
+    assert [one.allows(steps=20) for one in settings] == [False, False, False, True, True, True]
 
 
 def test_without_losses_the_rate_given_is_kept():

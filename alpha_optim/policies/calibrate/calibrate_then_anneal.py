@@ -53,7 +53,8 @@ class CalibrateThenAnneal:
             anneal: Whether to anneal linearly to 0 once the loss no longer falls, from the middle of the run on at the
                 latest (not if a schedule does).
             around: Whether to look only within a factor of ten of the rate given.
-            trial_steps: Steps of a trial, at least 10; default: 4 % of runs of up to 2,500 steps, less of longer ones.
+            trial_steps: Steps of a trial, at least 10; default: 4 % of runs of up to 2,500 steps, but at least 24 or
+                6 %; less of longer ones.
 
         Raises:
             ValueError: If an argument is out of range.

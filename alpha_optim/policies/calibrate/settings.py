@@ -9,8 +9,12 @@ SHARE = 0.04
 TURNS = 2500
 """A trial takes this share of runs of up to so many steps; of longer ones it grows with the root of their length, so
 that a search costs less of them."""
+FEW, MOST_SHARE = 24, 0.06
+"""A trial has so many steps at least, as long as that is no more than this share of the run: ten losses are its score,
+and of a trial of 16 steps most of those were made at rates that had hardly fallen. Such trials find rates that are too
+high where a run lives by its decay."""
 SHORTEST = 10
-"""Shorter trials say nothing."""
+"""Shorter trials say nothing: where the share of the run is less there are none."""
 BUDGET = 0.35
 """No trial begins when this share of the run would be over at its end."""
 MOST_TRIALS = 5
@@ -50,4 +54,5 @@ class Settings:
 
 def trial_length(total_steps: int) -> int:
     """Steps of a trial in a run of this length."""
-    return round(SHARE * min(total_steps, math.sqrt(TURNS * total_steps)))
+    usual = SHARE * min(total_steps, math.sqrt(TURNS * total_steps))
+    return round(usual if usual < SHORTEST else min(max(usual, FEW), MOST_SHARE * total_steps))
