@@ -17,7 +17,7 @@ from alpha_optim.policies import (
 )
 from alpha_optim.scheduler import AlphaScheduler
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AlphaGuided",
