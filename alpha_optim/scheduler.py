@@ -27,22 +27,14 @@ from alpha_optim.distributed import as_text, from_text, initialised
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
 from alpha_optim.steer.checks import check_scheduler_state, check_scheduling, load_whole
+from alpha_optim.steer.explosions import ExplosionCuts
 from alpha_optim.steer.guard import KEPT, Guard
-from alpha_optim.steer.rates import clamped, peak_of, ratios, taken_over
+from alpha_optim.steer.rates import GroupRates, clamped, rates_in
 from alpha_optim.steer.step_cycle import Session
 from alpha_optim.user_warning import warn_user
 
 LOG = logging.getLogger(__name__)
 VERSION = 2
-LOWER_ONCE = 0.5
-LOWER_AGAIN = 0.1
-SOON = 10
-"""A step taken back lowers the rates by `LOWER_ONCE`; within `SOON` iterations of the last by `LOWER_AGAIN`."""
-PROBATION, GROWS = 200, 1.02
-"""So many steps after the last explosion the rates grow to what they were, by this factor a step: it may have been an
-accident."""
-ALIKE = 3.0
-"""Two explosions are alike whose losses rose by amounts within this factor."""
 LAG = 1
 """On an accelerator policies see a measurement so many steps later, when it no longer has to be waited for."""
 OWNER = 3
@@ -112,21 +104,13 @@ class AlphaScheduler(LRScheduler):
         self.policy, self.schedule = policy, schedule
         self.min_lr, self.max_lr = float(min_lr), float(max_lr)
         self.scale = 1.0
-        self._last_event = -SOON - 1
-        self._last_rise = 0.0  # of the loss, in the last explosion
-        self._owed = 1.0  # by what the rates are going to grow again after explosions
-        self._last_cut = 1.0  # by what the last step taken back has lowered the rates
-        self._foreign = 0  # calls in a row before which somebody else wrote a rate
+        self._cuts = ExplosionCuts()
         self._said: set[str] = set()
         self._cut: float | None = None  # of the rates of a loop that owns them; None: they are ours
         self._sparse = 0  # calls after several steps, during a search
         self._cooling: tuple[int, int] | None = None  # progress at which `cool_down` began, and its steps
-        self._scheduled = [float(group["lr"]) for group in optimizer.param_groups]
-        self._written = list(self._scheduled)
-        self._groups = [id(group) for group in optimizer.param_groups]
-        self._factor_now = 1.0  # what the scheduled rates are multiplied by
+        self._rates = GroupRates(optimizer.param_groups)
         self._inside_step = False  # whether the rates are cut for a step
-        self._peaks = [peak_of(group) for group in optimizer.param_groups]
         self._seen_progress = optimizer._session.progress
         self._seen_iteration = optimizer.iteration
         self._seen_measurement = optimizer.iteration - 1
@@ -152,7 +136,7 @@ class AlphaScheduler(LRScheduler):
 
     def __repr__(self) -> str:
         """Say what the rates are and what the policy is doing."""
-        rates = ", ".join(f"{rate:.3g}" for rate in self._written)
+        rates = ", ".join(f"{rate:.3g}" for rate in self._rates.written)
         owner = "" if self._cut is None else ", written by the training loop"
         return f"AlphaScheduler(learning rate {rates}{owner}, {self.policy!r})"
 
@@ -193,7 +177,7 @@ class AlphaScheduler(LRScheduler):
             factor = self._factor(optimizer, session.guard)
             self.scale = min(1e30, max(1e-30, self.scale * factor))
             self._decide(optimizer.iteration)
-            self._give_back()
+            self.scale *= self._cuts.give_back(optimizer.iteration)
         self._tell_session()
         if session.progress != self._seen_progress:
             self._seen_progress = session.progress
@@ -291,7 +275,7 @@ class AlphaScheduler(LRScheduler):
         return factor
 
     def _new_measurements(self, optimizer: AlphaGuided) -> list[AlphaMeasurement]:
-        """Measurements that the policy has not seen, as old as they always are when it sees them."""
+        """Measurements that the policy has not seen yet, delivered at a fixed lag."""
         newest = optimizer.iteration
         if waits(optimizer):
             newest -= 2 + LAG
@@ -299,32 +283,23 @@ class AlphaScheduler(LRScheduler):
 
     def _advance_schedule(self, schedule: LRScheduler | ReduceLROnPlateau, metrics: Any) -> None:
         """Step the schedule on its own rates."""
-        self._set_rates(self._scheduled)
+        self._set_rates(self._rates.scheduled)
         try:
             if isinstance(schedule, ReduceLROnPlateau):
                 schedule.step(metrics)
             else:
                 schedule.step()
-            self._scheduled = self._rates()
+            self._rates.scheduled = rates_in(self.optimizer.param_groups)
         finally:
-            self._set_rates(self._written)
+            self._set_rates(self._rates.written)
 
     def _take_over_foreign_rates(self) -> None:
         """A rate changed by someone else since is taken over as a ratio; one changed at every call is theirs."""
         if self._inside_step:
             return  # the rates are cut for the step
-        self._match_groups()
-        now = self._rates()
-        factors = ratios(now, self._written)
-        if all(factor == 1.0 for factor in factors):
-            self._foreign = 0
+        if not self._rates.take_over(self.optimizer.param_groups):
             return
-        self._foreign += 1
-        plain = [rate / self._factor_now for rate in now]
-        self._scheduled = taken_over(self._scheduled, factors, plain)
-        self._peaks = taken_over(self._peaks, factors, plain)
-        self._written = list(now)
-        if self._cut is None and self._foreign >= OWNER:
+        if self._cut is None and self._rates.foreign >= OWNER:
             self._cut, self.scale = 1.0, 1.0
             self._say(
                 f"a learning rate was changed outside AlphaScheduler {OWNER} times in a row: the rates are the "
@@ -337,36 +312,16 @@ class AlphaScheduler(LRScheduler):
                 "A scheduler that should work together with it belongs into AlphaScheduler(schedule=...)."
             )
         if self._cut is not None:
-            self._scheduled, self._peaks = list(now), list(now)
-
-    def _match_groups(self) -> None:
-        """Follow param groups that were added or removed; the rate given with an added one is the one it gets now."""
-        groups = self.optimizer.param_groups
-        if [id(group) for group in groups] == self._groups:
-            return
-        places = {key: place for place, key in enumerate(self._groups)}
-        known = [places.get(id(group)) for group in groups]
-        if len(groups) == len(self._groups) and all(place is None for place in known):
-            known = list(range(len(groups)))  # the same groups, loaded anew
-        now = self._rates()
-        self._scheduled, self._peaks, self._written = (
-            [new / share if place is None else rates[place] for place, new in zip(known, now, strict=True)]
-            for rates, share in (
-                (self._scheduled, self._factor_now), (self._peaks, self._factor_now), (self._written, 1.0),
-            )
-        )  # fmt: skip
-        self._groups = [id(group) for group in groups]
+            self._rates.belong_to_others()
 
     def _guard_acted(self, event: GuardEvent) -> GuardEvent:
         """Lower the rates after a step that was taken back, or give back what was taken; returns the whole event."""
         self._take_over_foreign_rates()
         factor = 1.0
         if event.reason is GuardReason.NO_EFFECT:  # of the last cut, which is what the guard asks to be undone
-            cut, self._last_cut, self._last_event = min(1.0, self._last_cut), 1.0, -SOON - 1
-            factor, self._owed = 1.0 / cut, max(1.0, self._owed * cut)
+            factor = self._cuts.without_effect()
         elif event.restored and not self._session.trial:
-            factor = self._last_cut = self._lowered(event)
-            self._last_event = event.iteration
+            factor = self._cuts.taken_back(event, base.decides(self.policy), self._session.guard)
         event = replace(event, scale_factor=factor)
         if factor != 1.0:
             if self._cut is not None:
@@ -377,37 +332,6 @@ class AlphaScheduler(LRScheduler):
         LOG.info("%s", event)
         base.tell_event(self.policy, event)
         return event
-
-    def _lowered(self, event: GuardEvent) -> float:
-        """What a step that was taken back multiplies the rates by.
-
-        An explosion at a rate that an earlier one has lowered, long after it and as high as it, came from the data (two
-        hard batches in a row): what was lowered is given back, and rises of that size are not looked at for a while.
-        """
-        again = event.iteration - self._last_event <= SOON
-        rise, last_rise = event.loss_after - event.loss_before, self._last_rise
-        self._last_rise = rise
-        if base.decides(self.policy):
-            return LOWER_AGAIN if again else LOWER_ONCE
-        if again:
-            self._owed = 1.0
-            return LOWER_AGAIN
-        alike = last_rise > 0.0 and last_rise / ALIKE < rise < last_rise * ALIKE  # not where one is nan
-        if self._owed > 1.0 and alike:
-            owed, self._owed = self._owed, 1.0
-            guard = self._session.guard
-            if guard is not None:
-                guard.came_from_data(rise)
-            return owed
-        self._owed /= LOWER_ONCE
-        return LOWER_ONCE
-
-    def _give_back(self) -> None:
-        """Long after the last explosion the rates grow to what they were."""
-        if self._owed > 1.0 and self._session.iteration - self._last_event > PROBATION:
-            factor = min(self._owed, GROWS)
-            self._owed /= factor
-            self.scale *= factor
 
     def _not_stepped(self) -> None:
         """Several steps were made since the last call: a search waits, at the rate given."""
@@ -441,7 +365,7 @@ class AlphaScheduler(LRScheduler):
         if self._cut is None or self._cut == 1.0:
             yield
             return
-        rates = self._rates()
+        rates = rates_in(self.optimizer.param_groups)
         self._set_rates([rate * self._cut for rate in rates])
         self._inside_step = True
         try:
@@ -454,12 +378,12 @@ class AlphaScheduler(LRScheduler):
 
     def _base_rates(self) -> list[float]:
         """What scale and envelope multiply: the scheduled rates, or their peaks while those are searched."""
-        return self._peaks if self.schedule is not None and self._decision.searching else self._scheduled
+        return self._rates.peaks if self.schedule is not None and self._decision.searching else self._rates.scheduled
 
     def _write(self) -> None:
         if self._cut is None:
             self._set_rates(self._wanted())
-        self._written = self._rates()
+        self._rates.written = rates_in(self.optimizer.param_groups)
         self._last_lr = [
             group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
             for group in self.optimizer.param_groups
@@ -471,9 +395,9 @@ class AlphaScheduler(LRScheduler):
         Raises:
             ValueError: If the policy's envelope is not a number >= 0.
         """
-        self._factor_now = 1.0
+        self._rates.factor = 1.0
         if self._sparse:  # the search waits
-            return clamped(self._scheduled, self.min_lr, self.max_lr)
+            return clamped(self._rates.scheduled, self.min_lr, self.max_lr)
         progress = self._session.progress
         envelope = base.envelope_of(self.policy, progress) * self._cooled()
         if not 0.0 <= envelope < math.inf:
@@ -487,11 +411,8 @@ class AlphaScheduler(LRScheduler):
             scale *= self.max_lr / largest  # cut before the envelope, which still anneals it
         elif self.schedule is None and largest > self.max_lr:
             self.scale = scale = scale * self.max_lr / largest  # it must not wind up against the bound
-        self._factor_now = scale * envelope or 1.0
+        self._rates.factor = scale * envelope or 1.0
         return clamped([rate * scale * envelope for rate in scheduled], self.min_lr, self.max_lr)
-
-    def _rates(self) -> list[float]:
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def _set_rates(self, rates: list[float]) -> None:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -508,20 +429,13 @@ class AlphaScheduler(LRScheduler):
         return {
             "version": VERSION,
             "scale": self.scale,
-            "scheduled": list(self._scheduled),
-            "peaks": list(self._peaks),
-            "written": list(self._written),
-            "factor_now": self._factor_now,
+            **self._rates.state_dict(),
+            **self._cuts.state_dict(),
             "decision": asdict(self._decision),
             "seen_progress": self._seen_progress,
             "seen_iteration": self._seen_iteration,
             "seen_measurement": self._seen_measurement,
-            "last_event": self._last_event,
-            "last_cut": self._last_cut,
-            "last_rise": self._last_rise,
-            "owed": self._owed,
             "step_count": self._step_count,
-            "foreign": self._foreign,
             "cut": self._cut,
             "sparse": self._sparse,
             "cooling": None if self._cooling is None else list(self._cooling),
@@ -548,14 +462,12 @@ class AlphaScheduler(LRScheduler):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         self.scale = float(state_dict["scale"])
-        self._scheduled, self._written = list(state_dict["scheduled"]), list(state_dict["written"])
-        self._peaks = list(state_dict["peaks"])
+        self._rates.load_state_dict(state_dict, self.optimizer.param_groups)
+        self._cuts.load_state_dict(state_dict)
         self._seen_iteration = int(state_dict["seen_iteration"])
         self._seen_measurement = int(state_dict["seen_measurement"])
-        self._last_event, self._step_count = int(state_dict["last_event"]), int(state_dict["step_count"])
+        self._step_count = int(state_dict["step_count"])
         self._seen_progress = int(state_dict.get("seen_progress", self._seen_iteration))
-        self._last_cut, self._foreign = float(state_dict.get("last_cut", 1.0)), int(state_dict.get("foreign", 0))
-        self._last_rise, self._owed = float(state_dict.get("last_rise", 0.0)), float(state_dict.get("owed", 1.0))
         self._cut, self._sparse = state_dict.get("cut"), int(state_dict.get("sparse", 0))
         cooling = state_dict.get("cooling")
         self._cooling = None if cooling is None else (int(cooling[0]), int(cooling[1]))
@@ -566,10 +478,8 @@ class AlphaScheduler(LRScheduler):
         base.restore(self.policy, from_text(policy) if isinstance(policy, str) else policy)
         if self.schedule is not None and state_dict["schedule"] is not None:
             self.schedule.load_state_dict(state_dict["schedule"])
-        self._factor_now = float(state_dict.get("factor_now", 1.0))
-        self._groups = [id(group) for group in self.optimizer.param_groups]
-        self._set_rates(self._written)
-        self._last_lr = list(self._written)
+        self._set_rates(self._rates.written)
+        self._last_lr = list(self._rates.written)
         self._tell_session()
 
 

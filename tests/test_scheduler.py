@@ -215,7 +215,7 @@ def test_a_search_during_a_warm_up_finds_the_peak(name):
     assert rates[:60] == pytest.approx(rates_alone[:60], rel=1e-9)
     share = scheduler.schedule.optimizer.param_groups[0]["lr"] / rates_alone[-1]
     assert 0.05 < share < 1.0  # and the rest of the warm-up is still to come
-    assert share == pytest.approx(scheduler._scheduled[0] / 0.1, rel=1e-6)
+    assert share == pytest.approx(scheduler._rates.scheduled[0] / 0.1, rel=1e-6)
 
 
 def test_a_search_without_measurements_does_not_hold_the_schedule_back_for_ever():

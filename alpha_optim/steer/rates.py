@@ -1,4 +1,4 @@
-"""Arithmetic of learning rates, one per param group; who writes them is `scheduler`."""
+"""Learning rates, one per param group: what is scheduled, and what others made of it. Only `scheduler` writes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def peak_of(group: Mapping[str, Any]) -> float:
-    """Highest rate that a schedule is going to ask for, as far as it has left word in the param group."""
+    """Largest of the group's ``lr``, ``initial_lr`` and ``max_lr``: the peak of most schedules."""
     return max(float(group.get(name, 0.0)) for name in ("lr", "initial_lr", "max_lr"))
 
 
@@ -36,3 +36,92 @@ def taken_over(rates: Sequence[float], factors: Sequence[float], now: Sequence[f
     return [
         rate * factor if math.isfinite(factor) else new for rate, factor, new in zip(rates, factors, now, strict=True)
     ]
+
+
+def rates_in(groups: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The rates that the param groups hold now."""
+    return [float(group["lr"]) for group in groups]
+
+
+class GroupRates:
+    """The rates that scale and envelope multiply, and what was written last.
+
+    Attributes:
+        scheduled: The user's own rates, or what a schedule makes of them.
+        peaks: The highest rates of the schedule; they stand in for ``scheduled`` during a search.
+        written: What the scheduler has written last.
+        factor: By what the scheduled rates were multiplied then.
+        foreign: Calls in a row before which somebody else had written a rate.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Begin with the rates given.
+
+        Args:
+            groups: The param groups.
+        """
+        self.scheduled = rates_in(groups)
+        self.written = list(self.scheduled)
+        self.peaks = [peak_of(group) for group in groups]
+        self.factor = 1.0
+        self.foreign = 0
+        self._groups = list(map(id, groups))
+
+    def take_over(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Take over what somebody else has written since, as a ratio.
+
+        Args:
+            groups: The param groups as they are now; some may have been added or removed.
+
+        Returns:
+            Whether anything was.
+        """
+        self._match(groups)
+        now = rates_in(groups)
+        factors = ratios(now, self.written)
+        if all(factor == 1.0 for factor in factors):
+            self.foreign = 0
+            return False
+        self.foreign += 1
+        plain = [rate / self.factor for rate in now]
+        self.scheduled = taken_over(self.scheduled, factors, plain)
+        self.peaks = taken_over(self.peaks, factors, plain)
+        self.written = now
+        return True
+
+    def belong_to_others(self) -> None:
+        """What is written is what is scheduled."""
+        self.scheduled, self.peaks = list(self.written), list(self.written)
+
+    def _match(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Follow param groups that were added or removed; the rate given with an added one is the one it gets now."""
+        if list(map(id, groups)) == self._groups:
+            return
+        places = {key: place for place, key in enumerate(self._groups)}
+        known = [places.get(id(group)) for group in groups]
+        if len(groups) == len(self._groups) and all(place is None for place in known):
+            known = list(range(len(groups)))  # the same groups, loaded anew
+        now = rates_in(groups)
+        self.scheduled, self.peaks, self.written = (
+            [new / share if place is None else rates[place] for place, new in zip(known, now, strict=True)]
+            for rates, share in ((self.scheduled, self.factor), (self.peaks, self.factor), (self.written, 1.0))
+        )
+        self._groups = list(map(id, groups))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "scheduled": list(self.scheduled),
+            "peaks": list(self.peaks),
+            "written": list(self.written),
+            "factor_now": self.factor,
+            "foreign": self.foreign,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Take over a state, for these param groups."""
+        self.scheduled, self.written = list(state["scheduled"]), list(state["written"])
+        self.peaks = list(state["peaks"])
+        self.factor = float(state.get("factor_now", 1.0))
+        self.foreign = int(state.get("foreign", 0))
+        self._groups = list(map(id, groups))

@@ -26,7 +26,7 @@ def test_with_hold_a_run_is_never_worse(situation):
 
 @pytest.mark.parametrize("situation", TOTAL, ids=lambda situation: situation.name)
 def test_with_a_horizon_a_run_from_a_good_rate_is_as_good_as_that_rate(situation):
-    row = judge(situation, seeds=2, steps=400)
+    row = judge(situation)  # as in the table: with fewer seeds chance decides
     assert not row.harmed("total"), row
 
 

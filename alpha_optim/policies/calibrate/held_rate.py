@@ -96,7 +96,7 @@ class HeldRate:
         return self.position - (PER_SAMPLES * smaller if smaller > SMALLER else 0.0)
 
     def starts_after(self, iteration: int) -> None:
-        """Losses up to this iteration, from before a return to the best point, are none of the rate held."""
+        """Ignore losses up to this iteration, which were made before the return to the best point."""
         self._watch.newest = iteration
 
     def after_step(self, iteration: int, loss: float) -> None:

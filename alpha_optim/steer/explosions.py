@@ -1,0 +1,91 @@
+"""By how much the rates fall after steps that were taken back, and how they come back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from alpha_optim.alpha.records import GuardEvent
+from alpha_optim.steer.guard import Guard
+
+LOWER_ONCE = 0.5
+LOWER_AGAIN = 0.1
+SOON = 10
+"""A step taken back lowers the rates by `LOWER_ONCE`; within `SOON` iterations of the last by `LOWER_AGAIN`."""
+PROBATION, GROWS = 200, 1.02
+"""So many steps after the last explosion the rates grow to what they were, by this factor a step: it may have been an
+accident."""
+ALIKE = 3.0
+"""Two explosions are alike whose losses rose by amounts within this factor."""
+
+
+class ExplosionCuts:
+    """Answers with factors for the scale of the rates."""
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._last_event = -SOON - 1  # iteration of the last explosion
+        self._last_rise = 0.0  # of the loss, in it
+        self._last_cut = 1.0  # by what it has lowered the rates
+        self._owed = 1.0  # by what the rates are going to grow again
+
+    def taken_back(self, event: GuardEvent, decides: bool, guard: Guard | None) -> float:
+        """What a step that was taken back multiplies the rates by.
+
+        An explosion at a rate that an earlier one has lowered, long after it and as high as it, came from the data (two
+        hard batches in a row): what was lowered is given back, and rises of that size are not looked at for a while.
+
+        Args:
+            event: What the guard did.
+            decides: Whether the policy decides on the scale; then nothing is owed.
+            guard: Told of rises that came from the data.
+        """
+        self._last_cut = self._cut(event, decides, guard)
+        self._last_event = event.iteration
+        return self._last_cut
+
+    def _cut(self, event: GuardEvent, decides: bool, guard: Guard | None) -> float:
+        again = event.iteration - self._last_event <= SOON
+        rise, last_rise = event.loss_after - event.loss_before, self._last_rise
+        self._last_rise = rise
+        if decides:
+            return LOWER_AGAIN if again else LOWER_ONCE
+        if again:
+            self._owed = 1.0
+            return LOWER_AGAIN
+        alike = last_rise > 0.0 and last_rise / ALIKE < rise < last_rise * ALIKE  # not where one is nan
+        if self._owed > 1.0 and alike:
+            owed, self._owed = self._owed, 1.0
+            if guard is not None:
+                guard.came_from_data(rise)
+            return owed
+        self._owed /= LOWER_ONCE
+        return LOWER_ONCE
+
+    def without_effect(self) -> float:
+        """What undoes the last cut, which had no effect."""
+        cut, self._last_cut, self._last_event = min(1.0, self._last_cut), 1.0, -SOON - 1
+        self._owed = max(1.0, self._owed * cut)
+        return 1.0 / cut
+
+    def give_back(self, iteration: int) -> float:
+        """What the rates grow by in a step long after the last explosion; 1 if nothing is owed."""
+        if self._owed <= 1.0 or iteration - self._last_event <= PROBATION:
+            return 1.0
+        factor = min(self._owed, GROWS)
+        self._owed /= factor
+        return factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "last_event": self._last_event,
+            "last_cut": self._last_cut,
+            "last_rise": self._last_rise,
+            "owed": self._owed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state."""
+        self._last_event, self._last_cut = int(state["last_event"]), float(state.get("last_cut", 1.0))
+        self._last_rise, self._owed = float(state.get("last_rise", 0.0)), float(state.get("owed", 1.0))
