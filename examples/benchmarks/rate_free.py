@@ -46,6 +46,8 @@ FURTHER = tuple(range(23, 35))
 """Seeds that give tuned as many runs as there are of ours."""
 OTHERS = 1000
 """Added to the seed of a run: the mini-batches that a method may look at beside those of the run."""
+OPEN, SHORTEST_WANTED, COOLS = "alpha, open end", 400, 0.2
+"""Alpha where the horizon is not known: the search is that of a run of so many steps, and the last share cools down."""
 IN_TURN = 20
 """Steps with and without alpha take turns, so many at a time, where time is measured."""
 ROOT_TEN = math.sqrt(10.0)
@@ -74,7 +76,7 @@ BASES = {
 
 
 class Case(NamedTuple):
-    """One run: ``method`` is "alpha", "grid", "tuned", "tuned further", "guessed", "time" or a peer's name."""
+    """One run: ``method`` is "alpha", `OPEN`, "grid", "tuned", "tuned further", "guessed", "time" or a peer's name."""
 
     problem: str
     method: str
@@ -170,9 +172,27 @@ def prepare(
         policy = CalibrateThenAnneal(problem.steps, anneal=not base.constant)
         steered = AlphaScheduler(guided, policy)
         return guided, lambda step: steered.step(), lambda: policy.calibrated
+    if case.method == OPEN:
+        return (*open_end(problem, optimizer, model, loss_fn), always)
     share = (lambda n: 1.0) if base.constant else (lambda n: max(0.0, 1.0 - n / problem.steps))
     decay = LambdaLR(optimizer, share)
     return optimizer, lambda step: decay.step(), always
+
+
+def open_end(
+    problem: Problem, optimizer: torch.optim.Optimizer, model: nn.Module, loss_fn: nn.Module
+) -> tuple[torch.optim.Optimizer, Callable[[int], object]]:
+    """A run whose length nobody knows: the search is planned for a short one, and it cools down when it is told to."""
+    guided = AlphaGuided(optimizer, model, loss_fn, every=None)
+    steered = AlphaScheduler(guided, CalibrateThenAnneal(SHORTEST_WANTED, anneal=False))
+    cooling = round(COOLS * problem.steps)
+
+    def after_step(step: int) -> None:
+        steered.step()
+        if step + 1 == problem.steps - cooling:
+            steered.cool_down(cooling)
+
+    return guided, after_step
 
 
 def always() -> bool:
@@ -250,7 +270,10 @@ def first_cases(
             continue
         cases += [Case(problem, "grid", base, lr, GRID_SEED) for lr in BASES[base].grid()]
         each = zip(initial, itertools.cycle(seeds), strict=False) if one_seed else itertools.product(initial, seeds)
+        each = list(each)
         cases += [Case(problem, "alpha", base, lr, seed) for lr, seed in each]
+        if base == "AdamW":
+            cases += [Case(problem, OPEN, base, lr, seed) for lr, seed in each]
     if peers:
         cases += [Case(problem, peer, "", 0.0, s) for problem in problems for peer in PEERS for s in SEEDS]
     return cases

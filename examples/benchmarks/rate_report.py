@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.benchmarks.peers import PEERS
-from examples.benchmarks.rate_free import ALL, BASES, FRESH, UNSEEN
+from examples.benchmarks.rate_free import ALL, BASES, FRESH, OPEN, UNSEEN
 from examples.benchmarks.tables import table
 
 Row = dict[str, Any]
@@ -140,6 +140,34 @@ def peer_table(rows: list[Row], problems: list[str]) -> str:
     return table(["problem", "method", "median", "worst", "diverged"], lines)
 
 
+def open_end_table(rows: list[Row], problems: list[str]) -> str:
+    """AdamW with alpha that knows the horizon and that does not, and Schedule-Free AdamW, which needs none."""
+    lines = []
+    for problem in problems:
+        cells = []
+        for method, base in (
+            ("tuned", "AdamW"), ("alpha", "AdamW"), (OPEN, "AdamW"), ("alpha", "Schedule-Free AdamW"),
+            ("Schedule-Free AdamW, default", ""), ("GeN", ""),
+        ):  # fmt: skip
+            values = figures(select(rows, problem=problem, method=method, base=base))
+            both = (statistics.median(values), values[-1]) if values else ()
+            cells.append(", ".join(written(value, ALL[problem].accuracy) for value in both))
+        if cells[2]:
+            lines.append([problem, *cells])
+    return table(
+        [
+            "median, worst",
+            "tuned AdamW",
+            "alpha, horizon known",
+            "not known",
+            "alpha, Schedule-Free",
+            "Schedule-Free",
+            "GeN",
+        ],
+        lines,
+    )
+
+
 def rank_table(rows: list[Row], problems: list[str]) -> str:
     """Mean rank by the median, among the methods that ran on every problem."""
     by_problem = {
@@ -232,6 +260,12 @@ def section(rows: list[Row], picture_path: Path) -> str:
         "alpha over all its initial rates and seeds:\n\n" + peer_table(rows, seen)
     )
     parts.append("\nRanks by the median, among the methods that ran on every problem:\n\n" + rank_table(rows, seen))
+    if select(rows, method=OPEN):
+        parts.append(
+            "\nRuns whose length is not known (`CalibrateThenAnneal(400, anneal=False)`, held with corrections, and "
+            "`cool_down` over the last fifth), beside runs that know it and methods that need none:\n\n"
+            + open_end_table(rows, list(ALL))
+        )
     if select(rows, problem=next(iter(UNSEEN)), method="alpha"):
         parts.append(
             "\nThree more problems (`--unseen`). Nothing was chosen on the first and the last; the share "
