@@ -61,6 +61,7 @@ class DropReason(Code):
     STEP_SKIPPED = "step_skipped"
     NO_BACKWARD = "no_backward"
     EXCEPTION = "exception"
+    OUT_OF_MEMORY = "out_of_memory"
     NOT_FINITE = "not_finite"
     OTHER_RANK = "other_rank"
     RESTORED = "restored"

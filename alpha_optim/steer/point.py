@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from alpha_optim.distributed import local
+from alpha_optim.observe.memory import sparing
 from alpha_optim.observe.step_direction import copied, same_tensors
 from alpha_optim.steer.several import Several
+from alpha_optim.user_warning import warn_user
 
 OWN_WEIGHTS = ("ScheduleFree", "Lookahead", "SAM", "Prodigy", "DAdapt")
 """Parts of the names of classes of optimizers that keep weights, or distances between weights, in their state."""
@@ -187,6 +189,7 @@ class Point:
             whole: Whether the state of any optimizer belongs to it, not only of those that keep weights of their own.
         """
         self._on_host, self._whole = on_host, whole
+        self._too_large = False  # memory has run out: another try would fail as well, after a long search for some
         self.forget()
 
     def forget(self) -> None:
@@ -205,13 +208,28 @@ class Point:
         return bool(self._params)
 
     def keep(self, params: Sequence[Tensor], model: nn.Module | None, optimizer: Optimizer | None = None) -> None:
-        """Copy a point, over the last one where that fits.
+        """Copy a point, over the last one where that fits; where memory runs out there is none from then on.
 
         Args:
             params: The parameters.
             model: The model whose buffers belong to it.
             optimizer: The optimizer.
         """
+        if self._too_large:
+            return
+        with sparing(self._gone):
+            self._keep(params, model, optimizer)
+
+    def _gone(self) -> None:
+        self.forget()
+        self._too_large = True
+        warn_user(
+            "memory ran out while a point of training was copied, so there is none to go back to: steps that explode "
+            "are not taken back, and a search for the rate ends. AlphaScheduler(guard='cpu') keeps the copy in the "
+            "memory of the CPU."
+        )
+
+    def _keep(self, params: Sequence[Tensor], model: nn.Module | None, optimizer: Optimizer | None) -> None:
         self._params = list(params)
         self._shapes = [param.shape for param in params]
         self.params = self._copied(self.params, self._params)
@@ -302,6 +320,8 @@ class Point:
         if not params or [local(t).shape for t in flat] != [t.shape for t in kept]:
             return False
         self.keep(params, model, optimizer)
+        if not self:  # no memory
+            return False
         for mine, saved in zip(self.params, state["params"], strict=True):
             mine.copy_(saved)
         for own, copies in zip(self.buffers, state["buffers"], strict=True):

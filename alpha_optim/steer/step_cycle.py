@@ -24,6 +24,7 @@ from alpha_optim.measure.pairing import Entry, Pairing
 from alpha_optim.measure.plan import Plan
 from alpha_optim.measure.step_ends import EndSeen
 from alpha_optim.observe.checks import check_losses
+from alpha_optim.observe.memory import sparing
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.step_direction import parameters_of, rates_of
 from alpha_optim.policies.base import Place
@@ -37,6 +38,8 @@ RESTS = 2
 """After so many executed steps without the scheduler's nothing is judged: somebody else has taken over."""
 OTHERS = 3
 """After so many steps before which another network's backward pass came through here it is no accident."""
+PATIENT = 3
+"""After so many steps whose measurement had no memory nothing is measured."""
 _STEERED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 """The last session with a scheduler of each model."""
 
@@ -99,6 +102,7 @@ class Session:
         self._separate = False  # whether processes were found to train models of their own
         self._started_before = False  # whether a pair began with the last step
         self._saved_guard: dict[str, Any] | None = None
+        self._ran_out = 0  # steps whose measurement had no memory
         self._reset()
         self.begin()
 
@@ -114,7 +118,9 @@ class Session:
         """Hook what the coming iteration needs."""
         if not self.active:
             return
-        self._start = self.plan.wants(self.iteration)
+        # Of several processes all have to measure the same iterations.
+        gives_up = self._ran_out >= PATIENT and self.ranks is None
+        self._start = not gives_up and self.plan.wants(self.iteration)
         self._hook()
 
     def _hook(self) -> None:
@@ -442,7 +448,8 @@ class Session:
             else:
                 kept = None if self.guard is None else self.guard.kept_parameters(params)
                 kept = kept if entry is None else entry.params
-                pairing.before_step(self.optimizer, kept, rates_of(self.optimizer))
+                with sparing(self._out_of_memory):
+                    pairing.before_step(self.optimizer, kept, rates_of(self.optimizer))
 
     def _train_one_model(self, ranks: Ranks, params: list[Tensor]) -> bool:
         """Whether all ranks hold the same model; where only this one is watched, it is measured by itself if not.
@@ -566,11 +573,24 @@ class Session:
             pairing.pending = None
             self.history.drop(DropReason.NO_BACKWARD)
         if iteration.before is not None:
-            reason = pairing.after_step(self.optimizer)
-            if reason is not None:
-                self.history.drop(reason)
+            with sparing(self._out_of_memory):
+                reason = pairing.after_step(self.optimizer)
+                if reason is not None:
+                    self.history.drop(reason)
             self.plan.saw_step(len(iteration.passes.reached), pairing.habits.keep_copies)
             self.plan.warn_unaccounted()
+
+    def _out_of_memory(self) -> None:
+        """The pair that begins here is not measured, nor is any once that has happened a few times."""
+        self.pairing.pending = self.pairing.iteration.before = None
+        self.history.drop(DropReason.OUT_OF_MEMORY)
+        self._ran_out += 1
+        if self._ran_out == 1:
+            warn_user(
+                "memory ran out while alpha was measured; the step is made as ever, and where this happens again "
+                "measuring stops. Less is needed with a smaller batch, with every=10 (now and then only) or with "
+                "AlphaScheduler(guard='cpu')."
+            )
 
     def _after_step(self) -> None:
         """Move on to the next iteration."""
