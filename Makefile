@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity harm trust bench dist docs format lint types doctest check clean
+.PHONY: help install demo test parity harm trust mutants bench dist docs format lint types doctest check clean
 
 help:  ## list the tasks
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -40,6 +40,12 @@ trust: install  ## random cases, hostile numbers, faults: what is lost? about 20
 bench: install  ## measure what alpha costs on this machine
 	$(BIN)/python -m examples.benchmarks.cost $(ARGS)
 
+# mutmut is installed here only: nothing else needs it.
+mutants: install  ## change the code in small ways, one at a time, and see which the tests do not notice; hours (ARGS="'alpha_optim.alpha*'")
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mutmut
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
+
 # A folder of its own for everything: nothing of the sources is importable where the wheel is tried.
 dist: install  ## build wheel and sdist, install each in an environment of its own, try it from another folder
 	rm -rf dist build
@@ -73,4 +79,4 @@ doctest: install  ## run the examples in the docstrings alone
 check: lint types test  ## everything CI runs: format, lint, types, tests, doctests
 
 clean:  ## remove the environment and what was built
-	rm -rf $(VENV) build dist out site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist out site mutants *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
