@@ -220,7 +220,10 @@ class AlphaScheduler(LRScheduler):
 
     def _decide(self, iteration: int) -> None:
         """Ask a policy that searches for the scale, and for what is to be done with the points it keeps."""
-        session, given = self._session, self._base_rates()[0]
+        session, rates = self._session, self._base_rates()
+        given = rates[0]
+        if max(rates) > 0.0:
+            base.tell_limit(self.policy, self.max_lr / max(rates))
         decision = base.decision_of(self.policy, iteration, given)
         if decision.keep is not None:
             session.keep_point(decision.keep)

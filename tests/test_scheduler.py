@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as torch_schedules
 
-from alpha_optim import AlphaGuided, AlphaScheduler, CalibrateThenAnneal, Hold, TargetAlpha, WithWarmup
+from alpha_optim import AlphaGuided, AlphaScheduler, Bounded, CalibrateThenAnneal, Hold, TargetAlpha, WithWarmup
 
 SCHEDULES = {
     "step": lambda o: torch_schedules.StepLR(o, 5, 0.5),
@@ -632,3 +633,32 @@ def test_it_is_a_torch_scheduler():
     assert scheduler.optimizer is guided
     assert copy.deepcopy(scheduler.state_dict()) == scheduler.state_dict()
     assert math.isinf(scheduler.max_lr)
+
+
+@pytest.mark.parametrize("how", ["max_lr", "Bounded", "two groups"])
+def test_a_search_knows_the_highest_rate(how):
+    """It takes no steps beyond it and speaks of no rate above it."""
+    torch.manual_seed(0)
+    model, loss_fn = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)), nn.CrossEntropyLoss()
+    layers = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 5e-7}]
+    groups = layers if how == "two groups" else model.parameters()
+    optimizer = AlphaGuided(torch.optim.AdamW(groups, lr=1e-6), model, loss_fn)
+    policy, most = CalibrateThenAnneal(400), 1e-3
+    scheduler = (
+        AlphaScheduler(optimizer, Bounded(policy, 1e-9, most / 1e-6))
+        if how == "Bounded"
+        else AlphaScheduler(optimizer, policy, max_lr=most)
+    )
+    told, rates = [], []
+    for _ in range(400):
+        x = torch.randn(32, 6)
+        optimizer.zero_grad()
+        loss_fn(model(x), x[:, :3].argmax(1)).backward()
+        optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+        told.append(float(re.search(r"at (\S+)\)", repr(policy)).group(1)) if not policy.calibrated else 0.0)
+    assert max(rates) == pytest.approx(most, rel=1e-6)
+    assert max(told) <= most * 1.01
+    assert "which is the highest allowed" in policy.story[0][1]
+    assert policy._done_at < 0.3 * 400

@@ -11,6 +11,7 @@ inherited:
 - ``decide(iteration, given) -> Decision``: asked once per scheduler step, after everything above: a policy that
   searches says there what the scale is, and which points to keep and to go back to. ``given`` is the rate of the first
   param group at scale 1.
+- ``limit(scale)``: told before `decide` how high the scale may become, where rates have an upper bound.
 - ``give_up(iteration)``: told that the search cannot go on, or that its points are gone: the rate given is to be kept.
 - ``state_dict() / load_state_dict(state)``: what it remembers, as plain values.
 """
@@ -144,6 +145,11 @@ def decision_of(policy: Any, iteration: int, given: float = 1.0) -> Decision:
             f"policy {name_of(policy)} decided on a scale of {decision.scale!r}; expected a finite number > 0"
         )
     return decision
+
+
+def tell_limit(policy: Any, scale: float) -> None:
+    """Tell a policy how high the scale may become, if it listens."""
+    _asked(policy, "limit", None, scale)
 
 
 def decides(policy: Any) -> bool:

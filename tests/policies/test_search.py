@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -22,17 +23,22 @@ STEPS = 1000
 class Caricature:
     """Training whose loss falls with the rate and rises above an edge; a measurement comes a step later."""
 
-    def __init__(self, initial, edge=1.0, steps=STEPS, samples=32, told=True, **options):
+    def __init__(self, initial, edge=1.0, steps=STEPS, samples=32, told=True, highest=math.inf, **options):
+        self.highest = highest
         self.samples, self.variance, self.told = samples, None if samples == 1 else 0.1, told
         self.policy = CalibrateThenAnneal(steps, **options)
         self.given, self.edge, self.loss, self.n = initial, edge, 2.0, 0
         self.pending, self.kept, self.moves = None, {}, []
-        self.scale = base.decision_of(self.policy, 0, initial).scale
+        self.scale = self.decision().scale
 
     @property
     def rate(self):
         """Without the envelope."""
         return self.given * self.scale
+
+    def decision(self):
+        base.tell_limit(self.policy, self.highest / self.given)
+        return base.decision_of(self.policy, self.n, self.given)
 
     def step(self):
         lr = self.rate * self.policy.envelope(self.n)
@@ -52,7 +58,7 @@ class Caricature:
         assert base.step_factor_of(self.policy, self.n, start if self.told else math.nan) == 1.0
         self.pending = measurement
         self.n += 1
-        self.obey(base.decision_of(self.policy, self.n, self.given))
+        self.obey(self.decision())
         return lr
 
     def obey(self, decision):
@@ -82,6 +88,33 @@ def test_the_rate_is_found_from_anywhere(initial, edge):
     run.search()
     assert edge / 4 < run.rate < edge * 2
     assert run.n <= 0.35 * STEPS
+
+
+@pytest.mark.parametrize("initial", [1e-6, 1e-2, 100.0])
+@pytest.mark.parametrize("highest", [0.1, 0.3])
+def test_no_rate_above_a_bound_is_tried_and_none_is_told(initial, highest):
+    free, run = Caricature(initial), Caricature(initial, highest=highest)
+    free.search()
+    rates = run.search()
+    assert max(rates) <= highest * (1 + 1e-9)
+    assert run.n <= free.n
+    assert highest / 3 < run.rate <= highest  # its edge lies above: the loss was lowest at the bound
+    told = [
+        float(number)
+        for _, text in run.policy.story
+        for number in re.findall(r"(?:to|at|is) (\d\S*?)[,:;]?(?= |$)", text)
+    ]
+    assert len(told) >= 3
+    assert max(told) <= highest * 1.01
+    assert "which is the highest allowed" in run.policy.story[0][1]
+    for n in range(run.n, STEPS):
+        assert run.step() <= highest * (1 + 1e-9), n
+
+
+def test_a_bound_far_above_changes_nothing():
+    runs = Caricature(1e-3), Caricature(1e-3, highest=100.0)
+    assert runs[0].search() == runs[1].search()
+    assert runs[0].policy.story == runs[1].policy.story
 
 
 @pytest.mark.parametrize("told", [True, False])

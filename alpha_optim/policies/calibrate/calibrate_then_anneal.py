@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from alpha_optim.alpha.loss_level import Level
@@ -21,7 +21,7 @@ from alpha_optim.policies.calibrate.held_rate import HeldRate
 from alpha_optim.policies.calibrate.jump import Jump
 from alpha_optim.policies.calibrate.loss_watch import UNKNOWN
 from alpha_optim.policies.calibrate.phase import After, Phase
-from alpha_optim.policies.calibrate.settings import SHORTEST_RUN, Settings, trial_length
+from alpha_optim.policies.calibrate.settings import HIGHEST, SHORTEST_RUN, Settings, trial_length
 from alpha_optim.policies.calibrate.trials import Trials
 from alpha_optim.user_warning import warn_user
 
@@ -205,6 +205,14 @@ class CalibrateThenAnneal:
 
     # ---------------------------------------------------------------- what is decided
 
+    def limit(self, scale: float) -> None:
+        """Look for no rate above a bound."""
+        highest = min(HIGHEST, math.log(scale)) if scale > 0.0 else HIGHEST
+        self._held.limit = highest
+        if self._phase is not None and self._phase.settings.highest != highest:
+            settings = replace(self._phase.settings, highest=highest)
+            self._phase = replace(self._phase, settings=settings)  # type: ignore[type-var] # - a dataclass
+
     def decide(self, iteration: int, given: float) -> Decision:
         """Say what the scale is, and which points to keep and to go back to."""
         if given > 0.0 and (self._given is None or self._phase is not None):  # later it is not the peak of a schedule
@@ -213,7 +221,13 @@ class CalibrateThenAnneal:
         phase = self._phase
         if phase is None:
             return Decision(math.exp(self._held.now), keep, restore)
-        return Decision(math.exp(phase.position) * phase.factor, keep, restore, trial=True, searching=True)
+        return Decision(
+            math.exp(min(phase.position, phase.settings.highest)) * phase.factor,
+            keep,
+            restore,
+            trial=True,
+            searching=True,
+        )
 
     def wants(self, iteration: int) -> bool:
         """Measure every step of jump and climb, and of trials whose steps do not tell a loss; else one in ten."""

@@ -14,7 +14,7 @@ from statistics import fmean
 from alpha_optim.alpha.loss_level import Level, level_of, scatter_of, surely_above
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.window import ratio_of_sums, rises_of
-from alpha_optim.policies.calibrate.phase import HIGHEST, After
+from alpha_optim.policies.calibrate.phase import After
 from alpha_optim.policies.calibrate.settings import Settings
 from alpha_optim.policies.calibrate.trials import STEP, Trials
 
@@ -47,6 +47,7 @@ class Climb:
         rises: Log rate, and slope times length per rate at both ends, of the steps measured.
         shaken: Whether it has gone on after a step that was taken back.
         again: Whether it is the second climb, since the first one only rose.
+        bounded: Steps made at the highest rate that is allowed.
     """
 
     settings: Settings
@@ -57,6 +58,7 @@ class Climb:
     rises: tuple[tuple[float, float, float], ...] = ()
     again: bool = False
     shaken: bool = False
+    bounded: int = 0
     factor = 1.0
 
     def measured(self, measurement: AlphaMeasurement, here: float) -> After:
@@ -72,8 +74,16 @@ class Climb:
 
     def stepped(self, loss: float) -> After:
         """Climb on, or end."""
-        phase = replace(self, steps=self.steps + 1, position=min(HIGHEST, self.position + PACE))
-        if self.steps >= self.settings.longest_climb + len(self.before):
+        highest = self.settings.highest
+        phase = replace(
+            self,
+            steps=self.steps + 1,
+            position=min(highest, self.position + PACE),
+            bounded=self.bounded + (self.position >= highest),
+        )
+        # At a bound it waits for the loss to fall.
+        arrived = self.bounded >= WINDOW and self.fell()
+        if self.steps >= self.settings.longest_climb + len(self.before) or arrived:
             return self._end(risen=False)
         return phase._with_loss(self.position, loss) if math.isfinite(loss) else After(phase)
 
@@ -175,7 +185,8 @@ class Climb:
         low, knee = self.lowest(), self.knee()
         seen = f"the rate climbed to {{{self.position}}}, the loss was lowest at {{{low}}}"
         seen += "" if knee is None else f", alpha rose above 0 at {{{knee}}}"
-        seen += "" if risen else ", and it did not rise again"
+        held = ", which is the highest allowed" if self.bounded else ", and it did not rise again"
+        seen += "" if risen else held
         level = level_of(self._first())
         trials = Trials.begun(self.settings, low, -math.inf if knee is None else knee, level, self.steps, fell)
         if trials is None:

@@ -53,6 +53,7 @@ class HeldRate:
         self.position = 0.0  # the same, corrected since
         self.now = 0.0  # the log rate in force, lower for a while after a step was taken back
         self.highest = 0.0  # how high it may be raised
+        self.limit = math.inf  # how high any rate may be
         self.stands_from = int(STANDS_BY * total_steps)  # iteration from which the loss no longer falls
         self._watch = LossWatch(total_steps)
         self._lowered = False
@@ -74,7 +75,7 @@ class HeldRate:
             highest: How high the log rate may be raised.
         """
         self.found = self.position = self.now = found
-        self.highest = max(found, highest)
+        self.highest = max(found, min(highest, self.limit))
         self._usual_found = self._usual or 0.0
         self._watch.level = level
 

@@ -11,13 +11,15 @@ from typing import NamedTuple, Protocol
 
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.policies.base import Place
-
-HIGHEST = 60.0
-"""No log rate is asked for above this: a climb that a ``max_lr`` holds would never end."""
+from alpha_optim.policies.calibrate.settings import Settings
 
 
 class Phase(Protocol):
     """A phase of the search."""
+
+    @property
+    def settings(self) -> Settings:
+        """What is known of the run."""
 
     @property
     def position(self) -> float:

@@ -21,6 +21,8 @@ MOST_TRIALS = 5
 LONGEST_CLIMB = 0.2
 """A climb ends after this share of the run, or `SLOWEST` steps in short runs, whatever the loss did."""
 SLOWEST = 50
+HIGHEST = 60.0
+"""No log rate above this is asked for, bound or not."""
 SHORTEST_RUN = 100
 """In shorter runs nothing is searched."""
 
@@ -34,6 +36,8 @@ class Settings:
         trial: Length of a trial.
         around: Whether only rates near the one given are tried.
         by_steps: Whether losses are heard of with every step, not with measurements only.
+        most_trials: Number of trials at most.
+        highest: Highest log rate that is allowed.
     """
 
     total_steps: int
@@ -41,6 +45,7 @@ class Settings:
     around: bool = False
     by_steps: bool = False
     most_trials: int = MOST_TRIALS
+    highest: float = HIGHEST
 
     @property
     def longest_climb(self) -> int:

@@ -199,10 +199,11 @@ class Trials:
     def _above(self, tried: list[float]) -> float | None:
         """The next higher log rate, if the best one is the highest so far that is not hopeless."""
         above = [where for where in tried if where > self.best]
-        following = self.best + STEP if not above else (self.best + min(above)) / 2.0
+        highest = min(self.highest, self.settings.highest)
+        following = min(self.best + STEP, highest) if not above else (self.best + min(above)) / 2.0
         hopeless = all(math.isinf(score) for where, score, _ in self.scores if where > self.best)
         wide = not above or min(above) - self.best > 0.6 * STEP
-        return following if hopeless and wide and following <= self.highest else None
+        return following if hopeless and wide and self.best + STEP / 2 <= following <= highest else None
 
     def found(self) -> tuple[float, float]:
         """The log rate that follows from the scores, and how high it may ever be raised: to that of the best trial."""
