@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -211,6 +212,38 @@ def test_standard_error_is_the_spread_of_alpha_where_the_start_slope_is_certain(
 
 def test_interval_is_unbounded_where_the_start_slope_may_be_zero():
     assert fieller_interval(QuadraticFit(1.0, -0.1, 0.5, (1.0, 0.0, 1.0))) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("level", [0.3, 0.8, 0.99])
+@pytest.mark.parametrize(("start", "end"), [(-1.0, 0.2), (-0.5, 3.0), (-40.0, -10.0), (-1e-8, 2e-8)])
+def test_the_interval_holds_every_ratio_that_noise_could_have_made(start, end, level):
+    """By the definition: a is in it where end + a start lies within z of its own standard errors from 0."""
+    scale = max(abs(start), abs(end))
+    covariance = (0.01 * start**2, 0.002 * scale * abs(start), 0.02 * scale**2)
+    low, high = fieller_interval(QuadraticFit(1.0, start, end, covariance), level)
+    z = NormalDist().inv_cdf((1.0 + level) / 2.0)
+
+    def apart(a):
+        error = math.sqrt(covariance[2] + 2.0 * a * covariance[1] + a * a * covariance[0])
+        return abs(end + a * start) - z * error
+
+    for edge in (low, high):
+        assert apart(edge) == pytest.approx(0.0, abs=1e-9 * scale)
+    assert apart((low + high) / 2.0) < 0.0
+    width = high - low
+    assert apart(low - 0.01 * width) > 0.0
+    assert apart(high + 0.01 * width) > 0.0
+
+
+@pytest.mark.parametrize("losses", [True, False])
+def test_the_narrowest_interval_is_alpha_itself(losses):
+    """Losses are in the one where they are in the other."""
+    start = Observation(32, -1.0, 0.5, 2.0 if losses else None, 0.1 if losses else None)
+    end = Observation(32, 0.3, 0.4, 1.2 if losses else None, 0.2 if losses else None)
+    measured = measure_alpha(0, 0.8, start, end, (0.1,))
+    assert measured.information == ("full" if losses else "slopes+variances")
+    assert measured.interval(1e-9) == pytest.approx((measured.alpha, measured.alpha), abs=1e-8)
+    assert abs(measured.alpha - 0.3) > 0.01 if losses else measured.alpha == pytest.approx(0.3)
 
 
 def test_interval_without_noise_is_unknown():
