@@ -156,3 +156,71 @@ def test_older_measurements_are_read_without_fetching_newer_ones():
     assert len(fetched) == 4
     assert len(history) == 5
     assert [m.iteration for m in history.up_to(3, after=1)] == [2, 3]
+
+
+def test_trials_that_came_to_nothing_stay_known(tmp_path):
+    """Windows leave them out, also after a file or a state has been read."""
+    history = filled(20)
+    history.abandoned = [(3, 7), (15, 18)]
+    history.drop("not_finite", 2)
+    path = tmp_path / "run.jsonl"
+    history.save(path)
+    loaded, resumed = AlphaHistory.load(path), AlphaHistory()
+    resumed.load_state_dict(history.state_dict())
+    for one in (loaded, resumed):
+        assert one.abandoned == [(3, 7), (15, 18)]
+        assert one.dropped == {"not_finite": 2}
+        assert one.windowed(50) == history.windowed(50)
+        assert one.windowed(50).count == 20 - 5 - 4
+    resumed.load_state_dict(AlphaHistory().state_dict())
+    assert (len(resumed), resumed.abandoned, resumed.dropped) == (0, [], {})
+
+
+def test_a_file_continued_by_another_run_keeps_what_both_abandoned(tmp_path):
+    path = tmp_path / "run.jsonl"
+    for span in ((0, 1), (2, 3)):
+        history = filled(5)
+        history.abandoned = [span]
+        history.save(tmp_path / "part")
+        with open(path, "a") as file:
+            file.write((tmp_path / "part").read_text())
+    assert AlphaHistory.load(path).abandoned == [(0, 1), (2, 3)]
+
+
+def test_lines_of_a_report_are_not_measurements(tmp_path):
+    path = tmp_path / "run.jsonl"
+    filled(3).save(path)
+    with open(path, "a") as file:
+        file.write('{"event": {"iteration": 1}}\n{"note": {"iteration": 1, "text": "found"}}\n')
+    assert len(AlphaHistory.load(path)) == 3
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    filled(3).save(path)
+    before = path.read_text()
+
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        filled(9).save(path)
+    assert path.read_text() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.jsonl"]
+
+
+def test_an_array_of_another_type_is_asked_for_like_any_other():
+    history = filled(4)
+    assert np.asarray(history).dtype == np.float64
+    assert np.asarray(history, dtype=np.float32).dtype == np.float32
+    assert np.allclose(np.asarray(history, dtype=np.float32), history.alphas)
+
+
+def test_who_has_unsubscribed_may_do_so_again():
+    history, seen = filled(0), []
+    stop = history.subscribe(seen.append)
+    stop()
+    stop()
+    history.append(measurement(0))
+    assert seen == []
