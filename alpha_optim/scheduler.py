@@ -225,8 +225,9 @@ class AlphaScheduler(LRScheduler):
         if max(rates) > 0.0:
             base.tell_limit(self.policy, self.max_lr / max(rates))
         decision = base.decision_of(self.policy, iteration, given)
-        if decision.keep is not None:
-            session.keep_point(decision.keep)
+        if decision.keep is not None and not session.keep_point(decision.keep) and decision.keep == "start":
+            base.give_up(self.policy, iteration)  # there is nothing to go back to
+            decision = base.decision_of(self.policy, iteration, given)
         if decision.restore is not None and not session.restore_point(decision.restore):
             self._say(
                 "a point of the search for the learning rate is gone (parameters were added, replaced or resized, or a "

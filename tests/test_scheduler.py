@@ -635,6 +635,52 @@ def test_it_is_a_torch_scheduler():
     assert math.isinf(scheduler.max_lr)
 
 
+def test_a_policys_own_attributes_are_its_own():
+    class Mine:
+        limit = 0.5
+
+        def __call__(self, measurement):
+            return 1.0
+
+    model = nn.Linear(3, 1)
+    optimizer = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    scheduler = AlphaScheduler(optimizer, Mine(), max_lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.get_last_lr() == [0.1]
+
+
+def classified(optimizer, model, loss_fn, scheduler, steps):
+    """Train on a small classification; yields the rate after every step."""
+    for _ in range(steps):
+        x = torch.randn(32, 6)
+        optimizer.zero_grad()
+        loss_fn(model(x), x[:, :3].argmax(1)).backward()
+        optimizer.step()
+        scheduler.step()
+        yield scheduler.get_last_lr()[0]
+
+
+@pytest.mark.parametrize(("lr", "most", "around"), [(1.0, 0.01, True), (100.0, 0.1, False), (1e-5, 2e-5, False)])
+def test_a_bound_below_the_rate_given_or_just_above_it(lr, most, around):
+    """What is held is a rate that there is, so that a cut of the guard's lowers it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    loss_fn = nn.CrossEntropyLoss()
+    optimizer = AlphaGuided(torch.optim.SGD(model.parameters(), lr=lr), model, loss_fn)
+    policy = CalibrateThenAnneal(300, around=around)
+    scheduler = AlphaScheduler(optimizer, policy, max_lr=most)
+    assert max(classified(optimizer, model, loss_fn, scheduler, 140)) <= most * (1 + 1e-9)
+    assert policy.calibrated
+    assert lr * math.exp(policy._held.now) <= most * (1 + 1e-9)
+    told = [float(number) for _, text in policy.story for number in re.findall(r"(?:to|at|is) (\d[\d.e-]*\d)", text)]
+    assert all(rate <= most * 1.01 for rate in told)
+    assert not any("too few steps were measured" in text for _, text in policy.story)
+
+
 @pytest.mark.parametrize("how", ["max_lr", "Bounded", "two groups"])
 def test_a_search_knows_the_highest_rate(how):
     """It takes no steps beyond it and speaks of no rate above it."""

@@ -17,6 +17,7 @@ from alpha_optim.observe.backward_passes import BackwardPasses, LossCall
 from alpha_optim.observe.gradients import Gradients, LossGradients
 from alpha_optim.observe.hooks import ours, tensors_in
 from alpha_optim.observe.losses import matches_loss
+from alpha_optim.observe.memory import sparing
 from alpha_optim.observe.model_calls import ModelCall
 from alpha_optim.observe.numbers import Truth
 from alpha_optim.observe.some_elements import SomeElements, differ
@@ -184,7 +185,8 @@ class Iteration:
         self.gradients.backward_ended(look=self.task.in_pair)
         pending = self.task.pending
         if pending is not None and pending.direction.belongs_to(self.params):
-            self.end_product = pending.direction.products([param.grad for param in self.params])
+            with sparing(lambda: None):  # taken once more in the step
+                self.end_product = pending.direction.products([param.grad for param in self.params])
 
     def _discarded(self) -> bool:
         """The passes so far do not count; whether a step was skipped for them."""

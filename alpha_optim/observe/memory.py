@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import TracebackType
 
 import torch
 
-_SAID_BY_CPU = ("not enough memory", "can't allocate memory")
+_TEXTS = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+"""What errors say for which torch has no class: of the CPU, of MPS, of libraries on a device."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out; on the CPU torch has no class for that."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory has run out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SAID_BY_CPU)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
 
 
-@contextmanager
-def sparing(gone: Callable[[], None]) -> Iterator[None]:
-    """Leave the block where memory runs out in it, and call ``gone`` then; every other error passes.
+class sparing:  # noqa: N801 - a context manager, named like those of contextlib
+    """Leave the block where memory runs out in it, and call a function then; every other error passes."""
 
-    Args:
-        gone: Cleans up what the block was about.
+    def __init__(self, gone: Callable[[], object]) -> None:
+        """Prepare.
 
-    Raises:
-        BaseException: What the block raises, unless memory has run out.
-    """
-    try:
-        yield
-    except BaseException as error:
+        Args:
+            gone: Cleans up what the block was about.
+        """
+        self._gone = gone
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Clean up, if memory has run out."""
         if not is_out_of_memory(error):
-            raise
-        gone()
+            return False
+        self._gone()
+        return True

@@ -11,7 +11,7 @@ inherited:
 - ``decide(iteration, given) -> Decision``: asked once per scheduler step, after everything above: a policy that
   searches says there what the scale is, and which points to keep and to go back to. ``given`` is the rate of the first
   param group at scale 1.
-- ``limit(scale)``: told before `decide` how high the scale may become, where rates have an upper bound.
+- ``limit(scale)``: told before `decide`, of policies that have that, how high the scale may become.
 - ``give_up(iteration)``: told that the search cannot go on, or that its points are gone: the rate given is to be kept.
 - ``state_dict() / load_state_dict(state)``: what it remembers, as plain values.
 """
@@ -148,8 +148,9 @@ def decision_of(policy: Any, iteration: int, given: float = 1.0) -> Decision:
 
 
 def tell_limit(policy: Any, scale: float) -> None:
-    """Tell a policy how high the scale may become, if it listens."""
-    _asked(policy, "limit", None, scale)
+    """Tell a policy that decides on the scale how high it may become, if it listens."""
+    if decides(policy) and callable(getattr(policy, "limit", None)):
+        policy.limit(scale)
 
 
 def decides(policy: Any) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from alpha_optim.distributed import local
+from alpha_optim.distributed import initialised, local
 from alpha_optim.observe.memory import sparing
 from alpha_optim.observe.step_direction import copied, same_tensors
 from alpha_optim.steer.several import Several
@@ -216,17 +216,24 @@ class Point:
             optimizer: The optimizer.
         """
         if self._too_large:
-            return
-        with sparing(self._gone):
+            self.forget()  # buffers too, which are copied by themselves
+        elif self._whole and initialised():  # one rank must not go on without a point that others go back to
             self._keep(params, model, optimizer)
+        else:
+            with sparing(self._gone):
+                self._keep(params, model, optimizer)
 
     def _gone(self) -> None:
         self.forget()
         self._too_large = True
         warn_user(
-            "memory ran out while a point of training was copied, so there is none to go back to: steps that explode "
-            "are not taken back, and a search for the rate ends. AlphaScheduler(guard='cpu') keeps the copy in the "
-            "memory of the CPU."
+            "memory ran out while a point of training was copied: "
+            + (
+                "the search for the learning rate ends, and the rate given is kept."
+                if self._whole
+                else "from here on steps that explode are not taken back. AlphaScheduler(guard='cpu') keeps the copy "
+                "in the memory of the CPU."
+            )
         )
 
     def _keep(self, params: Sequence[Tensor], model: nn.Module | None, optimizer: Optimizer | None) -> None:
@@ -241,8 +248,9 @@ class Point:
 
     def keep_buffers(self, model: nn.Module | None) -> None:
         """Copy the buffers alone."""
-        self._buffers = persistent_buffers(model)
-        self.buffers = [self._copied([], now) for now in self._buffers]
+        with sparing(self.forget):
+            self._buffers = persistent_buffers(model)
+            self.buffers = [self._copied([], now) for now in self._buffers]
 
     def _copied(self, store: list[Tensor], now: list[Tensor]) -> list[Tensor]:
         now = [local(tensor) for tensor in now]

@@ -36,8 +36,12 @@ class SearchPoints:
         self._begin = 0  # iteration at which the trial under way began
         self._best: Span | None = None
 
-    def keep(self, place: Place, iteration: int) -> None:
-        """Keep the point reached before this iteration; a new start is that of a new search."""
+    def keep(self, place: Place, iteration: int) -> bool:
+        """Keep the point reached before this iteration; a new start is that of a new search.
+
+        Returns:
+            Whether it is kept; not if there is no memory for it.
+        """
         if place == "start":
             self.forget()
             LOG.info(
@@ -49,6 +53,7 @@ class SearchPoints:
             self._best = (self._begin, iteration - 1)
         else:
             self._begin = iteration
+        return bool(point)
 
     def restore(self, place: Place) -> bool:
         """Put a point back; False, and nothing is changed, if it is not there or does not fit."""

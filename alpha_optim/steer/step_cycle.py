@@ -182,9 +182,9 @@ class Session:
         if over:
             self.search_points.forget()
 
-    def keep_point(self, place: Place) -> None:
-        """Keep the point reached, for a search."""
-        self.search_points.keep(place, self.iteration)
+    def keep_point(self, place: Place) -> bool:
+        """Keep the point reached, for a search; False if there is no memory for it."""
+        return self.search_points.keep(place, self.iteration)
 
     def restore_point(self, place: Place) -> bool:
         """Go on from a point that a search has kept; False, and nothing is changed, if there is none that fits."""
@@ -417,7 +417,9 @@ class Session:
             self._reached += 1
             if self._reached == OTHERS:
                 self._steering.reached_by_others()
-        seen = pairing.finish(params, entry)
+        seen: EndSeen | DropReason | None = DropReason.OUT_OF_MEMORY
+        with sparing(self._ran_out_of_memory):
+            seen = pairing.finish(params, entry)
         moved = None
         if entry is not None and self.guard is not None:  # judged and kept is the point that the step starts from
             moved = [param.detach().clone() for param in params]
@@ -581,9 +583,13 @@ class Session:
             self.plan.warn_unaccounted()
 
     def _out_of_memory(self) -> None:
-        """The pair that begins here is not measured, nor is any once that has happened a few times."""
+        """The pair that begins here is not measured."""
         self.pairing.pending = self.pairing.iteration.before = None
         self.history.drop(DropReason.OUT_OF_MEMORY)
+        self._ran_out_of_memory()
+
+    def _ran_out_of_memory(self) -> None:
+        """Once this has happened a few times nothing is measured."""
         self._ran_out += 1
         if self._ran_out == 1:
             warn_user(

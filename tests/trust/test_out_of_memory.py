@@ -90,14 +90,60 @@ def test_without_memory_for_samples_there_are_slopes():
     assert {m.information for m in optimizer.alpha_history} == {"slopes"}
 
 
-@pytest.mark.filterwarnings("ignore:a point of the search")
 @pytest.mark.parametrize("policy", [Hold, lambda: CalibrateThenAnneal(300)], ids=["held", "searched"])
 def test_without_memory_for_points_the_rate_given_is_kept(monkeypatch, policy):
     refuse(monkeypatch, Point, "_keep", CPU)
-    with pytest.warns(UserWarning, match="memory ran out while a point of training was copied"):
+    with pytest.warns(UserWarning, match="memory ran out while a point of training was copied") as caught:
         model, optimizer, scheduler = train(60, True, policy=policy())
+    assert {warning.filename for warning in caught} == {__file__}
+    rates = [measurement.lr[0] for measurement in optimizer.alpha_history]
+    assert max(rates) <= 0.01 * (1 + 1e-9)  # nothing was tried from where there is no way back
+    assert rates[10:] == [pytest.approx(0.01)] * len(rates[10:])
     assert scheduler.get_last_lr() == [pytest.approx(0.01)]
     assert optimizer.iteration == 60
     assert all(bool(torch.isfinite(param).all()) for param in model.parameters())
     assert not any(event.restored for event in optimizer.guard_events)
     assert math.isfinite(optimizer.alpha_history[-1].alpha)
+
+
+def test_without_memory_for_points_buffers_are_those_of_the_last_step(monkeypatch):
+    """A batch that is not finite is left out, and leaves the statistics of the step before it."""
+
+    def normed():
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    refuse(monkeypatch, Point, "_keep", GPU, after=3)
+    torch.manual_seed(0)
+    model, loss_fn = normed(), nn.CrossEntropyLoss()
+    optimizer = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.01), model, loss_fn)
+    scheduler = AlphaScheduler(optimizer, Hold())
+    with pytest.warns(UserWarning, match="memory ran out"):
+        for n in range(20):
+            x = torch.randn(20, 6) * (math.nan if n == 15 else 1.0)
+            optimizer.zero_grad()
+            loss_fn(model(x), torch.arange(20) % 3).backward()
+            optimizer.step()
+            scheduler.step()
+    assert [event.skipped for event in optimizer.guard_events] == [True]
+    assert int(model[1].num_batches_tracked) == 19
+    assert bool(torch.isfinite(model[1].running_mean).all())
+
+
+@pytest.mark.parametrize("name", ["products", "_copied"])
+def test_at_the_end_of_a_step_and_for_buffers_too(monkeypatch, name):
+    refuse(monkeypatch, *{"products": (BetweenPoints, name), "_copied": (Point, name)}[name], GPU, after=2)
+    with pytest.warns(UserWarning, match="memory ran out"):
+        _, optimizer, _ = train(12, True, policy=Hold())
+    assert optimizer.iteration == 12
+    if name == "products":
+        assert optimizer.alpha_history.dropped == {"out_of_memory": 4}  # the last of them had begun before
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["MPS backend out of memory (MPS allocated: 1 GB)", "CUBLAS_STATUS_ALLOC_FAILED when calling", "HIP out of memory"],
+)
+def test_other_libraries_say_it_in_their_own_words(text):
+    assert memory.is_out_of_memory(RuntimeError(text))
+    assert not memory.is_out_of_memory(ValueError(text))
+    assert not memory.is_out_of_memory(None)

@@ -54,7 +54,7 @@ class CalibrateThenAnneal:
                 latest (not if a schedule does).
             around: Whether to look only within a factor of ten of the rate given.
             trial_steps: Steps of a trial, at least 10; default: 4 % of runs of up to 2,500 steps, but at least 24 or
-                6 %; less of longer ones.
+                6 %, whichever are fewer; less of longer ones.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -211,7 +211,8 @@ class CalibrateThenAnneal:
         self._held.limit = highest
         if self._phase is not None and self._phase.settings.highest != highest:
             settings = replace(self._phase.settings, highest=highest)
-            self._phase = replace(self._phase, settings=settings)  # type: ignore[type-var] # - a dataclass
+            position = min(self._phase.position, highest)
+            self._phase = replace(self._phase, settings=settings, position=position)  # type: ignore[type-var] # - a dataclass
 
     def decide(self, iteration: int, given: float) -> Decision:
         """Say what the scale is, and which points to keep and to go back to."""

@@ -74,8 +74,8 @@ class HeldRate:
             level: The losses must not rise above it; None: they are not looked at.
             highest: How high the log rate may be raised.
         """
-        self.found = self.position = self.now = found
-        self.highest = max(found, min(highest, self.limit))
+        self.found = self.position = self.now = min(found, self.limit)
+        self.highest = max(self.found, min(highest, self.limit))
         self._usual_found = self._usual or 0.0
         self._watch.level = level
 

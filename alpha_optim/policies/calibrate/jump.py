@@ -67,7 +67,7 @@ class Jump:
         size = max(abs(level.mean), noise)
         change = min(LONGEST_JUMP, math.log(PROMISE * size / abs(rises[0]))) if size > 0.0 else 0.0
         position = max(self.position, here + change) if change > 0.0 else here + change
-        if change < NEAR:
+        if change < NEAR or position >= self.settings.highest:
             return After(Climb(self.settings, min(position, self.settings.highest), self.steps, losses))
         return After(replace(self, losses=losses, position=position))
 
