@@ -210,6 +210,39 @@ def test_a_file_that_cannot_be_written_leaves_the_one_that_was_there(tmp_path, m
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.jsonl"]
 
 
+def test_what_is_wrong_with_a_file_is_said_with_its_line(tmp_path):
+    path = tmp_path / "run.jsonl"
+    filled(3).save(path)
+    lines = path.read_text().splitlines()
+    row = json.loads(lines[2])
+    for changed, said in (
+        ("{", r"line 3: not a line of an alpha history"),
+        (json.dumps({**row, "new": 1}), r"line 3.*new"),
+        (json.dumps({name: value for name, value in row.items() if name != "alpha"}), r"line 3.*alpha"),
+    ):
+        path.write_text("\n".join([*lines[:2], changed, lines[3]]) + "\n")
+        with pytest.raises(ValueError, match=said):
+            AlphaHistory.load(path)
+    path.write_text(lines[1] + "\n")  # no header
+    with pytest.raises(ValueError, match="line 1"):
+        AlphaHistory.load(path)
+    path.write_text("")
+    with pytest.raises(ValueError, match="is empty; expected"):
+        AlphaHistory.load(path)
+    AlphaHistory().save(path)
+    assert len(AlphaHistory.load(path)) == 0
+
+
+def test_a_window_of_one_is_that_measurement():
+    history = filled(4)
+    assert history.windowed(1).count == 1
+    assert history.windowed(1).alpha == pytest.approx(history[-1].alpha)
+    with pytest.raises(ValueError, match="at least 1"):
+        history.windowed(0)
+    assert history[1:1] == []
+    assert history.to_dict()["lr"] == [[0.1, 0.2]] * 4
+
+
 def test_an_array_of_another_type_is_asked_for_like_any_other():
     history = filled(4)
     assert np.asarray(history).dtype == np.float64
