@@ -696,13 +696,8 @@ def test_a_search_knows_the_highest_rate(how):
         else AlphaScheduler(optimizer, policy, max_lr=most)
     )
     told, rates = [], []
-    for _ in range(400):
-        x = torch.randn(32, 6)
-        optimizer.zero_grad()
-        loss_fn(model(x), x[:, :3].argmax(1)).backward()
-        optimizer.step()
-        scheduler.step()
-        rates.append(scheduler.get_last_lr()[0])
+    for rate in classified(optimizer, model, loss_fn, scheduler, 400):
+        rates.append(rate)
         told.append(float(re.search(r"at (\S+)\)", repr(policy)).group(1)) if not policy.calibrated else 0.0)
     assert max(rates) == pytest.approx(most, rel=1e-6)
     assert max(told) <= most * 1.01

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -84,7 +83,6 @@ class Bounded(_Around):
             )
         self.lowest, self.highest = lowest, highest
         self._product = 1.0
-        self._limit = math.inf  # told anew before each decision
 
     def __repr__(self) -> str:
         """Return the call that builds it."""
@@ -108,15 +106,14 @@ class Bounded(_Around):
 
     def decide(self, iteration: int, given: float) -> base.Decision:
         """Ask the inner policy; a scale it decides on is kept within the bounds."""
-        base.tell_limit(self.policy, min(self.highest, self._limit))
         decision = super().decide(iteration, given)
         if decision.scale is None:
             return decision
         return replace(decision, scale=min(self.highest, max(self.lowest, decision.scale)))
 
     def limit(self, scale: float) -> None:
-        """Take note of a bound beside that of one's own."""
-        self._limit = scale
+        """Tell the inner policy, whose bound may be this one."""
+        super().limit(min(self.highest, scale))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the product and the inner state."""
