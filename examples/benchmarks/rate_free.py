@@ -167,32 +167,21 @@ def prepare(
         return optimizer, lambda step: schedule.step() if schedule is not None else None, always
     base = BASES[case.base]
     optimizer = base.build(model.parameters(), case.lr)
-    if case.method == "alpha":
+    if case.method in ("alpha", OPEN):
+        known = case.method == "alpha"
         guided = AlphaGuided(optimizer, model, loss_fn, every=None)
-        policy = CalibrateThenAnneal(problem.steps, anneal=not base.constant)
-        steered = AlphaScheduler(guided, policy)
-        return guided, lambda step: steered.step(), lambda: policy.calibrated
-    if case.method == OPEN:
-        return (*open_end(problem, optimizer, model, loss_fn), always)
+        policy = CalibrateThenAnneal(problem.steps if known else SHORTEST_WANTED, anneal=known and not base.constant)
+        steered, cooling = AlphaScheduler(guided, policy), 0 if known else round(COOLS * problem.steps)
+
+        def after_step(step: int) -> None:
+            steered.step()
+            if cooling and step + 1 == problem.steps - cooling:
+                steered.cool_down(cooling)
+
+        return guided, after_step, lambda: policy.calibrated
     share = (lambda n: 1.0) if base.constant else (lambda n: max(0.0, 1.0 - n / problem.steps))
     decay = LambdaLR(optimizer, share)
     return optimizer, lambda step: decay.step(), always
-
-
-def open_end(
-    problem: Problem, optimizer: torch.optim.Optimizer, model: nn.Module, loss_fn: nn.Module
-) -> tuple[torch.optim.Optimizer, Callable[[int], object]]:
-    """A run whose length nobody knows: the search is planned for a short one, and it cools down when it is told to."""
-    guided = AlphaGuided(optimizer, model, loss_fn, every=None)
-    steered = AlphaScheduler(guided, CalibrateThenAnneal(SHORTEST_WANTED, anneal=False))
-    cooling = round(COOLS * problem.steps)
-
-    def after_step(step: int) -> None:
-        steered.step()
-        if step + 1 == problem.steps - cooling:
-            steered.cool_down(cooling)
-
-    return guided, after_step
 
 
 def always() -> bool:
