@@ -159,6 +159,43 @@ def test_ends_of_trials_are_no_sign_of_divergence():
     assert diagnose(history(0.2), events).verdict == "balanced"
 
 
+def lowered(rates, alpha):
+    """Alpha follows the rate as on a parabola whose best rate is reached at ``1 + alpha`` = 1."""
+    rng, filled = np.random.default_rng(0), AlphaHistory()
+    for n, rate in enumerate(rates):
+        loss = 2.0 - 0.002 * n + 0.01 * rng.normal()
+        end = Observation(64, (1.0 + alpha) * rate / max(rates) - 1.0 + 0.1 * rng.normal(), None, loss)
+        filled.append(measure_alpha(n, 1.0, Observation(64, -1.0, None, loss), end, (rate,)))
+    return filled
+
+
+@pytest.mark.parametrize(("alpha", "verdict"), [(0.5, "balanced"), (-0.5, "undershooting"), (2.5, "overshooting")])
+@pytest.mark.parametrize("kind", ["held, then linear", "cosine", "a tenth"])
+def test_a_rate_that_was_annealed_is_judged_where_it_stood(alpha, verdict, kind):
+    """Steps of a rate that a schedule has lowered fall short: that is no reason to raise it."""
+    rates = {
+        "held, then linear": [0.1] * 200 + [0.1 * (1 - k / 200) for k in range(200)],
+        "cosine": [0.05 * (1 + math.cos(math.pi * k / 1000)) for k in range(1000)],
+        "a tenth": [0.1] * 200 + [0.01] * 200,
+    }[kind]
+    said = diagnose(lowered(rates, alpha))
+    assert said.verdict == verdict
+    assert "was lowered further" in str(said)
+    shares = {"held, then linear": (0.8, 1.0), "cosine": (0.8, 0.95), "a tenth": (1.0, 1.0)}[kind]
+    low, high = ((1.0 + alpha) * share - 1.0 for share in shares)
+    assert low - 0.1 < said.alpha < high + 0.1
+    assert said.count == 100
+    plain = diagnose(lowered(rates[: len(rates) // 2], alpha))  # not below half yet
+    assert "lowered" not in str(plain)
+
+
+def test_a_rate_that_has_grown_since_is_judged_as_it_is():
+    rates = [0.1] * 100 + [0.001] * 100 + [0.002] * 200
+    said = diagnose(lowered(rates, 0.5))
+    assert said.verdict == "undershooting"
+    assert "lowered" not in str(said)
+
+
 def test_trials_that_were_taken_back_are_not_looked_at():
     filled = history(-0.9)
     assert diagnose(filled).verdict == "undershooting"

@@ -18,6 +18,7 @@ from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.loss_trace import RESOLUTION, SURELY, LossTrace, room_above
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import AlphaStatus, GuardEvent, GuardReason
+from alpha_optim.alpha.window import window_alpha
 
 WINDOW = 100
 FEWEST = 20
@@ -29,6 +30,9 @@ LARGE = 32
 CLIMB = math.log(100.0)
 """A rate that rose by this factor, step by step, says where the loss was lowest and where it began to rise."""
 
+LOWERED, NEAR = 0.5, 0.8
+"""Below the first share of a rate that only fell steps are meant to fall short; those above the second tell of it."""
+
 TAKEN_BACK = 3
 """More steps than this taken back within the window are a sign of divergence."""
 
@@ -39,7 +43,8 @@ class Diagnosis:
 
     Attributes:
         verdict: ``"undershooting"``, ``"balanced"``, ``"overshooting"``, ``"diverging"`` or ``"unknown"``.
-        alpha: Alpha over the window, a pure number; nan without measurements.
+        alpha: Alpha over the window, a pure number; nan without measurements. The window is that of the last steps, or
+            where the rate has been lowered since (annealed), that of the steps before.
         alpha_std: Its standard error.
         count: Number of measurements in the window.
         cause: What led to the verdict and what to do, in a sentence or two.
@@ -76,8 +81,18 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
         The diagnosis; often ``"unknown"``, never a guess.
     """
     recent = history.lasting(WINDOW)
-    alpha, std, count = history.windowed(WINDOW)
-    verdict, cause = _verdict(history, recent, events, alpha, std, count)
+    diverges = _diverges(recent, events)
+    before = [] if diverges else _before_lowering(history)
+    if before:
+        recent = before[-WINDOW:]
+    alpha, std, count = window_alpha(recent)
+    verdict, cause = ("diverging", diverges) if diverges else _verdict(history, recent, alpha, std, count)
+    if before:
+        cause = (
+            f"At learning rates from {recent[0].lr[0]:.2g} down to {recent[-1].lr[0]:.2g}, up to iteration "
+            f"{recent[-1].iteration}: {cause[0].lower()}{cause[1:]} Since then the rate was lowered further, and steps "
+            "fall short on purpose."
+        )
     suggested = rate_from_climbs(history)
     if suggested is not None and not _agrees(verdict, suggested, recent):
         suggested = None
@@ -92,15 +107,11 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
 def _verdict(
     history: AlphaHistory,
     recent: Sequence[AlphaMeasurement],
-    events: Sequence[GuardEvent],
     alpha: float,
     std: float,
     count: int,
 ) -> tuple[str, str]:
-    """The verdict, and the one cause that applied."""
-    diverges = _diverges(recent, events)
-    if diverges:
-        return "diverging", diverges
+    """The verdict on a window that does not diverge, and the one cause that applied."""
     if count == 0:
         return "unknown", "Nothing has been measured yet; an alpha is known after two steps."
     if count < FEWEST or not math.isfinite(std):
@@ -124,6 +135,20 @@ def _verdict(
             "does not show. Lower it to find out."
         )
     return "balanced", "Steps end near or a little beyond the minimum along their direction, and the loss falls."
+
+
+def _before_lowering(history: AlphaHistory) -> list[AlphaMeasurement]:
+    """Measurements near the learning rate that has been lowered since, by half at least; empty if it has not."""
+    falling: list[AlphaMeasurement] = []  # the newest first
+    for item in reversed(history.lasting()):
+        rate = item.lr[0] if item.lr else math.nan
+        if falling and not rate >= falling[-1].lr[0]:
+            break
+        falling.append(item)
+    if not falling or not falling[0].lr or not falling[0].lr[0] < LOWERED * falling[-1].lr[0]:
+        return []
+    before = [item for item in reversed(falling) if item.lr[0] >= NEAR * falling[-1].lr[0]]
+    return before if len(before) >= FEWEST else []
 
 
 def _agrees(verdict: str, suggested: float, recent: Sequence[AlphaMeasurement]) -> bool:
