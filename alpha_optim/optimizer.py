@@ -230,8 +230,14 @@ class AlphaGuided(Optimizer):
 
     @property
     def guard_events(self) -> tuple[GuardEvent, ...]:
-        """Steps that the scheduler's guard took back or did not let happen."""
+        """Steps that the scheduler's guard took back or did not let happen: the newest 10,000, oldest first."""
         return tuple(self._session.events)
+
+    @property
+    def guard_counts(self) -> dict[str, int]:
+        """How many ``batches_skipped`` and ``steps_taken_back`` there were in all; a batch may be both."""
+        events = self._session.events
+        return {"batches_skipped": events.skipped, "steps_taken_back": events.restored}
 
     @property
     def iteration(self) -> int:
@@ -245,7 +251,7 @@ class AlphaGuided(Optimizer):
 
     def diagnose(self) -> Diagnosis:
         """Say what alpha says so far: a record whose ``str`` is advice in plain words."""
-        return diagnose(self._session.history, self._session.events)
+        return diagnose(self._session.history, self.guard_events)
 
     def __repr__(self) -> str:
         """Show backend, reason and the wrapped optimizer."""

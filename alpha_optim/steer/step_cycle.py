@@ -10,12 +10,12 @@ import math
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from alpha_optim.alpha.guard_log import GuardLog
 from alpha_optim.alpha.history import AlphaHistory, Pending
 from alpha_optim.alpha.records import DropReason, GuardEvent, GuardReason
 from alpha_optim.distributed import Ranks, asked_by_checkpoint, fingerprint, initialised
@@ -84,7 +84,7 @@ class Session:
         self.iteration = 0
         self.active = True
         self.guard: Guard | None = None
-        self.events: list[GuardEvent] = []
+        self.events = GuardLog()
         self.skipped = 0
         """Calls of `step` that the guard did not execute."""
         self.searching = False
@@ -650,14 +650,14 @@ class Session:
             "search_points": self.search_points.state_dict() if tensors else None,
             "scheduled_at": self._scheduled_at,
             "started_before": self._started_before,
-            "events": [{**asdict(event), "reason": str(event.reason)} for event in self.events],
+            "events": self.events.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Continue from a state; None (a bare optimizer's state) starts at iteration 0."""
         self.pairing.close()
         self._reset()
-        self._saved_guard, self.events = None, []
+        self._saved_guard, self.events = None, GuardLog()
         self.search_points.forget()
         self.skipped = 0
         if state is None:
@@ -680,7 +680,7 @@ class Session:
             else:  # an older one: the pending measurement is dropped, what was learned is learned anew
                 self.plan.load_state_dict(None)
             self.reminders.resumed(self.iteration)
-            self.events = [GuardEvent(**event) for event in state["events"]]
+            self.events.load_state_dict(state["events"])
         if self.guard is not None:
             self.guard = self._new_guard(self.guard.on_host)
         self.begin()

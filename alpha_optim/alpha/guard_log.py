@@ -1,0 +1,52 @@
+"""What the guard of a run did, so that a run of any length can be told about without growing."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from alpha_optim.alpha.records import GuardEvent
+
+KEPT = 10_000
+"""Events that are kept: some megabytes. Where a guard acts that often, older ones say nothing that these do not."""
+
+
+class GuardLog:
+    """The newest events, and how many there were in all.
+
+    Attributes:
+        skipped: Batches of all events that were not used.
+        restored: Steps of all events that were taken back.
+    """
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._newest: deque[GuardEvent] = deque(maxlen=KEPT)
+        self.skipped = self.restored = 0
+
+    def append(self, event: GuardEvent) -> None:
+        """Add an event."""
+        self._newest.append(event)
+        self.skipped += event.skipped
+        self.restored += event.restored
+
+    def __iter__(self) -> Iterator[GuardEvent]:
+        """Iterate over the newest events, oldest first."""
+        return iter(self._newest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        events = [{**asdict(event), "reason": str(event.reason)} for event in self._newest]
+        return {"newest": events, "skipped": self.skipped, "restored": self.restored}
+
+    def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """Replace the contents by those of a `state_dict`, or by a list of events, as version 0.1 wrote."""
+        newest = state if isinstance(state, list) else state["newest"]
+        self._newest.clear()
+        self.skipped = self.restored = 0
+        for event in newest:
+            self.append(GuardEvent(**event))
+        if not isinstance(state, list):
+            self.skipped, self.restored = int(state["skipped"]), int(state["restored"])
