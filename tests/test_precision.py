@@ -80,6 +80,35 @@ def test_autocast(name, kind, precision):
     assert one.slope_variance_start == pytest.approx(other.slope_variance_start, rel=0.2)
 
 
+def first_step(name, precision, lr):
+    torch.manual_seed(0)
+    model, loss_fn = MODELS[name](), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.AdamW(model.parameters(), lr=lr), model, loss_fn)
+    x, y = torch.randn(24, 6), torch.randint(0, 3, (24,))
+    for _ in range(2):
+        guided.zero_grad()
+        with torch.autocast("cpu", dtype=DTYPES[precision]):
+            loss = loss_fn(model(x), y)
+        loss.backward()
+        guided.step()
+    return guided.alpha_history[0]
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast_with_steps_of_any_length(name, precision):
+    """A step of 1e-9 is zero in float16, one of 1e5 infinite: the model is not differentiated along the step itself."""
+    usual = first_step(name, precision, 1e-3)
+    assert usual.slope_variance_start > 0.0
+    for lr in (1e-6, 1e5):  # the first step of AdamW has one direction, whatever its length
+        assert first_step(name, precision, lr).slope_variance_start == pytest.approx(
+            usual.slope_variance_start, rel=0.1
+        )
+    tiny = first_step(name, precision, 1e-9)  # of which rounding leaves a part of the coordinates
+    assert tiny.step_length > 0.0
+    assert 0.0 < tiny.slope_variance_start < 1.0
+
+
 @pytest.mark.compatibility("Precision", "parameters in bf16 and fp16")
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("variance", ["sampled", "exact"])

@@ -19,7 +19,7 @@ from alpha_optim.observe.hooks import ours, tensors_in
 from alpha_optim.observe.losses import matches_loss
 from alpha_optim.observe.memory import sparing
 from alpha_optim.observe.model_calls import ModelCall
-from alpha_optim.observe.numbers import Truth
+from alpha_optim.observe.numbers import Truth, read
 from alpha_optim.observe.some_elements import SomeElements, differ
 from alpha_optim.observe.step_direction import AlongGradient
 from alpha_optim.slopes.base import Backend
@@ -53,6 +53,21 @@ class Task:
     def in_pair(self) -> bool:
         """Whether anything is measured."""
         return self.backend is not None
+
+
+@dataclass(frozen=True)
+class Unused:
+    """What passes that came to no step leave behind, until there is one.
+
+    Attributes:
+        skipped: Whether a gradient scaler skipped a step for them.
+        discarded: Whether some of them had finite gradients and were thrown away.
+        losses: Their losses, if a guard is going to judge them.
+    """
+
+    skipped: bool = False
+    discarded: bool = False
+    losses: tuple[float, ...] = ()
 
 
 class Iteration:
@@ -215,6 +230,18 @@ class Iteration:
         self.edited = edited if self.edited is None else self.edited | edited
 
     # ---------------------------------------------------------------- what was seen
+
+    def unused(self) -> Unused:
+        """What has come to no step so far; gradients at hand that are not finite are not going to."""
+        losses, skipped = list(self.lost_losses), self.gradients.not_finite()
+        if skipped and self.task.guarded and (loss := batch_loss(self.passes, None).mean) is not None:
+            losses.append(loss)
+        return Unused(skipped or self.passes.skipped, self.passes.discarded, tuple(map(float, read(losses))))
+
+    def take_over(self, unused: Unused) -> None:
+        """Begin with what passes before, of the same iteration, have left."""
+        self.passes.skipped, self.passes.discarded = unused.skipped, unused.discarded
+        self.lost_losses = [torch.tensor(loss) for loss in unused.losses]
 
     def all_of_loss(self) -> bool:
         """Whether the losses seen are all that reached the outputs of the model; True if not looked at."""

@@ -8,7 +8,7 @@ iterations only the direction and a few numbers are kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from alpha_optim.alpha.records import DropReason
 from alpha_optim.distributed import Ranks
 from alpha_optim.measure.across_ranks import StartAcrossRanks
 from alpha_optim.measure.exchange import Exchange, tolerance_of
-from alpha_optim.measure.iteration import Iteration, Task
+from alpha_optim.measure.iteration import Iteration, Task, Unused
 from alpha_optim.measure.refresh import Role, Variances
 from alpha_optim.measure.step_ends import (
     BatchLoss,
@@ -87,6 +87,7 @@ class Pairing:
         self._before: list[Tensor] = []  # parameters before a step, reused
         self._some_elements = SomeElements()
         self._keep_direction = False  # the gradients of a step are written to before the next
+        self._unused: Unused | None = None  # of the iteration in progress, of a run that is resumed
         self.exchange: Exchange | None = None  # with the other processes that train the model, if there are any
         nothing = Task(0, False, None, None, frozenset(), sample_dim, guarded=False, checks=False)
         self.iteration = self._new(nothing, [])
@@ -134,7 +135,12 @@ class Pairing:
         )
         checks = "start" in due and backend is not None and backend.check_due()
         task = Task(number, starts, self.pending, backend, due, self._sample_dim, guarded, checks)
+        unused, self._unused = self._unused, None
+        if unused is None and number == self.iteration.task.number:
+            unused = self.iteration.unused()
         self.iteration = self._new(task, params)
+        if unused is not None:
+            self.iteration.take_over(unused)
         if backend is not None and due:
             end_of = self.pending.direction if "end" in due and self.pending is not None else None
             backend.begin(self.iteration.passes, end_of, "start" in due, params)
@@ -445,7 +451,7 @@ class Pairing:
     # ---------------------------------------------------------------- resume
 
     def state_dict(self, tensors: bool = True) -> dict[str, Any]:
-        """Return what a resumed run needs: the pending step, variances, what was learned about the loop.
+        """Return what a resumed run needs: the pending step, variances, skipped passes, what was learned of the loop.
 
         Args:
             tensors: Whether the pending step is in it.
@@ -457,6 +463,7 @@ class Pairing:
             "keep_direction": self._keep_direction,
             "variances": self.variances.state_dict(),
             "pending": None if pending is None else pending.state_dict(),
+            "unused": asdict(self.iteration.unused()),
             "exchange": exchange,
         }
 
@@ -470,5 +477,7 @@ class Pairing:
         self.variances.load_state_dict(state["variances"])
         self._keep_direction = bool(state["keep_direction"])
         self.iteration = self._new(self.iteration.task, params)
+        unused = state.get("unused", {})
+        self._unused = Unused(**{**unused, "losses": tuple(map(float, unused.get("losses", ())))})
         pending = state["pending"]
         self.pending = None if pending is None else PendingStart.from_state(pending, params, ranks)

@@ -39,6 +39,7 @@ class Plan:
         self._built: dict[str, Backend] = {}
         self._warned: set[str] = set()
         self._learned: dict[str, Any] = {}  # of the model, by a backend of an earlier run
+        self._unaccounted: dict[str, dict[str, str]] = {}  # why one of an earlier run had no slopes of samples
 
     def wants(self, iteration: int) -> bool:
         """Whether the pair that starts in this iteration is measured; functions are asked once."""
@@ -66,6 +67,7 @@ class Plan:
             self._built[name] = BACKENDS[name](model, names, self.sample_dim, self.variance == "sampled")
             if name in self._learned:
                 self._built[name].load_state_dict(self._learned[name])
+            self._built[name].unaccounted.reasons.update(self._unaccounted.get(name, {}))
         return self._built[name]
 
     def forget_backends(self) -> None:
@@ -113,14 +115,15 @@ class Plan:
             "choice": list(self.choice),
             "asked": None if self._asked is None else list(self._asked),
             "learned": self._learned | {name: backend.state_dict() for name, backend in self._built.items()},
+            "unaccounted": self._unaccounted | {name: dict(b.unaccounted.reasons) for name, b in self._built.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Take over earlier decisions; None forgets them."""
-        self._asked, self._learned = None, {}
+        self._asked, self._learned, self._unaccounted = None, {}, {}
         if state is None:
             return
-        self._learned = dict(state["learned"])
+        self._learned, self._unaccounted = dict(state["learned"]), dict(state.get("unaccounted", {}))
         if self.wanted == "auto":
             self.choice = Choice(*state["choice"])
         if state["asked"] is not None:

@@ -19,6 +19,7 @@ samples can be told apart at all, is found out by two checks:
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -90,11 +91,13 @@ class Line:
 
     Attributes:
         point: Values of the parameters that move, by name.
-        tangents: Their changes.
+        tangents: Their changes, divided by ``unit``.
+        unit: A power of two.
     """
 
     point: Values
     tangents: Values
+    unit: float = 1.0
 
     @classmethod
     def along(cls, names: Names, params: Sequence[Tensor], point: Sequence[Tensor], changes: Any) -> Line:
@@ -109,6 +112,15 @@ class Line:
             {name: value for name, (value, _) in moving.items()},
             {name: change.to_dense() if change.is_sparse else change for name, (_, change) in moving.items()},
         )
+
+    def as_large_as_the_point(self) -> Line:
+        """The same with changes of the size of the parameters: below 6e-8 a number in float16 is zero."""
+        sizes = [max(read(torch._foreach_norm(list(v.values()), math.inf))) for v in (self.tangents, self.point)]
+        change, size = sizes
+        if not (0.0 < change < math.inf and 0.0 < size < math.inf):
+            return self
+        unit = 2.0 ** round(math.log2(change / size))  # so that nothing is rounded
+        return Line(self.point, {name: value / unit for name, value in self.tangents.items()}, unit)
 
 
 class ForwardMode:
@@ -181,6 +193,8 @@ class ForwardMode:
         if not passes:
             raise CannotDifferentiateError("no backward pass", passing=True)
         groups = [_calls_of(entry) for entry in passes]
+        if any(calls.float16 for calls in groups):
+            line = line.as_large_as_the_point()
         signature = self._signature_of(groups)
         changed = signature != self._signature
         if expected is not None:
@@ -210,7 +224,7 @@ class ForwardMode:
             every = self._whole or count == entry.samples or calls.of_different_samples(entry.samples)
             chosen = None if every else torch.arange(count)
             part = self._part(entry, calls, line, chosen, replay=self._whole or chosen is None)
-            parts.append(part.along * (total * scale))
+            parts.append(part.along * (total * scale * line.unit))
             weight = loss_weight(entry, passes)
             losses.append(None if part.losses is None else part.losses.double() * weight)
         together = torch.cat([part.to(parts[0].device) for part in parts])
@@ -558,6 +572,15 @@ class _Calls:
         """Whether the calls have samples of their own, which belong to one loss of ``samples``."""
         counts = [call.samples or 0 for call, _ in self.items]
         return len(counts) > 1 and sum(counts) == samples
+
+    @property
+    def float16(self) -> bool:
+        """Whether any of it ran in float16, whose range is small."""
+        return any(
+            (call.autocast.enabled and call.autocast.dtype is torch.float16)
+            or any(g.dtype is torch.float16 for g in gradients.values())
+            for call, gradients in self.items
+        )
 
     @property
     def half(self) -> bool:

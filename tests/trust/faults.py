@@ -12,10 +12,16 @@ import torch
 from torch import nn
 
 from alpha_optim import AlphaGuided, AlphaHistory, AlphaScheduler
-from tests.test_kill import STEPS, start
+from tests.test_kill import STEPS, start, start_two
 from tests.test_transparency import equal_states
 
-KILLED = (("sgd", "backpack", "fp32"), ("momentum", "layerwise", "fp16"), ("adamw", "layerwise", "fp32"))
+KILLED = (
+    (1, ("sgd", "backpack", "fp32")),
+    (1, ("momentum", "layerwise", "fp16")),
+    (1, ("adamw", "layerwise", "fp32")),
+    (2, ("adamw", "layerwise", "fp32")),
+)
+"""How many processes train, and what."""
 
 
 def make(steps=12):
@@ -150,41 +156,51 @@ def file_checks(folder):
 # ---------------------------------------------------------------- kills
 
 
-def killed_run_ends_alike(folder, case, seed, expected):
+def started(folder, count, case):
+    return [start(folder, case)] if count == 1 else start_two(folder, case)
+
+
+def ended(folder, count, case):
+    """The result of a run that is left alone."""
+    for process in started(folder, count, case):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return (folder / "result.txt").read_text()
+
+
+def killed_run_ends_alike(folder, count, case, seed, expected):
     """Kill -9 after a random step and a moment more, perhaps while a checkpoint is written; up to three times."""
     dice = random.Random(seed)
     killed = folder / f"killed {seed}"
     killed.mkdir()
     for _ in range(dice.randint(1, 3)):
-        victim = start(killed, case)
+        victims = started(killed, count, case)
         last = dice.randrange(STEPS)
-        for line in victim.stdout:
+        for line in victims[0].stdout:
             if int(line) >= last:
                 break
-        time.sleep(dice.random() * 0.02)
-        victim.kill()
-        victim.communicate()
-    done = start(killed, case)
-    _, errors = done.communicate(timeout=300)
-    assert done.returncode == 0, errors
-    assert (killed / "result.txt").read_text() == expected()
+        dice.shuffle(victims)
+        for victim in victims:
+            time.sleep(dice.random() * 0.02)
+            victim.kill()
+        for victim in victims:
+            victim.communicate()
+    assert ended(killed, count, case) == expected()
 
 
 def kill_checks(folder, count, seed):
     """Pairs of a name and a check."""
 
     @functools.cache
-    def uninterrupted(case):
-        whole = folder / "-".join(case)
+    def uninterrupted(count, case):
+        whole = folder / "-".join((str(count), *case))
         whole.mkdir()
-        process = start(whole, case)
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        return (whole / "result.txt").read_text()
+        return ended(whole, count, case)
 
     made = []
     for n in range(count):
-        case = KILLED[n % len(KILLED)]
-        expected = functools.partial(uninterrupted, case)
-        made.append((f"kill {n}", functools.partial(killed_run_ends_alike, folder, case, 1000 * seed + n, expected)))
+        processes, case = KILLED[n % len(KILLED)]
+        expected = functools.partial(uninterrupted, processes, case)
+        check = functools.partial(killed_run_ends_alike, folder, processes, case, 1000 * seed + n, expected)
+        made.append((f"kill {n}", check))
     return made
