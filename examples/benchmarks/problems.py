@@ -34,6 +34,10 @@ class Problem(NamedTuple):
         batch: Samples per mini-batch.
         steps: Optimizer steps of a run.
         accuracy: Whether the figure is test accuracy in %, else the test loss.
+        loss: Losses ``[N]`` or their mean ``[]`` of model, inputs and targets; None if it is `loss_fn` of the output.
+        clip: Norm to which gradients are clipped; None if they are not.
+        bases: Optimizers that are tried; None if all are.
+        peers: Other methods that are tried; None if all are.
     """
 
     data: Callable[[], Split]
@@ -41,6 +45,10 @@ class Problem(NamedTuple):
     batch: int
     steps: int
     accuracy: bool
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+    clip: float | None = None
+    bases: tuple[str, ...] | None = None
+    peers: tuple[str, ...] | None = None
 
     def loss_fn(self) -> nn.Module:
         """Cross entropy for classes, else the mean squared error."""
@@ -187,7 +195,7 @@ PROBLEMS = {
     "Fashion MLP, batch 8": Problem(fashion, mlp, 8, 6250, True),
     "Fashion CNN": Problem(fashion, cnn, 128, 780, True),
     "digits MLP": Problem(digit_images, digits_mlp, 64, 600, True),
-    "text transformer": Problem(lambda: text(64), transformer, 32, 600, False),
+    "text transformer": Problem(lambda: text(64), transformer, 32, 600, False, bases=("AdamW", "Schedule-Free AdamW")),
     "regression": Problem(friedman, regression, 64, 1000, False),
     "noisy quadratic": Problem(ill_conditioned, lambda: nn.Linear(100, 1), 32, 800, False),
     "text GRU": Problem(lambda: text(64), Gru, 32, 500, False),

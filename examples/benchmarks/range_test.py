@@ -42,7 +42,7 @@ Told = tuple[float | None, int]
 
 def ours(model: nn.Module, base: Base, loader: DataLoader[Any], loss_fn: nn.Module) -> Told:
     """`alpha_optim.find_lr`."""
-    finding = find_lr(model, base.build(model.parameters(), 1e-3), loader, loss_fn, steps=STEPS)
+    finding = find_lr(model, base.build(model, 1e-3), loader, loss_fn, steps=STEPS)
     return finding.lr, len(finding.history) + 1
 
 
@@ -54,7 +54,7 @@ def lr_finder(model: nn.Module, base: Base, loader: DataLoader[Any], loss_fn: nn
     import matplotlib.pyplot as plt
     from torch_lr_finder import LRFinder
 
-    finder = LRFinder(model, base.build(model.parameters(), 1e-7), loss_fn, device="cpu")
+    finder = LRFinder(model, base.build(model, 1e-7), loss_fn, device="cpu")
     finder.range_test(loader, end_lr=100, num_iter=STEPS)
     figure, axes = plt.subplots()
     try:
@@ -79,7 +79,7 @@ def lightning(model: nn.Module, base: Base, loader: DataLoader[Any], loss_fn: nn
             return loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return base.build(self.parameters(), self.lr)
+            return base.build(self, self.lr)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:

@@ -18,26 +18,29 @@ from pathlib import Path
 
 import hypothesis
 import torch
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, given, strategies
 
 from tests.trust import faults, growth, numbers
 from tests.trust.cases import cases
-from tests.trust.test_fuzz import check_steered, check_watched
+from tests.trust.test_fuzz import check_resumed, check_steered, check_watched
 
 
-def tried(check, count, seed):
-    """How many random cases were tried, and how many were lost: the first one that fails ends it."""
+def tried(check, count, seed, *further):
+    """How many random cases were tried, and how many were lost: the first one that fails ends it.
+
+    ``further`` are strategies for what the check takes beside the case.
+    """
     seen = 0
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
         max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
     )
-    @given(cases())
-    def each(case):
+    @given(strategies.tuples(cases(), *further))
+    def each(drawn):
         nonlocal seen
         seen += 1
-        check(case)
+        check(*drawn)
 
     try:
         each()
@@ -76,6 +79,9 @@ def main() -> int:
             ),
             "random cases, steered: no exception, nothing that is not finite": lambda: tried(
                 check_steered, args.cases, args.seed
+            ),
+            "random cases, saved somewhere, built anew and resumed: bit for bit": lambda: tried(
+                check_resumed, args.cases, args.seed, strategies.floats(0.0, 1.0)
             ),
             "hostile numbers": lambda: all_of(numbers.checks()),
             "files cut off, changed or foreign": lambda: all_of(faults.file_checks(Path(folder))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ class Routed(nn.Module):
         output = x.new_zeros(len(x), CLASSES)
         for k, expert in enumerate(self.experts):
             mine = chosen == k
-            output = output.index_put((mine,), weights[mine, k : k + 1] * expert(x[mine]))
+            output = output.index_put((mine,), (weights[mine, k : k + 1] * expert(x[mine])).to(output.dtype))
         return output
 
 
@@ -94,8 +95,15 @@ OPTIMIZERS = {
     "NAdam": ({"decoupled_weight_decay": (False, True)}, False),
     "Rprop": ({}, False),
     "ASGD": ({"weight_decay": (0.0, 0.1)}, False),
+    "pytorch_optimizer.Lion": ({"weight_decay": (0.0, 0.1)}, False),
+    "pytorch_optimizer.AdaBelief": ({"rectify": (False, True)}, False),
+    "pytorch_optimizer.ADOPT": ({}, False),
+    "pytorch_optimizer.Adan": ({}, False),
+    "prodigyopt.Prodigy": ({"safeguard_warmup": (False, True)}, False),
+    "schedulefree.AdamWScheduleFree": ({"warmup_steps": (0, 3)}, False),
 }
-"""Settings that are tried, and whether sparse gradients are taken."""
+"""Optimizers of torch and of other packages, settings that are tried, and whether they take sparse gradients."""
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 MISTAKES = (
     "none", "step twice", "backward twice", "no zero_grad", "evaluation", "raises in forward", "raises in backward",
@@ -111,7 +119,7 @@ class Case:
     Attributes:
         family: Name of the model's family.
         options: What it is built with.
-        optimizer: Name in torch.optim.
+        optimizer: Name in torch.optim, or in another package.
         settings: Its settings.
         lr: Learning rate.
         sizes: Samples of every batch.
@@ -121,6 +129,7 @@ class Case:
         backend: As of AlphaGuided.
         variance: As of AlphaGuided.
         double: float64 instead of float32.
+        autocast: Name in `AUTOCAST`; empty without.
         schedule: Whether a torch schedule steps the rate.
         given: How much AlphaGuided is given: 0 the optimizer, 1 the model, 2 the loss function.
         seed: Of weights and data.
@@ -138,6 +147,7 @@ class Case:
     backend: str
     variance: str
     double: bool
+    autocast: str
     schedule: bool
     given: int
     seed: int
@@ -175,7 +185,9 @@ class Case:
 
     def base(self, model, frozen=True):
         params = [p for p in model.parameters() if frozen or p.requires_grad]
-        return getattr(torch.optim, self.optimizer)(params, lr=self.lr, **dict(self.settings))
+        module, _, name = self.optimizer.rpartition(".")
+        kind = getattr(importlib.import_module(module or "torch.optim"), name)
+        return kind(params, lr=self.lr, **dict(self.settings))
 
     def batches(self):
         generator = torch.Generator().manual_seed(self.seed)
@@ -209,12 +221,14 @@ def cases(draw):
     sound = draw(st.integers(0, 2)) == 0
     wrong = st.just("none") if sound else st.one_of(st.just("none"), st.sampled_from(MISTAKES))
     loss = draw(st.sampled_from(LOSSES))
+    double = draw(flag) or sound
+    autocast = "" if double else draw(st.sampled_from(("", *AUTOCAST)))
     return Case(
         family, options, name, settings, 10.0 ** draw(st.floats(-6, 1)), sizes,
         tuple(draw(st.lists(wrong, min_size=len(sizes), max_size=len(sizes)))), loss,
         1 if sound else draw(st.sampled_from((1, 1, 2, 3))),
         draw(st.sampled_from(("auto", "auto", "layerwise", "gradients", "cached"))),
-        draw(st.sampled_from(("sampled", "exact"))), draw(flag) or sound, draw(flag) and not sound,
+        draw(st.sampled_from(("sampled", "exact"))), double, autocast, draw(flag) and not sound,
         2 if sound else draw(st.sampled_from((0, 1, 2, 2))),
         draw(st.integers(0, 10**6)),
     )  # fmt: skip
@@ -224,15 +238,20 @@ class Wrong(Exception):
     """Raised in a loop on purpose."""
 
 
-def run(case, model, optimizer, loss_fn, schedule):
-    """The user's loop, the same for a bare and a wrapped optimizer; ends with the random number that comes next."""
+def run(case, model, optimizer, loss_fn, schedule, first=0, last=None):
+    """The user's loop, the same for a bare and a wrapped optimizer; ends with the random number that comes next.
+
+    Only the iterations from ``first`` to before ``last`` are made.
+    """
     wrapped = hasattr(optimizer, "alpha_history")
 
     def losses_of(output, y):
         return F.cross_entropy(output.transpose(1, -1), y, reduction="none").reshape(len(y), -1).mean(1)
 
     def loss_of(x, y):
-        output = model(x)
+        with torch.autocast("cpu", dtype=AUTOCAST.get(case.autocast, torch.bfloat16), enabled=bool(case.autocast)):
+            output = model(x)
+        output = output.float() if case.autocast else output
         if case.loss in ("module", "closure") or (case.loss == "sum" and case.family == "sequence"):
             return loss_fn(output.transpose(1, -1), y)
         if case.loss == "sum":
@@ -252,7 +271,8 @@ def run(case, model, optimizer, loss_fn, schedule):
         else:
             loss.mean().backward(**options)
 
-    for (x, y), wrong in zip(case.batches(), case.mistakes, strict=True):
+    getattr(optimizer, "train", lambda: None)()  # Schedule-Free has a mode for training
+    for (x, y), wrong in list(zip(case.batches(), case.mistakes, strict=True))[first:last]:
         if wrong != "no zero_grad":
             optimizer.zero_grad()
         with contextlib.suppress(Wrong, KeyboardInterrupt):

@@ -1,12 +1,14 @@
 """Wrapped and bare runs of the same random case, side by side; `python -m tests.trust` tries more of them."""
 
 import copy
+import dataclasses
 import math
 import warnings
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -129,6 +131,56 @@ def check_steered(case):
         assert state[0]["alpha_guided"]
         if sane:
             assert all(bool(torch.isfinite(p).all()) for p in steered.parameters())
+
+
+LONGER = 4
+"""By so much the runs are longer that are resumed, so that a search has begun."""
+
+
+def check_resumed(case, place):
+    """A run that is saved somewhere, built anew and loaded ends bit for bit as one that is not.
+
+    Args:
+        case: The case.
+        place: Where it is saved, as a share of the run.
+    """
+    case = dataclasses.replace(case, sizes=LONGER * case.sizes, mistakes=LONGER * case.mistakes)
+    saved = round(place * len(case.sizes))
+    if case.mistakes[saved : saved + 1] == ("no zero_grad",):
+        return  # gradients are in no checkpoint
+    ends = []
+    for resumed in (False, True):
+        model, loss_fn = case.model(), loss_module(case)
+        guided = wrap(case, model, loss_fn, every=case.every)
+        scheduler = AlphaScheduler(guided, CalibrateThenAnneal(300))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(case, model, guided, loss_fn, scheduler, last=saved)
+            if not resumed:
+                whole = copy.deepcopy(guided.optimizer.state_dict())
+            else:
+                states = copy.deepcopy([part.state_dict() for part in (model, guided, scheduler)])
+                random = torch.get_rng_state()
+                model, loss_fn = case.model(), loss_module(case)
+                guided = wrap(case, model, loss_fn, every=case.every)
+                scheduler = AlphaScheduler(guided, CalibrateThenAnneal(300))
+                for part, state in zip((model, guided, scheduler), states, strict=True):
+                    part.load_state_dict(state)
+                torch.set_rng_state(random)
+                if not equal_states(guided.optimizer.state_dict(), whole):
+                    return  # torch itself loads something else (ASGD in float64)
+            following = run(case, model, guided, loss_fn, scheduler, first=saved)
+        told = [list(guided.alpha_history), guided.alpha_history.dropped, guided.guard_events, scheduler.get_last_lr()]
+        ends.append(([model.state_dict(), guided.optimizer.state_dict(), following], repr(told)))
+    (one, told), (other, told_again) = ends
+    assert told == told_again
+    assert equal_states(one, other)
+
+
+@QUICK
+@given(cases(), st.floats(0.0, 1.0))
+def test_a_run_that_is_resumed_ends_as_if_it_had_not_been(case, place):
+    check_resumed(case, place)
 
 
 @QUICK

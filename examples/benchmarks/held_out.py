@@ -1,0 +1,198 @@
+"""Problems that nothing of the search was chosen on, each with its loss written as people write it."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field writes it so
+
+from examples.benchmarks.models import Transformer
+from examples.benchmarks.problems import VOCABULARY, Problem, Split, digit_images, fashion, text
+
+FEW_PEERS = (
+    "Prodigy", "Prodigy + Schedule-Free", "Schedule-Free AdamW, default", "AdamW 1e-3, cosine",
+    "AdamW 1e-3, OneCycle", "AdamW 3e-3, OneCycle",
+)  # fmt: skip
+"""Those that need no call of a loss function, and what people take without tuning."""
+MODERN = ("AdamW", "Schedule-Free AdamW", "Muon + AdamW")
+
+
+class Vae(nn.Module):
+    """Returns the reconstruction before the sigmoid, and mean and log variance of the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 32))
+        self.decoder = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 784))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, log_variance = self.encoder(x).chunk(2, 1)
+        code = mean + torch.randn_like(mean) * (0.5 * log_variance).exp() if self.training else mean
+        return self.decoder(code), mean, log_variance
+
+
+def evidence(model: nn.Module, x: Tensor, _: Tensor) -> Tensor:
+    """Minus the evidence lower bound of every sample ``[N]``, in nats per pixel."""
+    decoded, mean, log_variance = model(x)
+    pixels = F.binary_cross_entropy_with_logits(decoded, x.flatten(1).clamp(0.0, 1.0), reduction="none").sum(1)
+    divergence = -0.5 * (1.0 + log_variance - mean**2 - log_variance.exp()).sum(1)
+    return (pixels + divergence) / 784
+
+
+@lru_cache(maxsize=1)
+def grey() -> Split:
+    """Fashion-MNIST with pixels between 0 and 1."""
+    low = min(float(x.min()) for x, _ in fashion())
+    high = max(float(x.max()) for x, _ in fashion())
+    return Split(*(((x - low) / (high - low), y) for x, y in fashion()))
+
+
+class Residual(nn.Module):
+    """Two convolutions with BatchNorm, and a way around them."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs),
+        )  # fmt: skip
+        self.around = nn.Sequential()
+        if inputs != outputs:
+            self.around = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.around(x))
+
+
+def resnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+        Residual(8, 8, 1), Residual(8, 16, 2), Residual(16, 32, 2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+class Graph(nn.Module):
+    """Classifies nodes by what they and their neighbours hold; its input says which nodes are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        features, adjacency = neighbours()
+        self.register_buffer("features", features)
+        self.register_buffer("adjacency", adjacency)
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, nodes: Tensor) -> Tensor:
+        hidden = F.relu(torch.sparse.mm(self.adjacency, self.first(self.features)))
+        logits: Tensor = torch.sparse.mm(self.adjacency, self.second(hidden))
+        return logits[nodes]
+
+
+@lru_cache(maxsize=1)
+def neighbours() -> tuple[Tensor, Tensor]:
+    """All digits, and for each the mean over itself and the six nearest, as a sparse matrix."""
+    features = torch.cat([x.flatten(1) for x, _ in digit_images()])
+    nearest = torch.cdist(features, features).topk(7, largest=False).indices
+    rows = torch.arange(len(features)).repeat_interleave(7)
+    places = torch.stack([rows, nearest.flatten()])
+    size = (len(features),) * 2
+    means = torch.sparse_coo_tensor(places, torch.full((len(rows),), 1 / 7), size, check_invariants=True)
+    return features, means.coalesce()
+
+
+@lru_cache(maxsize=1)
+def nodes() -> Split:
+    """A tenth of the digits in training has its class; numbers of nodes as inputs."""
+    begin, parts = 0, []
+    for _, classes in digit_images():
+        parts.append((torch.arange(begin, begin + len(classes)), classes))
+        begin += len(classes)
+    x, y = parts[0]
+    return Split((x[::10], y[::10]), parts[1], parts[2])
+
+
+class Gpt(Transformer):
+    """With dropout behind the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__(VOCABULARY, length=64, width=64, layers=2)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(self.blocks(self.dropout(self.positions(self.embedding(x))))))
+        return logits
+
+
+def flattened(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Losses of all tokens one after the other ``[N T]``, in the way of nanoGPT."""
+    logits = model(x)
+    return F.cross_entropy(logits.view(-1, logits.size(-1)), y.reshape(-1), reduction="none")
+
+
+@lru_cache(maxsize=1)
+def last_classes() -> Split:
+    """The last five classes of Fashion-MNIST, 2,000 images to train on."""
+    parts = []
+    for x, y in fashion():
+        chosen = y >= 5
+        parts.append((x[chosen], y[chosen] - 5))
+    (x, y), *others = parts
+    return Split((x[:2000], y[:2000]), *others)
+
+
+@lru_cache(maxsize=1)
+def pretrained() -> nn.Module:
+    """A ViT of Transformers' after 600 steps on the first five classes."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        image_size=28, patch_size=7, num_channels=1, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=128, num_labels=5,
+    )  # fmt: skip
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = ViTForImageClassification(config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        x, y = fashion().train
+        x, y = x[y < 5], y[y < 5]
+        model.train()
+        for _ in range(600):
+            index = torch.randint(len(y), (64,))
+            optimizer.zero_grad()
+            model(pixel_values=x[index], labels=y[index]).loss.backward()
+            optimizer.step()
+    return model
+
+
+def fine_tuned() -> nn.Module:
+    """The same with a new head."""
+    model = copy.deepcopy(pretrained())
+    model.classifier = nn.Linear(64, 5)
+    return model
+
+
+def of_model(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The loss that a model of Transformers' returns."""
+    loss: Tensor = model(pixel_values=x, labels=y).loss
+    return loss
+
+
+HELD_OUT = {
+    "VAE": Problem(
+        grey, Vae, 128, 1500, False, loss=evidence, bases=("momentum", "AdamW", "Schedule-Free AdamW"), peers=FEW_PEERS
+    ),
+    "ResNet, 5 epochs": Problem(
+        fashion, resnet, 128, 1950, True, bases=("momentum", "AdamW"), peers=("Prodigy", "AdamW 1e-3, cosine")
+    ),
+    "graph, 150 nodes": Problem(nodes, Graph, 32, 400, True, bases=MODERN, peers=FEW_PEERS),
+    "GPT, flattened and clipped": Problem(
+        lambda: text(64), Gpt, 32, 400, False, loss=flattened, clip=1.0, bases=MODERN, peers=FEW_PEERS
+    ),
+    "ViT, fine-tuned": Problem(
+        last_classes, fine_tuned, 64, 300, True, loss=of_model, clip=1.0, bases=MODERN, peers=FEW_PEERS
+    ),
+}
+"""No figure of them was looked at before the policy stood as it does."""
