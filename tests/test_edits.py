@@ -1,0 +1,182 @@
+"""What is written to parameters and gradients between passes and steps, and steps without a pass."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from alpha_optim import AlphaGuided
+from tests.loops import check_same, make_batches, make_model, plain_run, train, wrap
+
+
+def test_gradients_altered_through_data_are_noticed():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, "adam")
+    reference = plain_run("adam")
+    for x, y in make_batches(6):
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        for p in model.parameters():
+            p.grad.data.mul_(0.5)  # Adam does not care, so the steps are the same
+        guided.step()
+    assert guided.alpha_history.dropped == {}
+    check_same(guided.alpha_history, reference.alpha_history, ("slope_start", "slope_end"), tolerance=1e-5)
+
+
+@pytest.mark.compatibility("Loops", "GANs: two networks, two optimizers")
+def test_two_networks_trained_against_each_other():
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6)).double()
+    critic = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    loss_fn = nn.BCEWithLogitsLoss()
+    both = nn.ModuleList([generator, critic])
+    d = AlphaGuided(torch.optim.SGD(critic.parameters(), lr=0.1), both, loss_fn, variance="exact")
+    g = AlphaGuided(torch.optim.Adam(generator.parameters(), lr=0.01), both, loss_fn, variance="exact")
+    real, fake = torch.ones(12, 1, dtype=torch.float64), torch.zeros(12, 1, dtype=torch.float64)
+    for _ in range(5):
+        noise = torch.randn(12, 4, dtype=torch.float64)
+        d.zero_grad()
+        (loss_fn(critic(torch.randn(12, 6, dtype=torch.float64)), real)
+         + loss_fn(critic(generator(noise).detach()), fake)).backward()  # fmt: skip
+        d.step()
+        g.zero_grad()
+        loss_fn(critic(generator(noise)), real).backward()  # also reaches the critic, whose next step clears it
+        g.step()
+    for guided in (d, g):
+        assert [m.information for m in guided.alpha_history] == ["full"] * 4
+        assert guided.alpha_history.dropped == {}
+
+
+@pytest.mark.compatibility("Loops", "parameters edited between steps: that pair is dropped")
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("how", ["no_grad", "data", "load_state_dict"])
+def test_parameters_edited_between_steps_drop_the_pair(kind, how):
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, kind)
+    for k, (x, y) in enumerate(make_batches(6)):
+        if k == 3:
+            if how == "no_grad":
+                with torch.no_grad():
+                    model[0].weight.add_(0.01)
+            elif how == "data":
+                model[0].weight.data.mul_(1.01)
+            else:
+                model.load_state_dict({name: value * 1.5 for name, value in model.state_dict().items()})
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+    assert guided.alpha_history.iterations.tolist() == [0, 1, 3, 4]
+    assert guided.alpha_history.dropped == {"parameters_changed": 1}
+
+
+@pytest.mark.compatibility("Loops", "weights swapped for an evaluation (EMA)")
+def test_weights_swapped_and_swapped_back_drop_nothing():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn)
+    for x, y in make_batches(5):
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+        own = copy.deepcopy(model.state_dict())
+        model.load_state_dict({name: value * 0.0 for name, value in own.items()})
+        with torch.no_grad():
+            loss_fn(model(x), y)
+        model.load_state_dict(own)
+    assert len(guided.alpha_history) == 4
+
+
+@pytest.mark.parametrize("edit", ["flip", "negate"])
+def test_edits_that_keep_every_norm_are_noticed_too(edit):
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn)
+    for k, (x, y) in enumerate(make_batches(5)):
+        if k == 2:
+            with torch.no_grad():
+                weight = model[2].weight
+                weight.copy_(weight.flip(0) if edit == "flip" else -weight)
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+    assert guided.alpha_history.iterations.tolist() == [0, 2, 3]
+
+
+def test_foreign_weights_during_the_pass_drop_both_pairs():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided, other = wrap(model, loss_fn), make_model(5).state_dict()
+    for k, (x, y) in enumerate(make_batches(6)):
+        own = copy.deepcopy(model.state_dict())
+        if k == 3:
+            model.load_state_dict(other)
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        model.load_state_dict(own)
+        guided.step()
+    assert 2 not in guided.alpha_history.iterations
+    assert 3 not in guided.alpha_history.iterations
+
+
+def test_a_parameter_edited_between_backward_and_step_drops_the_pair_that_starts_there():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, "adam")
+    for k, (x, y) in enumerate(make_batches(6)):
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        if k == 3:
+            with torch.no_grad():
+                model[0].weight.add_(0.01)
+        guided.step()
+    assert guided.alpha_history.iterations.tolist() == [0, 1, 2, 4]
+    assert guided.alpha_history.dropped == {"parameters_changed": 1}
+
+
+@pytest.mark.compatibility("Loops", "step() before any backward pass")
+def test_step_without_backward_is_allowed():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, "adam")
+    guided.step()
+    (x, y), *_ = make_batches(1)
+    loss_fn(model(x), y).backward()
+    guided.step()
+    guided.step()  # with the old gradients, as torch allows
+    assert guided.iteration == 3
+    assert len(guided.alpha_history) == 0
+    assert guided.alpha_history.dropped["no_backward"] >= 2
+
+
+def test_gradients_set_by_hand_are_measured():
+    weight = nn.Parameter(torch.tensor([4.0, 2.0], dtype=torch.float64))
+    guided = AlphaGuided(torch.optim.SGD([weight], lr=0.25))
+    for _ in range(4):
+        weight.grad = 2.0 * weight.detach()  # of |w|^2
+        guided.step()
+    assert guided.alpha_history.alphas == pytest.approx([-0.5] * 3)
+
+
+def test_frozen_and_unused_parameters_are_allowed():
+    model = make_model()
+    model.add_module("unused", nn.Linear(3, 3).double())
+    used = nn.Sequential(model[0], model[1], model[2])
+    model[0].bias.requires_grad_(False)
+    loss_fn = nn.CrossEntropyLoss()
+    for build in (lambda p: torch.optim.SGD(p, lr=0.1), lambda p: torch.optim.Adam(p)):
+        guided = AlphaGuided(build(list(model.parameters())), model, loss_fn, variance="exact")
+        train(guided, used, loss_fn, make_batches(4))
+        assert [m.information for m in guided.alpha_history] == ["full"] * 3
+        guided.detach()
+
+
+@pytest.mark.compatibility("Loops", "requires_grad toggled in mid-run")
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_requires_grad_toggled_in_mid_run(kind):
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, kind)
+    for k, (x, y) in enumerate(make_batches(8)):
+        if k == 3:
+            model[0].weight.requires_grad_(False)
+        if k == 5:
+            model[0].weight.requires_grad_(True)
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+    assert len(guided.alpha_history) >= 6

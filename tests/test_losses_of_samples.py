@@ -1,0 +1,135 @@
+"""Where losses of single samples come from: the loss function, what is handed over, several terms."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from alpha_optim import AlphaGuided
+from tests.loops import FIELDS, check_same, make_batches, make_model, plain_run, train, wrap
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("how", ["backward", "record then backward", "record detached", "record trailing"])
+def test_functional_losses(kind, how):
+    reference = plain_run(kind)
+    model = make_model()
+    guided = wrap(model, None, kind)
+    for x, y in make_batches(6):
+        guided.zero_grad()
+        losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+        if how == "backward":
+            mean = guided.backward(losses)
+            assert mean.item() == pytest.approx(losses.mean().item())
+            assert not mean.requires_grad
+        elif how == "record then backward":
+            guided.record_losses(losses)
+            losses.mean().backward()
+        elif how == "record trailing":
+            guided.record_losses(losses.detach().reshape(-1, 1).expand(-1, 3))
+            losses.mean().backward()
+        else:
+            losses.mean().backward()
+            guided.record_losses(losses.detach())
+        guided.step()
+    check_same(guided.alpha_history, reference.alpha_history)
+    assert {m.information for m in guided.alpha_history} == {"full"}
+
+
+def test_losses_of_reduction_none_also_handed_over_count_once():
+    reference = plain_run("adam")
+    model, loss_fn = make_model(), nn.CrossEntropyLoss(reduction="none")
+    guided = wrap(model, loss_fn, "adam")
+    for x, y in make_batches(6):
+        guided.zero_grad()
+        guided.backward(loss_fn(model(x), y))
+        guided.step()
+    check_same(guided.alpha_history, reference.alpha_history, (*FIELDS, "loss_start", "loss_variance_start"))
+
+
+def test_a_recorded_mean_is_only_recorded():
+    model = make_model()
+    guided = wrap(model, None)
+    for x, y in make_batches(4):
+        guided.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        guided.record_losses(loss.detach())
+        guided.step()
+    for m in guided.alpha_history:
+        assert m.information == "slopes+variances"
+        assert math.isfinite(m.loss_start)
+        assert math.isnan(m.loss_variance_start)
+
+
+def test_a_penalty_is_in_the_slopes_but_not_in_the_losses():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, backend="gradients")
+    points, gradients, losses = [], [], []
+    for x, y in make_batches(4):
+        guided.zero_grad()
+        loss = loss_fn(model(x), y)
+        (loss + 0.1 * model[0].weight.square().sum()).backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        points.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        guided.step()
+    history = guided.alpha_history
+    assert [m.loss_end for m in history] == pytest.approx(losses[1:])
+    for n, m in enumerate(history):
+        direction = (points[n + 1] - points[n]) / (points[n + 1] - points[n]).norm()
+        assert m.slope_start == pytest.approx(float(direction @ gradients[n]))
+        assert m.slope_end == pytest.approx(float(direction @ gradients[n + 1]))
+
+
+def test_two_terms_of_one_loss_add_up():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, "adam")
+    totals = []
+    for x, y in make_batches(4):
+        guided.zero_grad()
+        output = model(x)
+        loss = loss_fn(output, y) + 0.5 * loss_fn(-output, y)
+        loss.backward()
+        totals.append(loss.item())
+        guided.step()
+    assert [m.loss_start for m in guided.alpha_history] == pytest.approx(totals[:3])
+    assert {m.information for m in guided.alpha_history} == {"full"}
+
+
+def test_a_loss_without_losses_of_single_samples_is_recorded_and_said():
+    class Opaque(nn.Module):
+        def forward(self, output, y):
+            return nn.functional.cross_entropy(output, y)
+
+    model, loss_fn = make_model(), Opaque()
+    guided = wrap(model, loss_fn)
+    with pytest.warns(UserWarning, match="Opaque gives no losses of single samples"):
+        train(guided, model, loss_fn, make_batches(4))
+    assert {m.information for m in guided.alpha_history} == {"slopes+variances"}
+    assert all(math.isfinite(m.loss_start) for m in guided.alpha_history)
+
+
+def test_a_loss_function_that_draws_random_numbers_and_counts_its_calls_is_left_alone():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.reduction = "mean"
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, output, y):
+            self.calls += 1
+            losses = nn.functional.cross_entropy(output, y, reduction="none") * torch.rand(())
+            return losses.mean() if self.reduction == "mean" else losses
+
+    def run(wrapped):
+        model, loss_fn = make_model(), Noisy()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = AlphaGuided(optimizer, model, loss_fn) if wrapped else optimizer
+        train(optimizer, model, loss_fn, make_batches(4))
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), float(loss_fn.calls)
+
+    (bare, calls), (guided, same_calls) = run(False), run(True)
+    assert torch.equal(bare, guided)
+    assert calls == same_calls == 4.0

@@ -1,0 +1,252 @@
+"""Losses that say less than all: checkpoints, penalties, losses of the user's own, two batches at once."""
+
+import pytest
+import torch
+from torch import nn
+
+from alpha_optim import AlphaGuided
+from tests.loops import check_same, make_batches, make_model, plain_run, train, wrap
+
+
+@pytest.mark.compatibility("Loops", "torch.utils.checkpoint, reentrant and not")
+def test_gradient_checkpointing_measures_the_same():
+    from torch.utils.checkpoint import checkpoint
+
+    reference = plain_run("adam")
+    for reentrant in (True, False):
+        model, loss_fn = make_model(), nn.CrossEntropyLoss()
+        guided = wrap(model, loss_fn, "adam")
+        for x, y in make_batches(6):
+            guided.zero_grad()
+            output = checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
+            loss_fn(output, y).backward()
+            guided.step()
+        check_same(guided.alpha_history, reference.alpha_history)
+
+
+@pytest.mark.parametrize("style", ["getattr", "dictionary", "assertion"])
+def test_a_loss_that_knows_no_none_is_recorded_and_said(style):
+    class Custom(nn.Module):
+        reduction = "mean"
+
+        def forward(self, output, y):
+            losses = nn.functional.cross_entropy(output, y, reduction="none")
+            if style == "getattr":
+                return getattr(losses, self.reduction)()
+            if style == "dictionary":
+                return {"mean": torch.mean}[self.reduction](losses)
+            assert self.reduction == "mean"
+            return losses.mean()
+
+    model, loss_fn = make_model(), Custom()
+    guided = wrap(model, loss_fn)
+    with pytest.warns(UserWarning, match="Custom gives no losses of single samples"):
+        train(guided, model, loss_fn, make_batches(3))
+    assert {m.information for m in guided.alpha_history} == {"slopes+variances"}
+
+
+def test_a_loss_of_the_users_own_whose_graph_holds_its_buffers():
+    class Weighted(nn.CrossEntropyLoss):
+        pass
+
+    weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    runs = []
+    for loss_fn in (Weighted(weight=weight), nn.CrossEntropyLoss(weight=weight)):
+        model = make_model()
+        guided = wrap(model, loss_fn)
+        for x, y in make_batches(4):
+            guided.zero_grad()
+            loss_fn(model(x), target=y).backward()
+            guided.step()
+        runs.append(guided.alpha_history)
+    check_same(*runs, ("alpha", "loss_start", "loss_variance_start"))
+
+
+@pytest.mark.parametrize("sizes", [(8, 12), (8, 16), (16, 8)])
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_two_batches_of_different_size_in_one_backward_pass_have_slopes_only(kind, sizes):
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, kind)
+    with pytest.warns(UserWarning, match="several losses with different numbers of samples"):
+        for first, second in zip(make_batches(3, sizes[0]), make_batches(3, sizes[1], seed=1), strict=True):
+            guided.zero_grad()
+            sum(loss_fn(model(x), y) for x, y in (first, second)).backward()
+            guided.step()
+    assert [m.information for m in guided.alpha_history] == ["slopes"] * 2
+
+
+@pytest.mark.compatibility("Loops", "gradient penalties (create_graph): slopes only, named in a warning")
+def test_a_gradient_penalty_has_slopes_only_and_says_so():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, "adam")
+    with pytest.warns(UserWarning, match="the loss contains derivatives of the model"):
+        for x, y in make_batches(3):
+            x.requires_grad_()
+            guided.zero_grad()
+            output = model(x)
+            (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+            (loss_fn(output, y) + slope.square().sum(1).mean()).backward()
+            guided.step()
+    assert [m.information for m in guided.alpha_history] == ["slopes"] * 2
+
+
+def test_the_mean_slope_does_not_depend_on_the_choice_of_variances():
+    runs = []
+    for variance in ("exact", "sampled"):
+        model, loss_fn = make_model(), nn.CrossEntropyLoss()
+        guided = wrap(model, loss_fn, "adam", backend="cached", variance=variance)
+        for x, y in make_batches(4, 40):
+            guided.zero_grad()
+            for xs, ys in zip(x.chunk(2), y.chunk(2), strict=True):
+                penalty = 0.1 * sum(p.square().sum() for p in model.parameters())
+                ((loss_fn(model(xs), ys) + penalty) / 2).backward()
+            guided.step()
+        runs.append(guided.alpha_history)
+    check_same(*runs, ("slope_start", "slope_end"))
+
+
+@pytest.mark.parametrize("variance", ["sampled", "exact"])
+def test_a_penalty_on_the_parameters_is_noticed(variance):
+    """The loss seen is not all that is sent backward: losses and slopes belong to different functions."""
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, "adam", variance=variance)
+    gradients = []
+    with pytest.warns(UserWarning, match="not all of the loss that is sent backward") as caught:
+        for x, y in make_batches(6):
+            guided.zero_grad()
+            (loss_fn(model(x), y) + 0.1 * sum(p.square().sum() for p in model.parameters())).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            before = torch.cat([p.detach().flatten() for p in model.parameters()])
+            guided.step()
+            d = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+            gradients[-1] = float(gradients[-1] @ d / d.norm())
+    assert len(caught) == 1
+    assert len(str(caught[0].message)) < 500
+    assert {m.information for m in guided.alpha_history} == {"slopes"}
+    assert [m.slope_start for m in guided.alpha_history] == pytest.approx(gradients[:5])
+
+
+def test_an_earlier_forward_pass_of_another_size_does_not_confuse_the_count():
+    reference = plain_run("adam")
+    model = make_model()
+    guided = wrap(model, None, "adam")
+    for x, y in make_batches(6):
+        guided.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        model(x[:4])
+        loss.backward()
+        guided.step()
+    check_same(guided.alpha_history, reference.alpha_history, ("samples_start", "slope_variance_start"))
+
+
+@pytest.mark.parametrize("options", [{"variance": "sampled"}, {"variance": "exact"}], ids=str)
+def test_losses_of_two_forward_passes_together(options):
+    histories = []
+    for together in (True, False):
+        model = make_model()
+        guided = wrap(model, None, "adam", **({"backend": "cached"} if together else options))
+        (x, y), (u, v) = make_batches(1, 12)[0], make_batches(1, 7)[0]
+        for _ in range(3):
+            guided.zero_grad()
+            if together:
+                losses = nn.functional.cross_entropy(model(torch.cat([x, u])), torch.cat([y, v]), reduction="none")
+            else:
+                both = [nn.functional.cross_entropy(model(a), b, reduction="none") for a, b in ((x, y), (u, v))]
+                losses = torch.cat(both)
+            guided.backward(losses)
+            guided.step()
+        histories.append(guided.alpha_history)
+    assert [m.samples_start for m in histories[1]] == [19, 19]
+    first = 1 if options["variance"] == "exact" else 0  # the rules of layers do not fit, as is seen then
+    check_same(*(history[first:] for history in histories))
+
+
+def test_the_factor_of_a_recorded_mean_is_divided_out():
+    slopes = []
+    for scale in (1.0, 1024.0):
+        model = make_model()
+        guided = wrap(model, None, "adam")
+        for x, y in make_batches(3):
+            guided.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            guided.record_losses(loss)
+            (loss * scale).backward()
+            guided.step()
+        slopes.append(guided.alpha_history[0].slope_start)
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-5)
+
+
+def test_a_stray_backward_before_a_closure_does_not_count():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn)
+    reference = plain_run()
+    stray = make_batches(1, seed=9)[0]
+    for x, y in make_batches(6):
+        loss_fn(model(stray[0]), stray[1]).backward()
+
+        def closure(x=x, y=y):
+            guided.zero_grad()
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            return loss
+
+        guided.step(closure)
+    check_same(guided.alpha_history, reference.alpha_history)
+
+
+def test_a_loss_function_that_is_never_called_is_noticed_once():
+    model = make_model()
+    guided = wrap(model, nn.CrossEntropyLoss())
+    with pytest.warns(UserWarning, match="none of its calls was seen in the backward pass") as caught:
+        for x, y in make_batches(5):
+            guided.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            guided.step()
+    assert len(caught) == 1
+
+
+def test_a_recorded_mean_does_not_replace_what_loss_fn_says():
+    reference = plain_run("adam")
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, "adam")
+    for x, y in make_batches(6):
+        guided.zero_grad()
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        guided.record_losses(loss.detach())
+        guided.step()
+    check_same(guided.alpha_history, reference.alpha_history)
+    assert {m.information for m in guided.alpha_history} == {"full"}
+
+
+@pytest.mark.filterwarnings("ignore:loss_fn")
+def test_a_batch_without_a_target_that_counts_raises_nothing():
+    model, loss_fn = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn)
+    for target in (0, -100, 1):
+        guided.zero_grad()
+        loss_fn(model(torch.randn(5, 4)), torch.full((5,), target)).backward()
+        guided.step()
+    assert {m.status.value for m in guided.alpha_history} == {"not_finite"}
+
+
+def test_steps_at_rate_zero_without_a_gradient_count():
+    model = nn.Linear(3, 1)
+    optimizer = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.0), model, every=3)
+    for step in range(6):
+        optimizer.zero_grad()
+        (model(torch.ones(2, 3)).sum() * 0.0).backward()
+        optimizer.step()
+        assert optimizer.iteration == step + 1
+
+
+def test_what_is_known_of_the_noise_stands_where_a_batch_is_called_otherwise():
+    """A batch of as many samples as its inputs are wide could be cut along either dimension, and is checked anew."""
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, "adam", variance="sampled")
+    for size in (8, 8, 6, 8, 8, 8):
+        ((x, y),) = make_batches(1, size)
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+    assert [m.information for m in guided.alpha_history] == ["full"] * 5
