@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from alpha_optim import AlphaGuided, AlphaScheduler, AlphaStatus, CalibrateThenAnneal, TargetAlpha
+from alpha_optim import (
+    AlphaGuided,
+    AlphaScheduler,
+    AlphaStatus,
+    Bounded,
+    CalibrateThenAnneal,
+    OvershootBackoff,
+    TargetAlpha,
+    WithWarmup,
+)
 from tests.parity import QUANTITIES
 from tests.reference.per_sample_loop import observe_run
 from tests.test_transparency import equal_states
@@ -137,6 +146,17 @@ LONGER = 4
 """By so much the runs are longer that are resumed, so that a search has begun."""
 
 
+def steered(case, guided):
+    """One of several ways to steer."""
+    kinds = (
+        lambda: AlphaScheduler(guided, total_steps=300),
+        lambda: AlphaScheduler(guided, CalibrateThenAnneal(300, around=True), guard="cpu"),
+        lambda: AlphaScheduler(guided, TargetAlpha(0.1), schedule=schedule_of(case, guided), guard=False),
+        lambda: AlphaScheduler(guided, WithWarmup(Bounded(OvershootBackoff(), 0.1, 10.0), 5), max_lr=1.0),
+    )
+    return kinds[case.seed % len(kinds)]()
+
+
 def check_resumed(case, place):
     """A run that is saved somewhere, built anew and loaded ends bit for bit as one that is not.
 
@@ -148,11 +168,12 @@ def check_resumed(case, place):
     saved = round(place * len(case.sizes))
     if case.mistakes[saved : saved + 1] == ("no zero_grad",):
         return  # gradients are in no checkpoint
+    every = None if case.every > 1 else 1  # as its policy asks, or always
     ends = []
     for resumed in (False, True):
         model, loss_fn = case.model(), loss_module(case)
-        guided = wrap(case, model, loss_fn, every=case.every)
-        scheduler = AlphaScheduler(guided, CalibrateThenAnneal(300))
+        guided = wrap(case, model, loss_fn, every=every)
+        scheduler = steered(case, guided)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run(case, model, guided, loss_fn, scheduler, last=saved)
@@ -162,8 +183,8 @@ def check_resumed(case, place):
                 states = copy.deepcopy([part.state_dict() for part in (model, guided, scheduler)])
                 random = torch.get_rng_state()
                 model, loss_fn = case.model(), loss_module(case)
-                guided = wrap(case, model, loss_fn, every=case.every)
-                scheduler = AlphaScheduler(guided, CalibrateThenAnneal(300))
+                guided = wrap(case, model, loss_fn, every=every)
+                scheduler = steered(case, guided)
                 for part, state in zip((model, guided, scheduler), states, strict=True):
                     part.load_state_dict(state)
                 torch.set_rng_state(random)
