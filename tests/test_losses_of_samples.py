@@ -37,6 +37,36 @@ def test_functional_losses(kind, how):
     assert {m.information for m in guided.alpha_history} == {"full"}
 
 
+def recorded_run(clear_first, parts, fails):
+    """Losses recorded before or after `zero_grad`, of several micro-batches; perhaps first of a pass that breaks."""
+    model = make_model()
+    guided = wrap(model, None, "adam")
+    for x, y in make_batches(6):
+        if fails:
+            guided.zero_grad()
+            guided.record_losses(torch.full((7,), 99.0))  # and what its backward pass raises is caught by the loop
+            guided.zero_grad()
+        for number, (x_part, y_part) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
+            if clear_first and number == 0:
+                guided.zero_grad()
+            losses = nn.functional.cross_entropy(model(x_part), y_part, reduction="none")
+            guided.record_losses(losses.detach())
+            if not clear_first and number == 0:
+                guided.zero_grad()
+            losses.mean().backward()
+        guided.step()
+    return guided.alpha_history
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("clear_first", [True, False])
+def test_recorded_losses_of_a_pass_that_broke_are_forgotten(clear_first, parts):
+    expected = plain_run("adam").alpha_history
+    fields = ("loss_start", "loss_end", "loss_variance_start", "samples_start", "samples_end")
+    for fails in (False, True):
+        check_same(recorded_run(clear_first, parts, fails), expected, fields)
+
+
 def test_losses_of_reduction_none_also_handed_over_count_once():
     reference = plain_run("adam")
     model, loss_fn = make_model(), nn.CrossEntropyLoss(reduction="none")

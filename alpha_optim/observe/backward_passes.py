@@ -121,7 +121,9 @@ class BackwardPasses:
         self._passes: list[BackwardPass] = []
         self._by_task: dict[int, BackwardPass] = {}
         self._anchored: BackwardPass | None = None
-        self.recorded: list[LossCall] = []
+        self.recorded: list[LossCall] = []  # losses that were handed over
+        self._recorded_after: list[int] = []  # how many passes had reached a parameter then
+        self._cleared = False  # whether gradients were cleared since the last ones
         self.forwards: list[int] = []  # samples of the model's calls
         self.inputs: set[int] = set()  # storages of what the model was called with
         self.skipped = False
@@ -193,6 +195,22 @@ class BackwardPasses:
             entry = self._by_task[task] = self._anchored
         return entry if entry is not None else self._open(task)
 
+    def record(self, call: LossCall) -> None:
+        """Take losses that were handed over, in place of those whose backward pass never came before a `zero_grad`."""
+        reached = len(self.reached)
+        if self._cleared:
+            lasting = [count < reached for count in self._recorded_after]
+            self.recorded = [entry for entry, lasts in zip(self.recorded, lasting, strict=True) if lasts]
+            self._recorded_after = [count for count in self._recorded_after if count < reached]
+        self.recorded.append(call)
+        self._recorded_after.append(reached)
+        self._cleared = False
+
+    def cleared(self) -> None:
+        """``zero_grad`` was called."""
+        self._cleared = True
+        self.discard()
+
     def discard(self) -> None:
         """The gradients of the passes so far were thrown away without a step.
 
@@ -203,7 +221,8 @@ class BackwardPasses:
             others = any(not entry.calls for entry in self.reached)  # not of our loss function
             skipped = self._on_discard()
             self.skipped, self.discarded = skipped or self.skipped, (others and not skipped) or self.discarded
-            self._passes, self._by_task, self._anchored, self.recorded = [], {}, None, []
+            self._passes, self._by_task, self._anchored = [], {}, None
+            self.recorded, self._recorded_after = [], []
 
     def _open(self, task: int) -> BackwardPass:
         if self.reached and self._gradients_cleared():

@@ -248,6 +248,7 @@ class Session:
         if self.active and not self.pairing.iteration.in_step:
             if in_place:
                 self.pairing.gradients_overwritten()
+            self.pairing.iteration.passes.cleared()
             self._judge_lost()
 
     def _judge_lost(self) -> None:
@@ -296,7 +297,7 @@ class Session:
         """Take note of losses; see `AlphaGuided.record_losses`."""
         check_losses(losses, "record_losses", self.pairing.iteration.passes.forwards, graph=False)
         if self.active:
-            self.pairing.iteration.passes.recorded.append(self.pairing.losses.hand_over(losses))
+            self.pairing.iteration.passes.record(self.pairing.losses.hand_over(losses))
 
     # ---------------------------------------------------------------- the step
 
