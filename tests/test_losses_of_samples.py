@@ -53,7 +53,7 @@ def recorded_run(clear_first, parts, fails):
             guided.record_losses(losses.detach())
             if not clear_first and number == 0:
                 guided.zero_grad()
-            losses.mean().backward()
+            (losses.mean() / parts).backward()
         guided.step()
     return guided.alpha_history
 
