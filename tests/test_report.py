@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from alpha_optim import (
 from alpha_optim.alpha.diagnosis import diagnose
 from alpha_optim.alpha.window import window_alpha
 from alpha_optim.integrations.loggers import record
+from alpha_optim.report import recording
 from alpha_optim.report.command_line import main
 from alpha_optim.report.recording import BadFileError, Recording
 from alpha_optim.report.sampling import extremes, trailing_mean
@@ -98,6 +100,39 @@ def test_columns_are_those_of_the_history(tmp_path):
     assert np.array_equal(recording.losses, [item.loss_start for item in items])
     assert np.array_equal(recording.rates, [item.lr[0] for item in items])
     assert str(recording.diagnosis()) == str(diagnose(history))
+
+
+@pytest.mark.parametrize("block", [1, 5_000, 1 << 20])
+@pytest.mark.parametrize("loads", [recording._loads, json.loads])
+def test_lines_read_at_once_are_those_read_one_by_one(tmp_path, monkeypatch, block, loads):
+    """Values that are not known or infinite, events and notes in between, whatever reads the JSON."""
+    path = tmp_path / "run.jsonl"
+    history = run_file(path)
+    lines = path.read_text().splitlines()
+    rows = [json.loads(line) for line in lines[1:]]
+    for row in rows[:100]:
+        row["alpha_std"] = None
+    rows[120]["loss_start"], rows[121]["fitted_slope_end"], rows[122]["lr"] = "inf", "-inf", []
+    event = asdict(GuardEvent(200, "loss_rose", 1.0, 9.0, restored=True))
+    rows[200:200] = [{"event": event}, {"note": {"iteration": 201, "text": "found"}}]
+    path.write_text("\n".join([lines[0], *map(json.dumps, rows)]) + "\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(Recording, "_take_measurements", lambda *_: False)
+        singly = Recording.read(path)
+    monkeypatch.setattr(recording, "BLOCK", block)
+    monkeypatch.setattr(recording, "_loads", loads)
+    together = Recording.read(path)
+    assert len(together) == len(history)
+    for name in ("iterations", "alphas", "stds", "losses", "rates"):
+        assert np.array_equal(getattr(together, name), getattr(singly, name), equal_nan=True)
+    assert np.array_equal(together.alphas, history.alphas)
+    assert math.isinf(together.losses[120])
+    assert np.isnan(together.rates[122])
+    assert together.statuses == singly.statuses
+    assert (together.events, together.notes) == (singly.events, singly.notes)
+    assert len(together.events) == len(together.notes) == 1
+    assert np.array_equal(together.windowed(50), singly.windowed(50), equal_nan=True)
+    assert together.diagnosis() == singly.diagnosis()
 
 
 @pytest.mark.parametrize("size", [1, 2, 10, 100, 1000])

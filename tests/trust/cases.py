@@ -187,7 +187,9 @@ class Case:
         params = [p for p in model.parameters() if frozen or p.requires_grad]
         module, _, name = self.optimizer.rpartition(".")
         kind = getattr(importlib.import_module(module or "torch.optim"), name)
-        return kind(params, lr=self.lr, **dict(self.settings))
+        optimizer = kind(params, lr=self.lr, **dict(self.settings))
+        getattr(optimizer, "train", lambda: None)()  # Schedule-Free has a mode for training
+        return optimizer
 
     def batches(self):
         generator = torch.Generator().manual_seed(self.seed)
@@ -271,7 +273,6 @@ def run(case, model, optimizer, loss_fn, schedule, first=0, last=None):
         else:
             loss.mean().backward(**options)
 
-    getattr(optimizer, "train", lambda: None)()  # Schedule-Free has a mode for training
     for (x, y), wrong in list(zip(case.batches(), case.mistakes, strict=True))[first:last]:
         if wrong != "no zero_grad":
             optimizer.zero_grad()
