@@ -106,9 +106,12 @@ def check_numbers(case, guided):
             case.base(model, frozen=False),
             list(case.batches()),
         )
-    assert len(guided.alpha_history) == len(expected)
+    # That an optimizer writes to the gradients (Schedule-Free) is noticed at its first step, and they are copied then.
+    assert guided.alpha_history.dropped in ({}, {"gradients_modified": 1})
+    lost = "gradients_modified" in guided.alpha_history.dropped
+    assert guided.alpha_history.iterations.tolist() == list(range(lost, len(expected)))
     sampled = case.variance == "sampled"
-    for m, row in zip(guided.alpha_history, expected, strict=True):
+    for m, row in zip(guided.alpha_history, expected[lost:], strict=True):
         # In the first iterations it is found out how the model is differentiated, and anew when it is called otherwise.
         known = m.iteration >= 2 and len(set(case.sizes)) == 1 and case.sizes[0] > 1
         if known and case.backend in ("auto", "layerwise") and math.isfinite(m.alpha):
