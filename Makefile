@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity harm trust mutants bench dist docs format lint types doctest check clean
+.PHONY: help install demo test parity harm trust mutants audit bench dist docs format lint types doctest check clean
 
 help:  ## list the tasks
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -45,6 +45,11 @@ mutants: install  ## change the code in small ways, one at a time, and see which
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mutmut
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run $(ARGS)
 	$(BIN)/mutmut results
+
+# Asks PyPI, so it needs the network; what could not be looked up is an error, too.
+audit: install  ## look for known vulnerabilities in the versions that CI installs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip-audit
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 # A folder of its own for everything: nothing of the sources is importable where the wheel is tried.
 dist: install  ## build wheel and sdist, install each in an environment of its own, try it from another folder
