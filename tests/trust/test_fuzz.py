@@ -161,7 +161,9 @@ def steered(case, guided):
 
 
 def check_resumed(case, place):
-    """A run that is saved somewhere, built anew and loaded ends bit for bit as one that is not.
+    """A run that is saved somewhere and goes on from there ends bit for bit as one that is not saved.
+
+    It goes on in two ways: with everything built anew, and with what has been trained to the end, and is taken back.
 
     Args:
         case: The case.
@@ -171,34 +173,39 @@ def check_resumed(case, place):
     saved = round(place * len(case.sizes))
     if case.mistakes[saved : saved + 1] == ("no zero_grad",):
         return  # gradients are in no checkpoint
-    every = None if case.every > 1 else 1  # as its policy asks, or always
-    ends = []
-    for resumed in (False, True):
+
+    def build():
         model, loss_fn = case.model(), loss_module(case)
-        guided = wrap(case, model, loss_fn, every=every)
-        scheduler = steered(case, guided)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            run(case, model, guided, loss_fn, scheduler, last=saved)
-            if not resumed:
-                whole = copy.deepcopy(guided.optimizer.state_dict())
-            else:
-                states = copy.deepcopy([part.state_dict() for part in (model, guided, scheduler)])
-                random = torch.get_rng_state()
-                model, loss_fn = case.model(), loss_module(case)
-                guided = wrap(case, model, loss_fn, every=every)
-                scheduler = steered(case, guided)
-                for part, state in zip((model, guided, scheduler), states, strict=True):
-                    part.load_state_dict(state)
-                torch.set_rng_state(random)
-                if not equal_states(guided.optimizer.state_dict(), whole):
-                    return  # torch itself loads something else (ASGD in float64)
-            following = run(case, model, guided, loss_fn, scheduler, first=saved)
+        guided = wrap(case, model, loss_fn, every=None if case.every > 1 else 1)  # as its policy asks, or always
+        return model, loss_fn, guided, steered(case, guided)
+
+    def end(model, loss_fn, guided, scheduler):
+        following = run(case, model, guided, loss_fn, scheduler, first=saved)
         told = [list(guided.alpha_history), guided.alpha_history.dropped, guided.guard_events, scheduler.get_last_lr()]
-        ends.append(([model.state_dict(), guided.optimizer.state_dict(), following], repr(told)))
-    (one, told), (other, told_again) = ends
-    assert told == told_again
-    assert equal_states(one, other)
+        return copy.deepcopy([model.state_dict(), guided.optimizer.state_dict(), following]), repr(told)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained = build()
+        model, loss_fn, guided, scheduler = trained
+        run(case, model, guided, loss_fn, scheduler, last=saved)
+        states, random = (
+            copy.deepcopy([part.state_dict() for part in (model, guided, scheduler)]),
+            torch.get_rng_state(),
+        )
+        base = copy.deepcopy(guided.optimizer.state_dict())
+        ends = [end(*trained)]
+        for parts in (build(), trained):
+            model, _, guided, scheduler = parts
+            for part, state in zip((model, guided, scheduler), copy.deepcopy(states), strict=True):
+                part.load_state_dict(state)
+            torch.set_rng_state(random)
+            if not equal_states(guided.optimizer.state_dict(), base):
+                return  # torch itself loads something else (ASGD in float64)
+            ends.append(end(*parts))
+    for weights, told in ends[1:]:
+        assert told == ends[0][1]
+        assert equal_states(weights, ends[0][0])
 
 
 @QUICK
