@@ -7,8 +7,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from examples.benchmarks.held_out import HELD_OUT
 from examples.benchmarks.peers import PEERS
-from examples.benchmarks.rate_free import ALL, BASES, FRESH, OPEN, UNSEEN
+from examples.benchmarks.problems import PROBLEMS, UNSEEN
+from examples.benchmarks.rate_free import ALL, BASES, FRESH, OPEN
 from examples.benchmarks.tables import table
 
 Row = dict[str, Any]
@@ -42,13 +44,13 @@ def diverged(row: Row) -> bool:
 def verdict(ours: list[float], tuned: list[float], accuracy: bool) -> tuple[bool, bool]:
     """Whether our worst and our median are as near to the tuned runs as they should be.
 
-    The worst within 0.5 points (3 % of the loss) of tuned's own worst, the median within 0.2 points (3 %) of
+    The worst within 0.5 points (3 % of the loss) of tuned's own worst, the median within 0.2 points (1 %) of
     tuned's mean.
     """
     worst, median, mean = ours[-1], statistics.median(ours), statistics.fmean(tuned)
     if accuracy:
         return worst >= tuned[-1] - 0.5, median >= mean - 0.2
-    return worst <= 1.03 * tuned[-1], median <= 1.03 * mean
+    return worst <= 1.03 * tuned[-1], median <= 1.01 * mean
 
 
 HEADER = [
@@ -237,19 +239,30 @@ seeds; **guessed** the middle of that grid on the same seeds. *found* is the hig
 that of a whole run as a multiple of a tuned one, the search for its rate not counted, 20 steps of each in turn;
 where a step takes a millisecond or two (the MLPs, regression, quadratic) it is Python that costs. *reached*: worst
 within 0.5 points (3 % of the loss) of tuned's worst seed of three, or, in brackets, only of its worst of 15
-(`--further`); median within 0.2 points (3 %) of tuned's mean.
+(`--further`); median within 0.2 points (1 %) of tuned's mean.
+
+"""
+
+
+HELD_OUT_TEXT = """
+### Held out
+
+`--held-out`: problems that were written down when the policy stood as it does, and run once. No constant was chosen on
+them. A variational autoencoder whose losses are handed over with `optimizer.backward`; nodes of a graph, 150 of which
+have a class; a ViT of Transformers that is fine-tuned and returns its loss, gradients clipped; a GPT with dropout,
+flattened functional loss and clipping, over 400 steps. *Muon + AdamW* is two optimizers wrapped as one.
 
 """
 
 
 def section(rows: list[Row], picture_path: Path) -> str:
     """The part of docs/benchmarks.md."""
-    seen = [name for name in ALL if name not in UNSEEN]
+    seen = list(PROBLEMS)
     picture(rows, picture_path)
     parts = [TEXT, alpha_table(rows, seen)]
     parts.append(
         "\nPoints of accuracy by which runs fall short of tuned's mean, 0 if they do not; of losses 6 % count as a "
-        "point:\n\n" + shortfall_table(rows, list(ALL))
+        "point:\n\n" + shortfall_table(rows, [*PROBLEMS, *UNSEEN])
     )
     parts.append(f"\n![test figures against initial rates]({picture_path.name})\n")
     parts.append("\nMedian over seeds by initial rate:\n\n" + by_initial_rate(rows, seen))
@@ -264,7 +277,7 @@ def section(rows: list[Row], picture_path: Path) -> str:
         parts.append(
             "\nRuns whose length is not known (`CalibrateThenAnneal(400, anneal=False)`, held with corrections, and "
             "`cool_down` over the last fifth), beside runs that know it and methods that need none:\n\n"
-            + open_end_table(rows, list(ALL))
+            + open_end_table(rows, [*PROBLEMS, *UNSEEN])
         )
     if select(rows, problem=next(iter(UNSEEN)), method="alpha"):
         parts.append(
@@ -274,6 +287,11 @@ def section(rows: list[Row], picture_path: Path) -> str:
             + "\n"
             + peer_table(rows, list(UNSEEN))
         )
+    held_out = [name for name in HELD_OUT if select(rows, problem=name, method="tuned")]
+    if held_out:
+        parts.append(HELD_OUT_TEXT + alpha_table(rows, held_out) + "\nShortfalls as above:\n\n")
+        parts.append(shortfall_table(rows, held_out) + "\n" + peer_table(rows, held_out))
+        parts.append("\nRanks, among the methods that ran on all of these:\n\n" + rank_table(rows, held_out))
     return "".join(parts)
 
 
@@ -284,7 +302,7 @@ def picture(rows: list[Row], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    problems = [name for name in ALL if name not in UNSEEN and select(rows, problem=name, method="alpha")]
+    problems = [name for name in PROBLEMS if select(rows, problem=name, method="alpha")]
     columns = 4
     figure, grid = plt.subplots(-(-len(problems) // columns), columns, figsize=(12, 5.5), squeeze=False)
     for axes in grid.flat[len(problems) :]:
