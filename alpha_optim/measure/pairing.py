@@ -136,8 +136,8 @@ class Pairing:
         checks = "start" in due and backend is not None and backend.check_due()
         task = Task(number, starts, self.pending, backend, due, self._sample_dim, guarded, checks)
         unused, self._unused = self._unused, None
-        if unused is None and number == self.iteration.task.number:
-            unused = self.iteration.unused()
+        if unused is None and number == self.iteration.task.number and not self.iteration.in_step:
+            unused = self.iteration.unused()  # the same iteration, hooked anew; after a call of `step` all is judged
         self.iteration = self._new(task, params)
         if unused is not None:
             self.iteration.take_over(unused)
