@@ -299,6 +299,8 @@ def one_iteration(wrong, case, model, optimizer, x, y, loss_of, backward):
         optimizer.step(lambda: closure(wrong, optimizer, lambda: loss_of(x, y), backward))
         return
     loss = loss_of(x, y)
+    if wrong == "not finite":  # drawn by no strategy: only where a guard has to answer
+        loss = loss * math.nan
     if wrong == "raises in backward":
         (loss.mean() + Stop.apply(next(p for p in model.parameters() if p.requires_grad).sum())).backward()
     if wrong == "no backward":
