@@ -71,6 +71,13 @@ def test_only_one_file_knows_torch_distributed():
         assert not found or path.name == "distributed.py", (path, found)
 
 
+def test_no_clock_is_read():
+    """A clock that jumps, or another time zone, changes nothing: only the terminal view waits between two looks."""
+    for path in MODULES:
+        clocks = {name.split(".")[0] for name in imported(path)} & {"time", "datetime", "locale", "calendar"}
+        assert not clocks or path.name == "terminal.py", path
+
+
 RECORDS = ("columns", "row", "metrics")
 """What holds rates that were, not those that will be."""
 

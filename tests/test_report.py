@@ -216,6 +216,21 @@ def test_no_arguments_is_an_error_without_traceback():
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("command", ["diagnose", "compare", "report", "watch"])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_greek_letters_is_served(tmp_path, command, encoding):
+    """As Windows has it where output is redirected, and a machine without a locale."""
+    run_file(tmp_path / "run.jsonl")
+    arguments = {"watch": ["--once"], "report": ["-o", str(tmp_path / "page.html")]}.get(command, [])
+    result = subprocess.run(
+        [sys.executable, "-m", "alpha_optim", command, str(tmp_path / "run.jsonl"), *arguments],
+        capture_output=True,
+        env={**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding},
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout
+
+
 def test_a_last_line_that_is_being_written_is_left_out(tmp_path, capsys):
     path = tmp_path / "run.jsonl"
     run_file(path)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from alpha_optim.report.recording import BadFileError, Recording, read_all
@@ -25,8 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
-        sys.stdout.flush()
+        with _any_character(sys.stdout):
+            options.run(options)
+            sys.stdout.flush()
     except (BadFileError, ImportError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # as in `... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -36,6 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 0
     return 0
+
+
+@contextmanager
+def _any_character(stream: Any) -> Iterator[None]:
+    """Let a stream write "?" for what its encoding lacks, as that of output redirected on Windows lacks α."""
+    errors = getattr(stream, "errors", None)
+    if not hasattr(stream, "reconfigure") or errors is None:
+        yield
+        return
+    stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=errors)
 
 
 def _parser() -> argparse.ArgumentParser:
