@@ -225,7 +225,8 @@ class AlphaScheduler(LRScheduler):
         if max(rates) > 0.0:
             base.tell_limit(self.policy, self.max_lr / max(rates))
         decision = base.decision_of(self.policy, iteration, given)
-        if decision.keep is not None and not session.keep_point(decision.keep) and decision.keep == "start":
+        kept = decision.keep is None or session.search.keep(decision.keep, session.iteration)
+        if not kept and decision.keep == "start":
             base.give_up(self.policy, iteration)  # there is nothing to go back to
             decision = base.decision_of(self.policy, iteration, given)
         if decision.restore is not None and not session.restore_point(decision.restore):
@@ -242,7 +243,8 @@ class AlphaScheduler(LRScheduler):
     def _tell_session(self) -> None:
         """Tell the session whether a search goes on."""
         searching = self._decision.searching and self._cut is None and not self._sparse
-        self._session.in_search(searching, searching and self._decision.trial, over=not self._decision.searching)
+        trial = searching and self._decision.trial
+        self._session.search.goes_on(searching, trial, over=not self._decision.searching)
 
     def _too_sparse(self, optimizer: AlphaGuided) -> bool:
         """Whether a search goes on, but the scheduler is stepped after several steps only."""
@@ -324,7 +326,7 @@ class AlphaScheduler(LRScheduler):
         factor = 1.0
         if event.reason is GuardReason.NO_EFFECT:  # of the last cut, which is what the guard asks to be undone
             factor = self._cuts.without_effect()
-        elif event.restored and not self._session.trial:
+        elif event.restored and not self._session.search.trial:
             factor = self._cuts.taken_back(event, base.decides(self.policy), self._session.guard)
         event = replace(event, scale_factor=factor)
         if factor != 1.0:

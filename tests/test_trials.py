@@ -239,9 +239,9 @@ def test_a_real_search_ends_with_a_rate_and_no_points(guard):
     steps = ended(scheduler, batches(400), run)
     assert steps < 0.4 * 400
     assert "the best rate is" in scheduler.policy.story[-1][1]
-    assert optimizer._session.search_points._points == {}
+    assert optimizer._session.search._points == {}
     assert "restored" in optimizer.alpha_history.dropped
-    assert optimizer._session.trial is False
+    assert optimizer._session.search.trial is False
 
 
 @pytest.mark.parametrize("order", ["optimizer first", "scheduler first"])
@@ -269,16 +269,16 @@ def test_a_search_resumes_bit_for_bit_in_any_phase(cut, order, tmp_path):
 def test_optimizer_state_loaded_without_the_schedulers_drops_the_points():
     run = search_run()
     train(*run, batches(60))
-    assert run[2]._session.search_points._points
+    assert run[2]._session.search._points
     state = copy.deepcopy(run[2].state_dict())
     other = search_run()
     other[0].load_state_dict(copy.deepcopy(run[0].state_dict()))
     other[2].load_state_dict(state)
-    kept = other[2]._session.search_points._points.get("start")
+    kept = other[2]._session.search._points.get("start")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the loaded state brings its own rates
         train(*other, batches(3))
-    points = other[2]._session.search_points._points
+    points = other[2]._session.search._points
     assert points.get("start") is not kept or kept is None
     assert "best" not in points
 
@@ -324,7 +324,7 @@ def test_a_search_that_waits_keeps_its_points():
     model, loss_fn, optimizer, scheduler = run
     data = list(batches(200))
     train(*run, data[:50])
-    assert optimizer._session.search_points._points
+    assert optimizer._session.search._points
     for x, y in data[50:54]:
         optimizer.zero_grad()
         loss_fn(model(x), y).backward()
@@ -332,7 +332,7 @@ def test_a_search_that_waits_keeps_its_points():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it waits
         scheduler.step()
-    assert optimizer._session.search_points._points
+    assert optimizer._session.search._points
     ended(scheduler, data[54:], run)
     assert "the best rate is" in scheduler.policy.story[-1][1]
 

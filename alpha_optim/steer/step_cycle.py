@@ -30,7 +30,7 @@ from alpha_optim.observe.step_direction import parameters_of, rates_of
 from alpha_optim.policies.base import Place
 from alpha_optim.steer.guard import Guard
 from alpha_optim.steer.reminders import UNSCHEDULED, Reminders
-from alpha_optim.steer.search_points import SearchPoints
+from alpha_optim.steer.search import Search
 from alpha_optim.user_warning import warn_user
 
 VERSION = 3
@@ -87,11 +87,7 @@ class Session:
         self.events = GuardLog()
         self.skipped = 0
         """Calls of `step` that the guard did not execute."""
-        self.searching = False
-        """Whether a policy searches, so that hooks for accepted points sleep."""
-        self.trial = False
-        """Whether the steps at hand belong to a trial, which the guard ends instead of lowering the rate."""
-        self.search_points = SearchPoints(plan.model, plan.optimizer)
+        self.search = Search(plan.model, plan.optimizer)
         self.reminders = Reminders(plan.loss_fn)
         self._steering: Steering | None = None
         self._reached = 0  # steps before which another network's backward pass came through
@@ -170,27 +166,11 @@ class Session:
         self._scheduled_at = self.iteration
         self.reminders.scheduler_stepped(self.iteration)
 
-    def in_search(self, searching: bool, trial: bool, over: bool) -> None:
-        """Take note of a search.
-
-        Args:
-            searching: Whether it goes on.
-            trial: Whether the coming steps belong to a trial.
-            over: Whether it does not only wait: then no point is kept any longer.
-        """
-        self.searching, self.trial = searching, trial
-        if over:
-            self.search_points.forget()
-
-    def keep_point(self, place: Place) -> bool:
-        """Keep the point reached, for a search; False if there is no memory for it."""
-        return self.search_points.keep(place, self.iteration)
-
     def restore_point(self, place: Place) -> bool:
         """Go on from a point that a search has kept; False, and nothing is changed, if there is none that fits."""
-        if not self.search_points.restore(place):
+        if not self.search.restore(place):
             return False
-        self.history.abandoned = self.search_points.abandoned(place, self.iteration, self.history.abandoned)
+        self.history.abandoned = self.search.abandoned(place, self.iteration, self.history.abandoned)
         if self.pairing.pending is not None:
             self.pairing.pending = None
             self.history.drop(DropReason.RESTORED)
@@ -555,7 +535,7 @@ class Session:
 
     def _tell_accepted(self) -> None:
         """The point reached is accepted; in a search only the one that it ends at counts."""
-        if self._accepted is not None and not self.searching:
+        if self._accepted is not None and not self.search.under_way:
             with torch.enable_grad():
                 self._accepted()
 
@@ -646,9 +626,9 @@ class Session:
             "guard": guard,
             "plan": self.plan.state_dict(),
             "skipped": self.skipped,
-            "searching": self.searching,
-            "trial": self.trial,
-            "search_points": self.search_points.state_dict() if tensors else None,
+            "searching": self.search.under_way,
+            "trial": self.search.trial,
+            "search_points": self.search.state_dict() if tensors else None,
             "scheduled_at": self._scheduled_at,
             "started_before": self._started_before,
             "events": self.events.state_dict(),
@@ -659,7 +639,7 @@ class Session:
         self.pairing.close()
         self._reset()
         self._saved_guard, self.events = None, GuardLog()
-        self.search_points.forget()
+        self.search.forget()
         self.skipped = 0
         if state is None:
             self.iteration = self._scheduled_at = 0
@@ -669,9 +649,9 @@ class Session:
             self.iteration = int(state["iteration"])
             self.history.load_state_dict(state["history"])
             self._saved_guard = state["guard"]
-            self.skipped, self.searching = int(state.get("skipped", 0)), bool(state.get("searching", False))
-            self.trial = bool(state.get("trial", False))
-            self.search_points.load_state_dict(state.get("search_points"))
+            self.skipped, self.search.under_way = int(state.get("skipped", 0)), bool(state.get("searching", False))
+            self.search.trial = bool(state.get("trial", False))
+            self.search.load_state_dict(state.get("search_points"))
             self._scheduled_at = int(state.get("scheduled_at", self.iteration))
             self._started_before = bool(state.get("started_before", False))
             if int(state["version"]) >= 2:

@@ -1,4 +1,4 @@
-"""The points that a search for the rate keeps: where its trials begin, and where the best of them ended."""
+"""Whether a search for the rate goes on, and the points that it keeps: where trials begin, where the best one ended."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ Span = tuple[int, int]
 """First and last iteration of a trial."""
 
 
-class SearchPoints:
-    """Parameters, persistent buffers and the whole state of the optimizer at two points, in the memory of the CPU."""
+class Search:
+    """Parameters, persistent buffers and the whole state of the optimizer at two points, in the memory of the CPU.
+
+    Attributes:
+        under_way: Whether a policy searches, so that hooks for accepted points sleep.
+        trial: Whether the steps at hand belong to a trial, which the guard ends instead of lowering the rate.
+    """
 
     def __init__(self, model: nn.Module | None, optimizer: Optimizer) -> None:
         """Start with nothing kept.
@@ -28,10 +33,23 @@ class SearchPoints:
             optimizer: The optimizer.
         """
         self._model, self._optimizer = model, optimizer
+        self.under_way = self.trial = False
         self.forget()
 
+    def goes_on(self, under_way: bool, trial: bool, over: bool) -> None:
+        """Take note of how the search stands.
+
+        Args:
+            under_way: Whether it goes on.
+            trial: Whether the coming steps belong to a trial.
+            over: Whether it does not only wait: then no point is kept any longer.
+        """
+        self.under_way, self.trial = under_way, trial
+        if over:
+            self.forget()
+
     def forget(self) -> None:
-        """Free the copies."""
+        """Free the points."""
         self._points: dict[Place, Point] = {}
         self._begin = 0  # iteration at which the trial under way began
         self._best: Span | None = None
