@@ -235,9 +235,9 @@ class AlphaGuided(Optimizer):
 
     @property
     def guard_counts(self) -> dict[str, int]:
-        """How many ``batches_skipped`` and ``steps_taken_back`` there were in all; a batch may be both."""
+        """How many ``events``, ``batches_skipped`` and ``steps_taken_back`` there were in all; an event may be both."""
         events = self._session.events
-        return {"batches_skipped": events.skipped, "steps_taken_back": events.restored}
+        return {"events": events.count, "batches_skipped": events.skipped, "steps_taken_back": events.restored}
 
     @property
     def iteration(self) -> int:

@@ -189,6 +189,21 @@ def test_a_rate_that_was_annealed_is_judged_where_it_stood(alpha, verdict, kind)
     assert "lowered" not in str(plain)
 
 
+def test_a_rate_that_was_lowered_long_ago_is_judged_as_it_is():
+    """Steps at the present rate that do not fall short tell of it, whatever those before did."""
+    filled = lowered([1.0] * 60 + [0.5 * 0.99] * 300, 1.5)  # alpha 1.5, then about 0.2
+    said = diagnose(filled)
+    assert said.alpha == pytest.approx(filled.windowed(100).alpha)
+    assert said.verdict == "balanced"
+    assert "lowered" not in str(said)
+
+
+def test_measurements_without_a_rate_are_judged_as_they_are():
+    filled, ends = history(-0.9), Observation(8, -1.0)
+    filled.append(measure_alpha(100, 1.0, ends, ends, ()))
+    assert diagnose(filled).verdict == "undershooting"
+
+
 def test_a_rate_that_has_grown_since_is_judged_as_it_is():
     rates = [0.1] * 100 + [0.001] * 100 + [0.002] * 200
     said = diagnose(lowered(rates, 0.5))

@@ -27,7 +27,7 @@ def test_the_newest_are_kept_and_all_are_counted(monkeypatch):
     again.append(event(99))
     again.load_state_dict(log.state_dict())
     assert repr(list(again)) == repr(list(log))
-    assert (again.skipped, again.restored) == (6, 4)
+    assert (again.count, again.skipped, again.restored) == (12, 6, 4)
 
 
 def test_a_list_of_an_older_run_is_taken_over():
@@ -56,7 +56,7 @@ def test_a_run_with_more_bad_batches_than_are_kept(monkeypatch, tmp_path):
         scheduler.step()
     stop()
     assert len(optimizer.guard_events) == 3
-    assert optimizer.guard_counts == {"batches_skipped": len(bad), "steps_taken_back": 0}
+    assert optimizer.guard_counts == {"events": len(bad), "batches_skipped": len(bad), "steps_taken_back": 0}
     assert loggers.events_of(optimizer)["batches_skipped"] == len(bad)
     rows = map(json.loads, (tmp_path / "run.jsonl").read_text().splitlines())
     assert len([row for row in rows if "event" in row]) == len(bad)

@@ -109,6 +109,53 @@ def test_autocast_with_steps_of_any_length(name, precision):
     assert 0.0 < tiny.slope_variance_start < 1.0
 
 
+class AutocastInside(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.float16):
+            return self.body(x).float()
+
+
+class WithAnEmptyParameter(nn.Linear):
+    def __init__(self):
+        super().__init__(6, 3)
+        self.nothing = nn.Parameter(torch.zeros(0))
+
+    def forward(self, x):
+        return super().forward(x) + self.nothing.sum()
+
+
+def normed(width, layers):
+    inner = [part for _ in range(layers) for part in (nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, width))]
+    return nn.Sequential(nn.Linear(6, width), *inner, nn.Linear(width, 3))
+
+
+@pytest.mark.parametrize(
+    ("build", "lr"),
+    [
+        (lambda: normed(256, 6), 1e-3),  # the norms' weights are large, a step of all parameters must not be as large
+        (lambda: AutocastInside(normed(16, 1)), 1e-8),  # that it computes in 16 bits is seen when it runs again
+        (lambda: AutocastInside(WithAnEmptyParameter()), 1e-8),
+    ],
+    ids=["deep", "inside", "empty"],
+)
+def test_float16_in_deep_models_and_inside_of_models(build, lr):
+    torch.manual_seed(0)
+    model, loss_fn = build(), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.Adam(model.parameters(), lr=lr), model, loss_fn)
+    for _ in range(3):
+        x, y = torch.randn(24, 6), torch.randint(0, 3, (24,))
+        guided.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=not isinstance(model, AutocastInside)):
+            loss = loss_fn(model(x), y)
+        loss.backward()
+        guided.step()
+    assert [m.information for m in guided.alpha_history] == ["full", "full"]
+
+
 @pytest.mark.compatibility("Precision", "parameters in bf16 and fp16")
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("variance", ["sampled", "exact"])

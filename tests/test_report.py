@@ -513,3 +513,19 @@ def test_two_files_of_one_name_are_told_apart(tmp_path, capsys):
 def test_a_file_that_is_none_raises_an_error_of_its_own(tmp_path):
     with pytest.raises(BadFileError, match="No such file"):
         Recording.read(tmp_path / "none.jsonl")
+
+
+def test_after_a_bad_line_that_was_caught_reading_goes_on_behind_it(tmp_path):
+    """Nothing is left out, and the next bad line is named rightly."""
+    path = tmp_path / "run.jsonl"
+    run_file(path, count=30)
+    lines = path.read_text().splitlines()
+    lines[11] = lines[23] = "nonsense"
+    path.write_text("\n".join(lines) + "\n")
+    read = Recording(path)
+    for number, before in ((12, 10), (24, 21)):
+        with pytest.raises(BadFileError, match=f"line {number}:"):
+            read.read_on()
+        assert len(read) == before
+    read.read_on()
+    assert read.iterations.tolist() == [n for n in range(30) if n not in (10, 22)]

@@ -1,10 +1,12 @@
 """A resumed run continues bit for bit; bare and wrapped state dicts load into each other."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from alpha_optim import AlphaGuided, AlphaScheduler
+from alpha_optim import AlphaGuided, AlphaScheduler, Hold
 from tests.test_transparency import equal_states
 
 OPTIMIZERS = {
@@ -185,3 +187,78 @@ def test_everything_of_ours_sits_under_one_key():
     _, _, guided, _ = build("adamw")
     assert set(guided.state_dict()) == {"state", "param_groups", "alpha_guided"}
     assert all(isinstance(key, int) for key in guided.state_dict()["state"])
+
+
+def skipped_run(every=1, guarded=True):
+    """A few steps, and one that a gradient scaler would have skipped."""
+    torch.manual_seed(0)
+    model, loss_fn = nn.Linear(6, 3), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn, every=every)
+    scheduler = AlphaScheduler(guided, Hold()) if guarded else None
+    for x, y in data(5):
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+        if scheduler is not None:
+            scheduler.step()
+    guided.zero_grad()
+    (loss_fn(model(x), y) * float("inf")).backward()
+    return model, loss_fn, guided
+
+
+def test_what_a_skipped_step_left_is_that_iterations_only():
+    """Saved where a guard watches, resumed without one: a pair that begins later is measured."""
+    model, _, guided = skipped_run(every=10)
+    state = copy.deepcopy(guided.state_dict())
+    assert state["alpha_guided"]["pairing"]["unused"]["skipped"]
+    model2 = nn.Linear(6, 3)
+    loss_fn = nn.CrossEntropyLoss()
+    resumed = AlphaGuided(torch.optim.SGD(model2.parameters(), lr=0.1), model2, loss_fn, every=10)
+    model2.load_state_dict(model.state_dict())
+    resumed.load_state_dict(state)
+    for x, y in data(20):
+        resumed.zero_grad()
+        loss_fn(model2(x), y).backward()
+        resumed.step()
+    assert resumed.alpha_history.iterations.tolist() == [0, 10, 20]
+    assert resumed.alpha_history.dropped == {}
+
+
+@pytest.mark.parametrize("unused", [{"skipped": "yes"}, {"losses": "12"}, {"losses": [None]}, {"other": 1}, None])
+def test_nonsense_about_skipped_passes_is_refused(unused):
+    _, _, guided = skipped_run()
+    state = copy.deepcopy(guided.state_dict())
+    state["alpha_guided"]["pairing"]["unused"] = unused
+    before = copy.deepcopy(guided.state_dict())
+    with pytest.raises(ValueError, match="cannot be taken over"):
+        guided.load_state_dict(state)
+    assert equal_states(before, guided.state_dict())
+
+
+def test_a_checkpoint_in_an_accepted_hook_takes_the_current_batch_for_a_good_one():
+    """Its gradients were not finite as the backward pass left them, and the loop has put that right."""
+    saved = {}
+
+    def run(first=0, states=None, hook=None):
+        torch.manual_seed(0)
+        model, loss_fn = nn.Linear(6, 3), nn.CrossEntropyLoss()
+        guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn)
+        if states is not None:
+            model.load_state_dict(states[0])
+            guided.load_state_dict(states[1])
+        if hook is not None:
+            guided.register_accepted_hook(lambda _: hook(model, guided))
+        for n, (x, y) in list(enumerate(data(8)))[first:]:
+            guided.zero_grad()
+            (loss_fn(model(x), y) * (float("inf") if n == 4 else 1.0)).backward()
+            for param in model.parameters():
+                torch.nan_to_num_(param.grad, 0.0, 0.0, 0.0)
+            guided.step()
+        return guided.alpha_history
+
+    def keep(model, guided):
+        saved.setdefault(guided.iteration, copy.deepcopy([model.state_dict(), guided.state_dict()]))
+
+    whole, resumed = run(hook=keep), run(first=4, states=saved[4])
+    assert repr(list(whole)) == repr(list(resumed))
+    assert whole.dropped == resumed.dropped

@@ -82,7 +82,7 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
     """
     recent = history.lasting(WINDOW)
     diverges = _diverges(recent, events)
-    before = [] if diverges else _before_lowering(history)
+    before = [] if diverges or not _may_fall_short_on_purpose(recent) else _before_lowering(history)
     if before:
         recent = before[-WINDOW:]
     alpha, std, count = window_alpha(recent)
@@ -90,8 +90,8 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
     if before:
         cause = (
             f"At learning rates from {recent[0].lr[0]:.2g} down to {recent[-1].lr[0]:.2g}, up to iteration "
-            f"{recent[-1].iteration}: {cause[0].lower()}{cause[1:]} Since then the rate was lowered further, and steps "
-            "fall short on purpose."
+            f"{recent[-1].iteration}: {cause[0].lower()}{cause[1:]} Since then the rate was lowered further, which "
+            "makes steps fall short."
         )
     suggested = rate_from_climbs(history)
     if suggested is not None and not _agrees(verdict, suggested, recent):
@@ -137,15 +137,21 @@ def _verdict(
     return "balanced", "Steps end near or a little beyond the minimum along their direction, and the loss falls."
 
 
+def _may_fall_short_on_purpose(recent: Sequence[AlphaMeasurement]) -> bool:
+    """Whether the rate falls over the window, or its steps surely fall short: else they tell of the rate they have."""
+    alpha, std, _ = window_alpha(recent)
+    rates = [item.lr[0] for item in recent if item.lr]
+    return alpha + CERTAIN * std < SHORT or (bool(rates) and rates[-1] < rates[0])
+
+
 def _before_lowering(history: AlphaHistory) -> list[AlphaMeasurement]:
     """Measurements near the learning rate that has been lowered since, by half at least; empty if it has not."""
     falling: list[AlphaMeasurement] = []  # the newest first
     for item in reversed(history.lasting()):
-        rate = item.lr[0] if item.lr else math.nan
-        if falling and not rate >= falling[-1].lr[0]:
+        if not item.lr or (falling and not item.lr[0] >= falling[-1].lr[0]):
             break
         falling.append(item)
-    if not falling or not falling[0].lr or not falling[0].lr[0] < LOWERED * falling[-1].lr[0]:
+    if not falling or not falling[0].lr[0] < LOWERED * falling[-1].lr[0]:
         return []
     before = [item for item in reversed(falling) if item.lr[0] >= NEAR * falling[-1].lr[0]]
     return before if len(before) >= FEWEST else []

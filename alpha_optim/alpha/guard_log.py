@@ -17,6 +17,7 @@ class GuardLog:
     """The newest events, and how many there were in all.
 
     Attributes:
+        count: How many there were in all.
         skipped: Batches of all events that were not used.
         restored: Steps of all events that were taken back.
     """
@@ -24,11 +25,12 @@ class GuardLog:
     def __init__(self) -> None:
         """Begin with none."""
         self._newest: deque[GuardEvent] = deque(maxlen=KEPT)
-        self.skipped = self.restored = 0
+        self.count = self.skipped = self.restored = 0
 
     def append(self, event: GuardEvent) -> None:
         """Add an event."""
         self._newest.append(event)
+        self.count += 1
         self.skipped += event.skipped
         self.restored += event.restored
 
@@ -39,14 +41,14 @@ class GuardLog:
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
         events = [{**asdict(event), "reason": str(event.reason)} for event in self._newest]
-        return {"newest": events, "skipped": self.skipped, "restored": self.restored}
+        return {"newest": events, "count": self.count, "skipped": self.skipped, "restored": self.restored}
 
     def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Replace the contents by those of a `state_dict`, or by a list of events, as version 0.1 wrote."""
         newest = state if isinstance(state, list) else state["newest"]
         self._newest.clear()
-        self.skipped = self.restored = 0
+        self.count = self.skipped = self.restored = 0
         for event in newest:
             self.append(GuardEvent(**event))
         if not isinstance(state, list):
-            self.skipped, self.restored = int(state["skipped"]), int(state["restored"])
+            self.count, self.skipped, self.restored = (int(state[name]) for name in ("count", "skipped", "restored"))

@@ -14,7 +14,6 @@ import numpy as np
 from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.history_file import EVENT, NOTE, to_json, to_row
 from alpha_optim.alpha.measurement import AlphaMeasurement
-from alpha_optim.alpha.records import GuardEvent
 from alpha_optim.alpha.window import window_alpha
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.scheduler import AlphaScheduler
@@ -57,7 +56,8 @@ def events_of(optimizer: AlphaGuided) -> Metrics:
         ``batches_skipped`` and ``steps_taken_back``; empty if neither happened.
     """
     counts = optimizer.guard_counts
-    return {name: float(count) for name, count in counts.items()} if any(counts.values()) else {}
+    names = ("batches_skipped", "steps_taken_back") if counts["events"] else ()
+    return {name: float(counts[name]) for name in names}
 
 
 def logged(optimizer: AlphaGuided, recent: Sequence[AlphaMeasurement]) -> Metrics:
@@ -228,7 +228,7 @@ class _Recorder:
             AlphaHistory().save(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open while training runs
         # What the guard did before is in the file already, if it was recorded.
-        self._event, self._notes = next(reversed(optimizer.guard_events), None), 0  # the newest of each
+        self._events, self._notes = optimizer.guard_counts["events"], 0
         self._unsubscribe = optimizer.alpha_history.subscribe(self._measured)
 
     def _measured(self, measurement: AlphaMeasurement) -> None:
@@ -236,13 +236,14 @@ class _Recorder:
 
     def _told(self) -> list[dict[str, Any]]:
         """Rows of what the guard did and the policy said since this was asked last."""
-        events = _since(self._event, self._optimizer.guard_events)
+        count = self._optimizer.guard_counts["events"]
+        events = self._optimizer.guard_events[-(count - self._events) :] if count > self._events else ()
         notes = getattr(getattr(self._scheduler, "policy", None), "story", ())
         rows: list[dict[str, Any]] = [
             {EVENT: {name: to_json(value) for name, value in asdict(event).items()}} for event in events
         ]
         rows += [{NOTE: {"iteration": iteration, "text": text}} for iteration, text in notes[self._notes :]]
-        self._event, self._notes = events[-1] if events else self._event, len(notes)
+        self._events, self._notes = count, len(notes)
         return rows
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
@@ -256,12 +257,6 @@ class _Recorder:
         if not self._file.closed:
             self._write(self._told())
             self._file.close()
-
-
-def _since(last: GuardEvent | None, events: Sequence[GuardEvent]) -> Sequence[GuardEvent]:
-    """Events after ``last``; all of them if it is None or no longer among them."""
-    place = next((place for place in range(len(events) - 1, -1, -1) if events[place] is last), -1)
-    return events[place + 1 :]
 
 
 def _mend_last_line(path: str | os.PathLike[str]) -> None:

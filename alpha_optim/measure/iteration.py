@@ -69,6 +69,20 @@ class Unused:
     discarded: bool = False
     losses: tuple[float, ...] = ()
 
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Unused:
+        """Build it anew.
+
+        Raises:
+            TypeError: If a value is of another type.
+        """
+        found = cls(**{**state, "losses": tuple(state.get("losses", ()))})
+        if not all(isinstance(value, bool) for value in (found.skipped, found.discarded)):
+            raise TypeError(f"skipped and discarded must be True or False, got {state}")
+        if not all(isinstance(value, float) for value in found.losses):
+            raise TypeError(f"losses must be numbers, got {found.losses}")
+        return found
+
 
 class Iteration:
     """What is seen of one iteration; the hooks on model, loss function and parameters report here."""
@@ -233,7 +247,8 @@ class Iteration:
 
     def unused(self) -> Unused:
         """What has come to no step so far; gradients at hand that are not finite are not going to."""
-        losses, skipped = list(self.lost_losses), self.gradients.not_finite()
+        # Within the step those of the coming one are judged already.
+        losses, skipped = list(self.lost_losses), not self.in_step and self.gradients.not_finite()
         if skipped and self.task.guarded and (loss := batch_loss(self.passes, None).mean) is not None:
             losses.append(loss)
         return Unused(skipped or self.passes.skipped, self.passes.discarded, tuple(map(float, read(losses))))

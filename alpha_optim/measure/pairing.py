@@ -88,6 +88,7 @@ class Pairing:
         self._some_elements = SomeElements()
         self._keep_direction = False  # the gradients of a step are written to before the next
         self._unused: Unused | None = None  # of the iteration in progress, of a run that is resumed
+        self._unused_in = 0  # that iteration
         self.exchange: Exchange | None = None  # with the other processes that train the model, if there are any
         nothing = Task(0, False, None, None, frozenset(), sample_dim, guarded=False, checks=False)
         self.iteration = self._new(nothing, [])
@@ -122,6 +123,8 @@ class Pairing:
             ended: Whether a step ends here, as far as these have planned, whatever this one has seen of it.
         """
         self.talk_to(ranks)
+        if self._unused is not None and number != self._unused_in:
+            self._unused = None  # of an iteration that is over
         if backend is None and not guarded and self.iteration.idle:
             return  # nor was there anything to see in the last one
         self._close_backend()
@@ -467,8 +470,10 @@ class Pairing:
             "exchange": exchange,
         }
 
-    def load_state_dict(self, state: dict[str, Any], params: list[Tensor], ranks: Ranks | None = None) -> None:
-        """Take over a state; its tensors move to the devices of ``params``."""
+    def load_state_dict(
+        self, state: dict[str, Any], params: list[Tensor], iteration: int, ranks: Ranks | None = None
+    ) -> None:
+        """Take over a state of an iteration; its tensors move to the devices of ``params``."""
         self.talk_to(ranks)
         if self.exchange is not None and state.get("exchange") is not None:
             self.exchange.load_state_dict(state["exchange"])
@@ -477,7 +482,6 @@ class Pairing:
         self.variances.load_state_dict(state["variances"])
         self._keep_direction = bool(state["keep_direction"])
         self.iteration = self._new(self.iteration.task, params)
-        unused = state.get("unused", {})
-        self._unused = Unused(**{**unused, "losses": tuple(map(float, unused.get("losses", ())))})
+        self._unused, self._unused_in = Unused.from_state(state.get("unused", {})), iteration
         pending = state["pending"]
         self.pending = None if pending is None else PendingStart.from_state(pending, params, ranks)

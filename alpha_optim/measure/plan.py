@@ -123,7 +123,11 @@ class Plan:
         self._asked, self._learned, self._unaccounted = None, {}, {}
         if state is None:
             return
-        self._learned, self._unaccounted = dict(state["learned"]), dict(state.get("unaccounted", {}))
+        self._learned = dict(state["learned"])
+        self._unaccounted = {
+            str(name): {str(what): str(why) for what, why in dict(reasons).items()}
+            for name, reasons in dict(state.get("unaccounted", {})).items()
+        }
         if self.wanted == "auto":
             self.choice = Choice(*state["choice"])
         if state["asked"] is not None:

@@ -116,12 +116,13 @@ class Recording:
                 file.seek(self._offset)
                 added = False
                 while lines := file.readlines(BLOCK):
-                    self._offset += sum(map(len, lines))
                     whole = not self._rest and self._lines > 0 and lines[-1].endswith(b"\n")
                     if whole and self._take_measurements(lines):
+                        self._offset += sum(map(len, lines))
                         added = True
                         continue
                     for line in lines:
+                        self._offset += len(line)
                         added |= self._take(line)
                 return added
         except OSError as error:

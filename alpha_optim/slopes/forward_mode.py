@@ -113,10 +113,10 @@ class Line:
             {name: change.to_dense() if change.is_sparse else change for name, (_, change) in moving.items()},
         )
 
-    def as_large_as_the_point(self) -> Line:
-        """The same with changes of the size of the parameters: below 6e-8 a number in float16 is zero."""
-        sizes = [max(read(torch._foreach_norm(list(v.values()), math.inf))) for v in (self.tangents, self.point)]
-        change, size = sizes
+    def as_long_as_the_point(self) -> Line:
+        """The same with a change as long as the parameters: in float16 1e-8 is zero and 1e5 infinite."""
+        lengths = read(torch._foreach_norm([*self.tangents.values(), *self.point.values()]))
+        change, size = math.hypot(*lengths[: len(self.tangents)]), math.hypot(*lengths[len(self.tangents) :])
         if not (0.0 < change < math.inf and 0.0 < size < math.inf):
             return self
         unit = 2.0 ** round(math.log2(change / size))  # so that nothing is rounded
@@ -193,15 +193,21 @@ class ForwardMode:
         if not passes:
             raise CannotDifferentiateError("no backward pass", passing=True)
         groups = [_calls_of(entry) for entry in passes]
-        if any(calls.float16 for calls in groups):
-            line = line.as_large_as_the_point()
+        if self.half or any(calls.float16 for calls in groups):
+            line = line.as_long_as_the_point()
         signature = self._signature_of(groups)
         changed = signature != self._signature
         if expected is not None:
             if changed or anew or self._refreshes % CHECK_AGAIN == 0:
                 self._signature = signature
                 self._refreshes = 1
-                return self._checked(passes, groups, line, expected)
+                try:
+                    return self._checked(passes, groups, line, expected)
+                except CannotDifferentiateError:
+                    if not self.half or line.unit != 1.0:
+                        raise
+                # It computes in 16 bits inside, which was not known before.
+                return self._checked(passes, groups, line.as_long_as_the_point(), expected)
             self._refreshes += 1
         elif changed and self._signature is not None:
             raise CannotDifferentiateError("the model was called otherwise", passing=True)

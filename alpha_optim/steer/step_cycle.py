@@ -33,7 +33,7 @@ from alpha_optim.steer.reminders import UNSCHEDULED, Reminders
 from alpha_optim.steer.search import Search
 from alpha_optim.user_warning import warn_user
 
-VERSION = 3
+VERSION = 4
 RESTS = 2
 """After so many executed steps without the scheduler's nothing is judged: somebody else has taken over."""
 OTHERS = 3
@@ -656,7 +656,8 @@ class Session:
             self._started_before = bool(state.get("started_before", False))
             if int(state["version"]) >= 2:
                 self._find_ranks()
-                self.pairing.load_state_dict(state["pairing"], parameters_of(self.optimizer), self.ranks)
+                params = parameters_of(self.optimizer)
+                self.pairing.load_state_dict(state["pairing"], params, self.iteration, self.ranks)
                 self.plan.load_state_dict(state["plan"])
             else:  # an older one: the pending measurement is dropped, what was learned is learned anew
                 self.plan.load_state_dict(None)

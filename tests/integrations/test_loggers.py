@@ -1,11 +1,13 @@
 """Loggers get what was measured, as numbers they take."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from alpha_optim import AlphaGuided, AlphaScheduler, Hold
-from alpha_optim.integrations.loggers import log_measurements, log_to_tensorboard, postfix
+from alpha_optim.integrations.loggers import log_measurements, log_to_tensorboard, postfix, record
 from tests.test_transparency import make_model, optimizer_loss, train
 
 
@@ -100,6 +102,41 @@ def test_events_of_the_guard_are_counted():
     assert "alpha_optim/batches_skipped" not in rows[0]
     assert rows[-1]["alpha_optim/batches_skipped"] == 1.0
     assert rows[-1]["alpha_optim/steps_taken_back"] == 0.0
+
+
+def test_events_are_written_once_whatever_is_loaded(tmp_path):
+    torch.manual_seed(0)
+    model, optimizer = make()
+    scheduler = AlphaScheduler(optimizer, Hold())
+    stop = record(optimizer, tmp_path / "run.jsonl", scheduler)
+
+    def train(bad, steps=4):
+        for n in range(steps):
+            x = torch.full((4, 6), float("nan")) if n == bad else torch.randn(4, 6)
+            optimizer.zero_grad()
+            optimizer_loss(optimizer)(model(x), torch.tensor([0, 1, 2, 0])).backward()
+            optimizer.step()
+            scheduler.step()
+
+    def written():
+        return sum('"event"' in line for line in (tmp_path / "run.jsonl").read_text().splitlines())
+
+    train(bad=2)
+    state = copy.deepcopy(optimizer.state_dict())
+    broken = copy.deepcopy(state)
+    broken["alpha_guided"]["pairing"] = "nonsense"
+    with pytest.raises(ValueError, match="cannot be taken over"):
+        optimizer.load_state_dict(broken)
+    train(bad=None)
+    assert written() == 1
+    train(bad=1)
+    assert written() == 2
+    optimizer.load_state_dict(state)
+    train(bad=None)
+    assert written() == 2
+    train(bad=0)
+    stop()
+    assert written() == 3
 
 
 def test_a_progress_bar_shows_alpha_and_rate():
