@@ -218,6 +218,9 @@ class AlphaGuided(Optimizer):
     def record_losses(self, losses: Tensor) -> None:
         """Take note of losses in a loop in which something else runs the backward pass.
 
+        Of several micro-batches each is recorded before or after its own backward pass; losses whose pass has not come
+        when gradients are cleared and others are recorded are forgotten.
+
         Args:
             losses: The mini-batch loss ``[]``, or losses of the samples ``[N]`` or ``[N, ...]``.
         """

@@ -258,3 +258,28 @@ def test_the_study_takes_the_best_rate_on_the_validation_split_and_tells_what_di
     table = alpha_table([*grid, *runs], ["digits MLP"])
     assert "| digits MLP, SGD | 95.0, 95.0 (0.3) | 94.2 | – | 94.6, 94.0 |  | 7 |" in table
     assert table.rstrip().endswith("| 0 | 1.25 | (worst), – |")
+
+
+@pytest.mark.parametrize("method", ["alpha", "tuned"])
+def test_a_held_out_problem_with_two_optimizers_as_one(method):
+    """Nodes of a graph; Muon and AdamW at one rate, which is searched, or decays."""
+    from examples.benchmarks.rate_free import Case
+    from examples.benchmarks.rate_free import run as study
+
+    row = study(Case("graph, 150 nodes", method, "Muon + AdamW", 1e-6 if method == "alpha" else 3e-3, 1))
+    assert row["finite"]
+    assert row["test"] > 80.0 > row["before"]
+
+
+def test_every_constant_whose_sensitivity_is_studied_is_there_and_can_be_changed():
+    from examples.benchmarks.sensitivity import CONSTANTS, ROOT, SEARCH, changed
+
+    for file, names in CONSTANTS.items():
+        module = importlib.import_module(f"alpha_optim.policies.calibrate.{file}")
+        source = (ROOT / SEARCH / f"{file}.py").read_text()
+        for name in names:
+            scope = {"__name__": f"alpha_optim.policies.calibrate.{file}"}
+            exec(compile(changed(source, name, 2.0), file, "exec"), scope)
+            assert scope[name] == 2 * getattr(module, name)
+    with pytest.raises(ValueError, match="no constant NONSENSE"):
+        changed(source, "NONSENSE", 2.0)
