@@ -32,7 +32,7 @@ def start(folder, case, **environment):
 
 def start_two(folder, case):
     """Two processes that train one model; the first one writes the result."""
-    store = str(folder / f"store {uuid.uuid4()}")  # gloo would look for the addresses of those that were killed
+    store = str(folder / f"store-{uuid.uuid4()}")  # gloo would look for the addresses of those that were killed
     return [start(folder, case, RANK=str(rank), WORLD_SIZE="2", STORE=store) for rank in (0, 1)]
 
 

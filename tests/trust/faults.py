@@ -171,7 +171,7 @@ def ended(folder, count, case):
 def killed_run_ends_alike(folder, count, case, seed, expected):
     """Kill -9 after a random step and a moment more, perhaps while a checkpoint is written; up to three times."""
     dice = random.Random(seed)
-    killed = folder / f"killed {seed}"
+    killed = folder / f"killed-{seed}"  # no space: a store is named by an address
     killed.mkdir()
     for _ in range(dice.randint(1, 3)):
         victims = started(killed, count, case)
