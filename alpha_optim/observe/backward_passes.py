@@ -121,8 +121,7 @@ class BackwardPasses:
         self._passes: list[BackwardPass] = []
         self._by_task: dict[int, BackwardPass] = {}
         self._anchored: BackwardPass | None = None
-        self.recorded: list[LossCall] = []  # losses that were handed over
-        self._recorded_after: list[int] = []  # how many passes had reached a parameter then
+        self._recorded: list[tuple[int, LossCall]] = []  # passes that had reached a parameter, losses handed over then
         self._cleared = False  # whether gradients were cleared since the last ones
         self.forwards: list[int] = []  # samples of the model's calls
         self.inputs: set[int] = set()  # storages of what the model was called with
@@ -136,6 +135,11 @@ class BackwardPasses:
     def reached(self) -> list[BackwardPass]:
         """Passes that reached a parameter, in order."""
         return [entry for entry in self._passes if entry.reached]
+
+    @property
+    def recorded(self) -> list[LossCall]:
+        """Losses that were handed over, in order."""
+        return [call for _, call in self._recorded]
 
     @property
     def differentiated_twice(self) -> bool:
@@ -199,17 +203,13 @@ class BackwardPasses:
         """Take losses that were handed over, in place of those whose backward pass never came before a `zero_grad`."""
         reached = len(self.reached)
         if self._cleared:
-            lasting = [count < reached for count in self._recorded_after]
-            self.recorded = [entry for entry, lasts in zip(self.recorded, lasting, strict=True) if lasts]
-            self._recorded_after = [count for count in self._recorded_after if count < reached]
-        self.recorded.append(call)
-        self._recorded_after.append(reached)
+            self._recorded = [(count, entry) for count, entry in self._recorded if count < reached]
+        self._recorded.append((reached, call))
         self._cleared = False
 
     def cleared(self) -> None:
-        """``zero_grad`` was called."""
+        """Take note that ``zero_grad`` was called."""
         self._cleared = True
-        self.discard()
 
     def discard(self) -> None:
         """The gradients of the passes so far were thrown away without a step.
@@ -221,8 +221,7 @@ class BackwardPasses:
             others = any(not entry.calls for entry in self.reached)  # not of our loss function
             skipped = self._on_discard()
             self.skipped, self.discarded = skipped or self.skipped, (others and not skipped) or self.discarded
-            self._passes, self._by_task, self._anchored = [], {}, None
-            self.recorded, self._recorded_after = [], []
+            self._passes, self._by_task, self._anchored, self._recorded = [], {}, None, []
 
     def _open(self, task: int) -> BackwardPass:
         if self.reached and self._gradients_cleared():
