@@ -87,8 +87,6 @@ class Pairing:
         self._before: list[Tensor] = []  # parameters before a step, reused
         self._some_elements = SomeElements()
         self._keep_direction = False  # the gradients of a step are written to before the next
-        self._unused: Unused | None = None  # of the iteration in progress, of a run that is resumed
-        self._unused_in = 0  # that iteration
         self.exchange: Exchange | None = None  # with the other processes that train the model, if there are any
         nothing = Task(0, False, None, None, frozenset(), sample_dim, guarded=False, checks=False)
         self.iteration = self._new(nothing, [])
@@ -123,8 +121,6 @@ class Pairing:
             ended: Whether a step ends here, as far as these have planned, whatever this one has seen of it.
         """
         self.talk_to(ranks)
-        if self._unused is not None and number != self._unused_in:
-            self._unused = None  # of an iteration that is over
         if backend is None and not guarded and self.iteration.idle:
             return  # nor was there anything to see in the last one
         self._close_backend()
@@ -138,12 +134,9 @@ class Pairing:
         )
         checks = "start" in due and backend is not None and backend.check_due()
         task = Task(number, starts, self.pending, backend, due, self._sample_dim, guarded, checks)
-        unused, self._unused = self._unused, None
-        if unused is None and number == self.iteration.task.number and not self.iteration.in_step:
-            unused = self.iteration.unused()  # the same iteration, hooked anew; after a call of `step` all is judged
-        self.iteration = self._new(task, params)
-        if unused is not None:
-            self.iteration.take_over(unused)
+        last, self.iteration = self.iteration, self._new(task, params)
+        if number == last.task.number and not last.in_step:  # hooked anew; after a call of `step` all is judged
+            self.iteration.take_over(last.unused())
         if backend is not None and due:
             end_of = self.pending.direction if "end" in due and self.pending is not None else None
             backend.begin(self.iteration.passes, end_of, "start" in due, params)
@@ -481,7 +474,7 @@ class Pairing:
         habits.compare_norms, habits.keep_copies, habits.asked = map(bool, state["habits"])
         self.variances.load_state_dict(state["variances"])
         self._keep_direction = bool(state["keep_direction"])
-        self.iteration = self._new(self.iteration.task, params)
-        self._unused, self._unused_in = Unused.from_state(state.get("unused", {})), iteration
+        self.iteration = self._new(replace(self.iteration.task, number=iteration), params)
+        self.iteration.take_over(Unused.from_state(state.get("unused", {})))
         pending = state["pending"]
         self.pending = None if pending is None else PendingStart.from_state(pending, params, ranks)
