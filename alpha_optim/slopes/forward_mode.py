@@ -193,7 +193,7 @@ class ForwardMode:
         if not passes:
             raise CannotDifferentiateError("no backward pass", passing=True)
         groups = [_calls_of(entry) for entry in passes]
-        if self.half or any(calls.float16 for calls in groups):
+        if self.half or any(calls.half for calls in groups):
             line = line.as_long_as_the_point()
         signature = self._signature_of(groups)
         changed = signature != self._signature
@@ -578,15 +578,6 @@ class _Calls:
         """Whether the calls have samples of their own, which belong to one loss of ``samples``."""
         counts = [call.samples or 0 for call, _ in self.items]
         return len(counts) > 1 and sum(counts) == samples
-
-    @property
-    def float16(self) -> bool:
-        """Whether any of it ran in float16, whose range is small."""
-        return any(
-            (call.autocast.enabled and call.autocast.dtype is torch.float16)
-            or any(g.dtype is torch.float16 for g in gradients.values())
-            for call, gradients in self.items
-        )
 
     @property
     def half(self) -> bool:
