@@ -18,7 +18,7 @@ from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.loss_trace import RESOLUTION, SURELY, LossTrace, room_above
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import AlphaStatus, GuardEvent, GuardReason
-from alpha_optim.alpha.window import window_alpha
+from alpha_optim.alpha.window import WindowAlpha, window_alpha
 
 WINDOW = 100
 FEWEST = 20
@@ -81,12 +81,12 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
         The diagnosis; often ``"unknown"``, never a guess.
     """
     recent = history.lasting(WINDOW)
-    diverges = _diverges(recent, events)
-    before = [] if diverges or not _may_fall_short_on_purpose(recent) else _before_lowering(history)
+    window, diverges = window_alpha(recent), _diverges(recent, events)
+    before = [] if diverges or not _may_fall_short_on_purpose(recent, window) else _before_lowering(history)
     if before:
         recent = before[-WINDOW:]
-    alpha, std, count = window_alpha(recent)
-    verdict, cause = ("diverging", diverges) if diverges else _verdict(history, recent, alpha, std, count)
+        window = window_alpha(recent)
+    verdict, cause = ("diverging", diverges) if diverges else _verdict(history, recent, window)
     if before:
         cause = (
             f"At learning rates from {recent[0].lr[0]:.2g} down to {recent[-1].lr[0]:.2g}, up to iteration "
@@ -101,17 +101,16 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
         cause += (
             f" Lower the learning rate, to {lower:.2g} to begin with." if lower > 0.0 else " Lower the learning rate."
         )
-    return Diagnosis(verdict, alpha, std, count, cause, suggested)
+    return Diagnosis(verdict, *window, cause, suggested)
 
 
 def _verdict(
     history: AlphaHistory,
     recent: Sequence[AlphaMeasurement],
-    alpha: float,
-    std: float,
-    count: int,
+    window: WindowAlpha,
 ) -> tuple[str, str]:
     """The verdict on a window that does not diverge, and the one cause that applied."""
+    alpha, std, count = window
     if count == 0:
         return "unknown", "Nothing has been measured yet; an alpha is known after two steps."
     if count < FEWEST or not math.isfinite(std):
@@ -137,11 +136,10 @@ def _verdict(
     return "balanced", "Steps end near or a little beyond the minimum along their direction, and the loss falls."
 
 
-def _may_fall_short_on_purpose(recent: Sequence[AlphaMeasurement]) -> bool:
+def _may_fall_short_on_purpose(recent: Sequence[AlphaMeasurement], window: WindowAlpha) -> bool:
     """Whether the rate falls over the window, or its steps surely fall short: else they tell of the rate they have."""
-    alpha, std, _ = window_alpha(recent)
     rates = [item.lr[0] for item in recent if item.lr]
-    return alpha + CERTAIN * std < SHORT or (bool(rates) and rates[-1] < rates[0])
+    return window.alpha + CERTAIN * window.alpha_std < SHORT or (bool(rates) and rates[-1] < rates[0])
 
 
 def _before_lowering(history: AlphaHistory) -> list[AlphaMeasurement]:
