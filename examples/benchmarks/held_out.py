@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field writes it so
 
-from examples.benchmarks.models import Transformer
+from examples.benchmarks.models import Residual, Transformer
 from examples.benchmarks.problems import VOCABULARY, Problem, Split, digit_images, fashion, text
 
 FEW_PEERS = (
@@ -50,27 +50,19 @@ def grey() -> Split:
     return Split(*(((x - low) / (high - low), y) for x, y in fashion()))
 
 
-class Residual(nn.Module):
-    """Two convolutions with BatchNorm, and a way around them."""
+class Normed(Residual):
+    """With BatchNorm in its way around, too, where that is a convolution."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs),
-        )  # fmt: skip
-        self.around = nn.Sequential()
-        if inputs != outputs:
-            self.around = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.around(x))
+    def __init__(self, inner: int, outer: int, stride: int) -> None:
+        super().__init__(inner, outer, stride)
+        if inner != outer:
+            self.shortcut = nn.Sequential(self.shortcut, nn.BatchNorm2d(outer))
 
 
 def resnet() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
-        Residual(8, 8, 1), Residual(8, 16, 2), Residual(16, 32, 2),
+        Normed(8, 8, 1), Normed(8, 16, 2), Normed(16, 32, 2),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
     )  # fmt: skip
 
