@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from alpha_optim import AlphaGuided, AlphaScheduler
+from tests.distributed.ranks import leave
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.3),
@@ -74,16 +75,13 @@ def main(folder, kind, backend, precision, steps):
             torch.save({"done": n + 1, **state}, folder / f"new {rank}")
             os.replace(folder / f"new {rank}", folder / f"{rank} {n + 1}.pt")
         print(n, flush=True)
+    if rank == 0:
+        history = optimizer.alpha_history
+        weights = {name: value.tolist() for name, value in model.state_dict().items()}
+        result = [weights, list(history), history.dropped, scheduler.get_last_lr(), optimizer.guard_events]
+        (folder / "result.txt").write_text(repr(result))
     if ranks > 1:
-        torch.distributed.barrier()
-    if rank > 0:
-        os._exit(0)  # threads of gloo can abort an interpreter that shuts down
-    history = optimizer.alpha_history
-    weights = {name: value.tolist() for name, value in model.state_dict().items()}
-    result = [weights, list(history), history.dropped, scheduler.get_last_lr(), optimizer.guard_events]
-    (folder / "result.txt").write_text(repr(result))
-    if ranks > 1:
-        os._exit(0)
+        leave()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from alpha_optim import AlphaGuided, AlphaScheduler
 from alpha_optim.policies import Hold
 from tests.distributed import setups
+from tests.distributed.ranks import leave
 
 
 def main(folder):
@@ -49,8 +50,7 @@ def main(folder):
     history = guided.alpha_history.alphas.tolist()
     end = {"attempt": attempt, "began": began, "iteration": guided.iteration, "rates": rates, "history": history}
     torch.save(end, folder / f"end {rank}.pt")
-    torch.distributed.barrier()  # without it gloo sometimes aborts at the end
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

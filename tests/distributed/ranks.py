@@ -18,6 +18,13 @@ def run(function, size, *args, seconds=60):
         return [torch.load(pathlib.Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(size)]
 
 
+def leave():
+    """End this process when all have come here, without the interpreter's end: threads of gloo can abort that."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
 def _work(rank, function, size, folder, seconds, args):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
@@ -30,7 +37,4 @@ def _work(rank, function, size, folder, seconds, args):
     )
     result = function(rank, *args)
     torch.save(result, pathlib.Path(folder, f"{rank}.pt"))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    # Threads of gloo that still let go of tensors can abort an interpreter that shuts down: leave without that.
-    os._exit(0)
+    leave()
