@@ -3,7 +3,7 @@
 Every variation is a copy of the package with one line added, tried on four small problems with two optimizers
 from three initial rates: 24 runs, compared with the tuned rates of the study. What is there is not run again.
 
-    python -m examples.benchmarks.sensitivity            # forty minutes on one core
+    python -m examples.benchmarks.sensitivity            # over an hour on one core
     python -m examples.benchmarks.sensitivity --table    # print what was kept
 """
 
