@@ -123,7 +123,7 @@ def find_lr(
             losses.append(_backward(model, guided, loss_fn, batch))
             guided.step()
             scheduler.step()
-            if guided._session.ranks is not None:  # all of them have to stop at the same step
+            if guided._session.processes.ranks is not None:  # all of them have to stop at the same step
                 losses = [measurement.loss_end for measurement in guided.alpha_history]
             if losses and _diverged(losses):
                 break

@@ -234,12 +234,12 @@ class AlphaGuided(Optimizer):
     @property
     def guard_events(self) -> tuple[GuardEvent, ...]:
         """Steps that the scheduler's guard took back or did not let happen: the newest 10,000, oldest first."""
-        return tuple(self._session.events)
+        return tuple(self._session.supervision.events)
 
     @property
     def guard_counts(self) -> dict[str, int]:
         """How many ``events``, ``batches_skipped`` and ``steps_taken_back`` there were in all; an event may be both."""
-        events = self._session.events
+        events = self._session.supervision.events
         return {"events": events.count, "batches_skipped": events.skipped, "steps_taken_back": events.restored}
 
     @property
@@ -259,7 +259,7 @@ class AlphaGuided(Optimizer):
     def __repr__(self) -> str:
         """Show backend, reason and the wrapped optimizer."""
         name, reason = self._session.plan.choice
-        ranks = self._session.ranks
+        ranks = self._session.processes.ranks
         where = "" if ranks is None else f" on {ranks.size} ranks"
         return f"AlphaGuided(backend={name!r}: {reason}; iteration {self.iteration}{where})\n{self.optimizer!r}"
 

@@ -21,17 +21,16 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import GuardEvent, GuardReason
 from alpha_optim.distributed import as_text, from_text, initialised
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
 from alpha_optim.steer.checks import check_scheduler_state, check_scheduling, load_whole
 from alpha_optim.steer.explosions import ExplosionCuts
-from alpha_optim.steer.guard import KEPT, Guard
+from alpha_optim.steer.news import News
 from alpha_optim.steer.rates import GroupRates, clamped, rates_in
 from alpha_optim.steer.step_cycle import Session
-from alpha_optim.user_warning import warn_user
+from alpha_optim.user_warning import Once
 
 LOG = logging.getLogger(__name__)
 VERSION = 2
@@ -105,15 +104,13 @@ class AlphaScheduler(LRScheduler):
         self.min_lr, self.max_lr = float(min_lr), float(max_lr)
         self.scale = 1.0
         self._cuts = ExplosionCuts()
-        self._said: set[str] = set()
+        self._once = Once()
         self._cut: float | None = None  # of the rates of a loop that owns them; None: they are ours
         self._sparse = 0  # calls after several steps, during a search
         self._cooling: tuple[int, int] | None = None  # progress at which `cool_down` began, and its steps
         self._rates = GroupRates(optimizer.param_groups)
         self._inside_step = False  # whether the rates are cut for a step
-        self._seen_progress = optimizer._session.progress
-        self._seen_iteration = optimizer.iteration
-        self._seen_measurement = optimizer.iteration - 1
+        self._news = News(optimizer._session.progress, optimizer.iteration)
         self._guarded = guard
         self._decision = base.Decision()
         super().__init__(optimizer)
@@ -168,22 +165,22 @@ class AlphaScheduler(LRScheduler):
         self._take_over_foreign_rates()
         if self._cut is not None:
             self._cut = min(1.0, self._cut * RECOVERY)
-            self._skip_to_now(optimizer)
+            self._news.skip_to(optimizer.iteration)
         elif self._too_sparse(optimizer):
-            self._skip_to_now(optimizer)
+            self._news.skip_to(optimizer.iteration)
             if self._sparse >= PATIENT:
                 self._give_up()
         else:
-            factor = self._factor(optimizer, session.guard)
+            lag = 2 + LAG if waits(optimizer) else 0
+            guard = session.supervision.guard
+            factor = self._news.tell(self.policy, optimizer.alpha_history, optimizer.iteration, guard, lag)
             self.scale = min(1e30, max(1e-30, self.scale * factor))
             self._decide(optimizer.iteration)
             self.scale *= self._cuts.give_back(optimizer.iteration)
         self._tell_session()
-        if session.progress != self._seen_progress:
-            self._seen_progress = session.progress
-            if self.schedule is not None and self._cut is None:
-                self._advance_schedule(self.schedule, metrics)
-        self._seen_iteration = optimizer.iteration
+        if session.progress != self._news.progress and self.schedule is not None and self._cut is None:
+            self._advance_schedule(self.schedule, metrics)
+        self._news.progress, self._news.iteration = session.progress, optimizer.iteration
         self.last_epoch = session.progress
         self._write()
 
@@ -230,7 +227,7 @@ class AlphaScheduler(LRScheduler):
             base.give_up(self.policy, iteration)  # there is nothing to go back to
             decision = base.decision_of(self.policy, iteration, given)
         if decision.restore is not None and not session.restore_point(decision.restore):
-            self._say(
+            self._once.say(
                 "a point of the search for the learning rate is gone (parameters were added, replaced or resized, or a "
                 "state was loaded without the scheduler's): the search ends here."
             )
@@ -250,42 +247,15 @@ class AlphaScheduler(LRScheduler):
         """Whether a search goes on, but the scheduler is stepped after several steps only."""
         if not self._decision.searching:
             self._sparse = 0
-        elif optimizer.iteration - self._seen_iteration >= SPARSE:
+        elif optimizer.iteration - self._news.iteration >= SPARSE:
             self._sparse += 1
-            self._say(
+            self._once.say(
                 "AlphaScheduler is stepped once per several optimizer steps. The search for the learning rate needs "
                 "a call of scheduler.step() after every optimizer.step(); it waits, and the rate given is used."
             )
         else:
             self._sparse = 0
         return self._sparse > 0
-
-    def _skip_to_now(self, optimizer: AlphaGuided) -> None:
-        """Do not tell the policy of what was measured so far."""
-        self._seen_measurement = max(self._seen_measurement, optimizer.iteration - 1)
-
-    def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            warn_user(text)
-
-    def _factor(self, optimizer: AlphaGuided, guard: Guard | None) -> float:
-        """Product of the policy's answers to what is new: measurements, and steps made."""
-        factor = 1.0
-        for measurement in self._new_measurements(optimizer):
-            factor *= base.factor_of(self.policy, measurement)
-            self._seen_measurement = measurement.iteration
-        losses = {} if guard is None else guard.losses_read()
-        for iteration in range(max(self._seen_iteration, optimizer.iteration - KEPT), optimizer.iteration):
-            factor *= base.step_factor_of(self.policy, iteration, losses.get(iteration, math.nan))
-        return factor
-
-    def _new_measurements(self, optimizer: AlphaGuided) -> list[AlphaMeasurement]:
-        """Measurements that the policy has not seen yet, delivered at a fixed lag."""
-        newest = optimizer.iteration
-        if waits(optimizer):
-            newest -= 2 + LAG
-        return optimizer.alpha_history.up_to(newest, after=self._seen_measurement)
 
     def _advance_schedule(self, schedule: LRScheduler | ReduceLROnPlateau, metrics: Any) -> None:
         """Step the schedule on its own rates."""
@@ -307,13 +277,13 @@ class AlphaScheduler(LRScheduler):
             return
         if self._cut is None and self._rates.foreign >= OWNER:
             self._cut, self.scale = 1.0, 1.0
-            self._say(
+            self._once.say(
                 f"a learning rate was changed outside AlphaScheduler {OWNER} times in a row: the rates are the "
                 "training loop's from here on, and the policy rests. To combine the curve with it, pass it as "
                 "AlphaScheduler(..., schedule=...) and do not write the rate yourself."
             )
         elif self._cut is None:
-            self._say(
+            self._once.say(
                 "a learning rate was changed outside AlphaScheduler; the change is taken over as a ratio. "
                 "A scheduler that should work together with it belongs into AlphaScheduler(schedule=...)."
             )
@@ -327,7 +297,7 @@ class AlphaScheduler(LRScheduler):
         if event.reason is GuardReason.NO_EFFECT:  # of the last cut, which is what the guard asks to be undone
             factor = self._cuts.without_effect()
         elif event.restored and not self._session.search.trial:
-            factor = self._cuts.taken_back(event, base.decides(self.policy), self._session.guard)
+            factor = self._cuts.taken_back(event, base.decides(self.policy), self._session.supervision.guard)
         event = replace(event, scale_factor=factor)
         if factor != 1.0:
             if self._cut is not None:
@@ -358,7 +328,7 @@ class AlphaScheduler(LRScheduler):
     def _reached_by_others(self) -> None:
         """Two networks that play against each other have no rate at which the loss falls fastest."""
         self._give_up()
-        self._say(
+        self._once.say(
             "backward passes of another network come through the parameters of "
             f"{type(self._session.optimizer).__name__} (a GAN?). A loss that another network pushes up tells nothing "
             "about the learning rate, so no rate is searched: the one given is used. Watching works as ever; consider "
@@ -438,14 +408,12 @@ class AlphaScheduler(LRScheduler):
             **self._rates.state_dict(),
             **self._cuts.state_dict(),
             "decision": asdict(self._decision),
-            "seen_progress": self._seen_progress,
-            "seen_iteration": self._seen_iteration,
-            "seen_measurement": self._seen_measurement,
+            **self._news.state_dict(),
             "step_count": self._step_count,
             "cut": self._cut,
             "sparse": self._sparse,
             "cooling": None if self._cooling is None else list(self._cooling),
-            "said": sorted(self._said),
+            "said": sorted(self._once.said),
             # A distributed checkpoint finds its way by keys, and those of a policy's state change as it goes on.
             "policy": as_text(policy) if initialised() else policy,
             "policy_name": base.name_of(self.policy),
@@ -470,15 +438,13 @@ class AlphaScheduler(LRScheduler):
         self.scale = float(state_dict["scale"])
         self._rates.load_state_dict(state_dict, self.optimizer.param_groups)
         self._cuts.load_state_dict(state_dict)
-        self._seen_iteration = int(state_dict["seen_iteration"])
-        self._seen_measurement = int(state_dict["seen_measurement"])
+        self._news.load_state_dict(state_dict)
         self._step_count = int(state_dict["step_count"])
-        self._seen_progress = int(state_dict.get("seen_progress", self._seen_iteration))
         self._cut, self._sparse = state_dict.get("cut"), int(state_dict.get("sparse", 0))
         cooling = state_dict.get("cooling")
         self._cooling = None if cooling is None else (int(cooling[0]), int(cooling[1]))
-        self._said = set(state_dict.get("said", ()))
-        self.last_epoch = self._seen_progress
+        self._once.said = set(state_dict.get("said", ()))
+        self.last_epoch = self._news.progress
         self._decision = base.Decision(**state_dict.get("decision", {}))
         policy = state_dict["policy"]
         base.restore(self.policy, from_text(policy) if isinstance(policy, str) else policy)

@@ -22,3 +22,17 @@ def warn_user(text: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
+
+
+class Once:
+    """Warns with every text once."""
+
+    def __init__(self) -> None:
+        """Nothing has been said yet."""
+        self.said: set[str] = set()
+
+    def say(self, text: str) -> None:
+        """Warn, unless this very text was said before."""
+        if text not in self.said:
+            self.said.add(text)
+            warn_user(text)

@@ -158,7 +158,7 @@ def test_steered_there_is_one_copy_of_the_parameters_during_a_search_and_after_i
         scheduler = AlphaScheduler(optimizer, searching(searches))
         optimizer.register_step_post_hook(lambda *_: scheduler.step())
         kept = kept_elements(model, optimizer, loss_fn, 5)
-        guard, pending = optimizer._session.guard, optimizer._session.pairing.pending
+        guard, pending = optimizer._session.supervision.guard, optimizer._session.pairing.pending
         assert all(a is b for a, b in zip(guard._last.params, pending.direction.kept, strict=True))  # shared
         return kept
 

@@ -7,6 +7,10 @@ from types import TracebackType
 
 import torch
 
+from alpha_optim.user_warning import warn_user
+
+PATIENT = 3
+"""After so many steps whose measurement had no memory nothing is measured."""
 _TEXTS = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 """What errors say for which torch has no class: of the CPU, of MPS, of libraries on a device."""
 
@@ -40,3 +44,26 @@ class sparing:  # noqa: N801 - a context manager, named like those of contextlib
             return False
         self._gone()
         return True
+
+
+class Shortage:
+    """Counts how often memory ran out, and says so once."""
+
+    def __init__(self) -> None:
+        """It has not happened yet."""
+        self._times = 0
+
+    def occurred(self) -> None:
+        """Memory ran out while something was measured."""
+        self._times += 1
+        if self._times == 1:
+            warn_user(
+                "memory ran out while alpha was measured; the step is made as ever, and where this happens again "
+                "measuring stops. Less is needed with a smaller batch, with every=10 (now and then only) or with "
+                "AlphaScheduler(guard='cpu')."
+            )
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it has happened so often that nothing should be measured any more."""
+        return self._times >= PATIENT

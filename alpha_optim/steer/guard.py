@@ -36,7 +36,7 @@ from alpha_optim.measure.step_ends import BatchLoss
 from alpha_optim.observe.numbers import Number, free_to_read, read, saved
 from alpha_optim.observe.step_direction import versions_of
 from alpha_optim.steer.point import Point, inner_optimizers, keeps_own_weights, persistent_buffers
-from alpha_optim.user_warning import warn_user
+from alpha_optim.user_warning import Once
 
 PATIENCE = 3
 """After so many returns in a row that did not help rises of the loss are no longer judged; a buffer that is not
@@ -114,7 +114,7 @@ class Guard:
         self._at_fault = False  # whether that did not help
         self._most_not_finite = 0  # so many in a row the data were at fault for
         self._helpless = 0  # returns in a row that did not help
-        self._said: set[str] = set()
+        self._once = Once()
         self._versions: list[int] = []  # of the parameters after the last step
         self._finite: Sequence[bool] | Tensor | None = None  # per tensor of the state, whether it was finite
         self._reported: Sequence[bool] | Tensor = ()  # the same, as it was reported to other ranks
@@ -319,7 +319,7 @@ class Guard:
             return None
         self._helpless += 1
         if self._helpless >= PATIENCE:
-            self._say(
+            self._once.say(
                 f"{PATIENCE} times in a row the loss rose and going back did not help: the loss grows by design (a new "
                 "task, a growing term, other batches). From here on only losses that are not finite are judged; "
                 "AlphaScheduler(..., guard=False) judges nothing from the start."
@@ -347,7 +347,7 @@ class Guard:
         if self._lowered and judgement.event is not None:
             self._lowered = False
             self._at_fault = True
-            self._say(
+            self._once.say(
                 "three batches in a row are not finite, the last of them at a point at which others were: the data "
                 "seem to be at fault, or the loss itself. Batches are skipped until one is finite."
             )
@@ -363,11 +363,6 @@ class Guard:
         before, after = (math.nan if loss is None else loss for loss in (self._before.loss, now.loss))
         self.stepped = False
         return Judgement(GuardEvent(iteration, reason, before, after, restored), False)
-
-    def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            warn_user(text)
 
     # ---------------------------------------------------------------- reading
 

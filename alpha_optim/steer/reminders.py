@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from alpha_optim.user_warning import warn_user
+from alpha_optim.user_warning import Once
 
 UNSCHEDULED = 10
 """After so many steps without the scheduler's the user is reminded."""
@@ -24,14 +24,14 @@ class Reminders:
         self._loss_fn = loss_fn
         self._scheduled_at: int | None = None
         self._idle = 0  # scheduler steps since the optimizer's last
-        self._said: set[str] = set()
+        self._once = Once()
 
     def scheduler_stepped(self, iteration: int) -> None:
         """The scheduler was built or stepped."""
         self._idle = self._idle + 1 if iteration == self._scheduled_at else 0
         self._scheduled_at = iteration
         if self._idle > IDLE:
-            self._say(
+            self._once.say(
                 f"{IDLE} scheduler steps in which the optimizer made none: call step() of AlphaGuided, not "
                 "of the optimizer it wraps; if you do, every step is skipped (optimizer.guard_events says why)"
             )
@@ -49,12 +49,12 @@ class Reminders:
             saw_loss: Whether its loss was seen.
         """
         if self._scheduled_at is not None and iteration - self._scheduled_at > UNSCHEDULED:
-            self._say(
+            self._once.say(
                 f"{UNSCHEDULED} optimizer steps without scheduler.step(): AlphaScheduler is stepped once per "
                 "optimizer step, not once per epoch; until then it changes no rate, and its guard rests"
             )
         if self._loss_fn is not None and measured and not saw_loss:
-            self._say(
+            self._once.say(
                 f"loss_fn ({type(self._loss_fn).__name__}) was given, but none of its calls was seen in the "
                 "backward pass, so losses are not used; call this very instance, or hand the losses over with "
                 "optimizer.backward(losses)"
@@ -62,13 +62,8 @@ class Reminders:
 
     def ranks_leave(self) -> None:
         """Processes may leave the loop one after the other."""
-        self._say(
+        self._once.say(
             "with model.join() processes may leave the training loop one after the other, so they cannot be asked what "
             "they see: from here on steps are neither measured nor judged, and no rate is searched. As many batches on "
             "every rank (DistributedSampler with drop_last=True) need no join()."
         )
-
-    def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            warn_user(text)

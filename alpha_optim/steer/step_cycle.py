@@ -9,61 +9,30 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alpha_optim.alpha.guard_log import GuardLog
 from alpha_optim.alpha.history import AlphaHistory, Pending
 from alpha_optim.alpha.records import DropReason, GuardEvent, GuardReason
-from alpha_optim.distributed import Ranks, asked_by_checkpoint, fingerprint, initialised
+from alpha_optim.distributed import Ranks, asked_by_checkpoint, fingerprint
 from alpha_optim.measure.across_ranks import PairAcrossRanks, Report, Together
 from alpha_optim.measure.pairing import Entry, Pairing
 from alpha_optim.measure.plan import Plan
+from alpha_optim.measure.processes import Processes
 from alpha_optim.measure.step_ends import EndSeen
 from alpha_optim.observe.checks import check_losses
-from alpha_optim.observe.memory import sparing
-from alpha_optim.observe.numbers import read
+from alpha_optim.observe.memory import Shortage, sparing
 from alpha_optim.observe.step_direction import parameters_of, rates_of
 from alpha_optim.policies.base import Place
-from alpha_optim.steer.guard import Guard
-from alpha_optim.steer.reminders import UNSCHEDULED, Reminders
+from alpha_optim.steer.reminders import Reminders
 from alpha_optim.steer.search import Search
-from alpha_optim.user_warning import warn_user
+from alpha_optim.steer.supervision import Steering, Supervision
 
 VERSION = 4
-RESTS = 2
-"""After so many executed steps without the scheduler's nothing is judged: somebody else has taken over."""
-OTHERS = 3
-"""After so many steps before which another network's backward pass came through here it is no accident."""
-PATIENT = 3
-"""After so many steps whose measurement had no memory nothing is measured."""
 _STEERED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 """The last session with a scheduler of each model."""
-
-
-class Steering(Protocol):
-    """What a scheduler answers and is told."""
-
-    def wants(self, iteration: int) -> bool:
-        """Whether the iteration is to be measured, where the optimizer has ``every=None``."""
-
-    def guard_acted(self, event: GuardEvent) -> GuardEvent:
-        """The guard did something; returns the event with what follows for the rates."""
-
-    def not_stepped(self) -> None:
-        """Several steps were made without the scheduler's."""
-
-    def nothing_seen(self) -> None:
-        """Steps are no longer seen from here on."""
-
-    def reached_by_others(self) -> None:
-        """Backward passes of another network come through the parameters."""
-
-    def around_step(self) -> AbstractContextManager[None]:
-        """Entered while the wrapped optimizer steps."""
 
 
 class SkipStepSignal(Exception):  # noqa: N818 - a signal, not an error
@@ -83,22 +52,15 @@ class Session:
         self.history = AlphaHistory()
         self.iteration = 0
         self.active = True
-        self.guard: Guard | None = None
-        self.events = GuardLog()
         self.skipped = 0
         """Calls of `step` that the guard did not execute."""
+        self.supervision = Supervision(plan.model, plan.optimizer)
         self.search = Search(plan.model, plan.optimizer)
+        self.processes = Processes(plan.model)
         self.reminders = Reminders(plan.loss_fn)
-        self._steering: Steering | None = None
-        self._reached = 0  # steps before which another network's backward pass came through
-        self._scheduled_at = 0  # iteration at which the scheduler was stepped last
+        self._shortage = Shortage()
         self._accepted: Callable[[], None] | None = None  # for the call in progress
-        self.ranks: Ranks | None = None
-        """The processes that train the model together, if there are several."""
-        self._separate = False  # whether processes were found to train models of their own
         self._started_before = False  # whether a pair began with the last step
-        self._saved_guard: dict[str, Any] | None = None
-        self._ran_out = 0  # steps whose measurement had no memory
         self._reset()
         self.begin()
 
@@ -112,34 +74,32 @@ class Session:
 
     def begin(self) -> None:
         """Hook what the coming iteration needs."""
-        if not self.active:
-            return
-        # Of several processes all have to measure the same iterations.
-        gives_up = self._ran_out >= PATIENT and self.ranks is None
-        self._start = not gives_up and self.plan.wants(self.iteration)
-        self._hook()
+        if self.active:
+            # Of several processes all have to measure the same iterations.
+            gives_up = self._shortage.lasts and self.processes.ranks is None
+            self._hook(starts=not gives_up and self.plan.wants(self.iteration))
 
-    def _hook(self) -> None:
-        """Hook the coming iteration, of which it is known whether it is measured."""
-        self._find_ranks()
-        in_pair = self._start or self.pairing.pending is not None
-        if self.ranks is not None:  # on all of them alike, whatever one could not measure
-            in_pair = self._start or self._started_before
+    def _hook(self, starts: bool) -> None:
+        """Hook the coming iteration.
+
+        Args:
+            starts: Whether it is to be the start of a pair.
+        """
+        self.processes.look_for(parameters_of(self.optimizer))
+        ranks, guard = self.processes.ranks, self.supervision.guard
+        in_pair = starts or self.pairing.pending is not None
+        if ranks is not None:  # on all of them alike, whatever one could not measure
+            in_pair = starts or self._started_before
         backend = self.plan.backend() if in_pair else None
-        guarded = self.guard is not None
         ended = self._started_before
-        self.pairing.begin(self.optimizer, backend, self.iteration, self._start, guarded, self.ranks, ended)
-        if self.guard is not None and self.guard.lacks_buffers and not self._resting:
-            self.pairing.iteration.before_forward = self.guard.keep_buffers
+        self.pairing.begin(self.optimizer, backend, self.iteration, starts, guard is not None, ranks, ended)
+        if guard is not None and guard.lacks_buffers and not self.supervision.rests(self.iteration):
+            self.pairing.iteration.before_forward = guard.keep_buffers
 
-    def _find_ranks(self) -> None:
-        """Look for other processes that train the same model."""
-        if self._separate or not initialised():
-            self.ranks = None
-            return
-        params = parameters_of(self.optimizer)
-        if self.ranks is None or not self.ranks.train(params):
-            self.ranks = Ranks.found(self.plan.model, params)
+    @property
+    def _starts(self) -> bool:
+        """Whether the iteration in progress is the start of a pair."""
+        return self.pairing.iteration.task.starts
 
     @property
     def progress(self) -> int:
@@ -154,16 +114,15 @@ class Session:
             guard: Whether points are judged; ``"cpu"``: and kept in the memory of the CPU.
         """
         self.scheduler_stepped()
-        self._steering = steering
         if self.plan.model is not None:
             _STEERED[self.plan.model] = weakref.ref(self)
         self.plan.ask_policy(steering.wants)
-        self.guard = self._new_guard(guard == "cpu") if guard else None
+        self.supervision.steered(steering, guard)
         self.begin()
 
     def scheduler_stepped(self) -> None:
         """The scheduler was built or stepped."""
-        self._scheduled_at = self.iteration
+        self.supervision.scheduler_stepped(self.iteration)
         self.reminders.scheduler_stepped(self.iteration)
 
     def restore_point(self, place: Place) -> bool:
@@ -175,18 +134,11 @@ class Session:
             self.pairing.pending = None
             self.history.drop(DropReason.RESTORED)
         self._started_before = False
-        if self.guard is not None:
-            self.guard.moved(parameters_of(self.optimizer))
+        if self.supervision.guard is not None:
+            self.supervision.guard.moved(parameters_of(self.optimizer))
         if self.active:
-            self._hook()
+            self._hook(self._starts)
         return True
-
-    def _new_guard(self, on_host: bool) -> Guard:
-        """A guard that remembers what was saved, if anything was."""
-        guard = Guard(self.plan.model, self.optimizer, on_host)
-        if self._saved_guard is not None:
-            guard.load_state_dict(self._saved_guard, parameters_of(self.optimizer))
-        return guard
 
     def check_unsteered(self) -> None:
         """Refuse a second scheduler, of this optimizer or of another one on the same model.
@@ -204,7 +156,7 @@ class Session:
                 f"take back different steps; wrap both as one: AlphaGuided([{names[0].lower()}, {names[1].lower()}], "
                 "model, loss_fn), or detach() the other one if it is done"
             )
-        if self._steering is not None:
+        if self.supervision.steering is not None:
             raise ValueError(
                 "this optimizer already has an AlphaScheduler, and only one can set its rates; combine "
                 "policies with Bounded and WithWarmup, and schedules with schedule="
@@ -219,8 +171,8 @@ class Session:
         """Remove every hook; from here on the wrapped optimizer steps alone."""
         self.pairing.close()
         self.pairing.pending = None
-        if self.active and self._steering is not None:
-            self._steering.nothing_seen()
+        if self.active:
+            self.supervision.nothing_seen()
         self.active = False
 
     def gradients_cleared(self, in_place: bool) -> None:
@@ -234,11 +186,11 @@ class Session:
     def _judge_lost(self) -> None:
         """The passes so far come to no step."""
         self.pairing.iteration.passes.discard()
-        if self.ranks is None:  # else it is judged at the next step, when ranks talk
+        if self.processes.ranks is None:  # else it is judged at the next step, when ranks talk
             self._judge_skipped_passes(None)
 
     def _judge_skipped_passes(self, together: Together | None) -> bool:
-        """Judge passes that came to no step: a gradient scaler skips what is not finite, and a loss that is not counts.
+        """Judge passes that came to no step.
 
         Args:
             together: What all ranks have seen, if there are several.
@@ -250,17 +202,10 @@ class Session:
         if together is not None:
             losses = [torch.tensor(math.nan)] if together.sums.pass_broke else []
         can_return = together is None or not together.sums.no_return
-        events = [event for loss in losses if (event := self._judge_skipped(loss, can_return)) is not None]
-        return not any(event.restored for event in events)
-
-    def _judge_skipped(self, loss: Tensor | None, can_return: bool) -> GuardEvent | None:
-        if self.guard is None or self._resting or loss is None:
-            return None
-        event = self.guard.abandoned(self.iteration, read([loss])[0], parameters_of(self.optimizer), can_return)
-        if event is not None:
+        events = self.supervision.judge_lost(self.iteration, losses, can_return)
+        if events:
             self.pairing.pending = None
-            event = self._note(event)
-        return event
+        return not any(event.restored for event in events)
 
     # ---------------------------------------------------------------- losses handed over
 
@@ -308,12 +253,12 @@ class Session:
             return self.optimizer.step(**kwargs)
         if self.pairing.iteration.idle:
             return self._step_unwatched(closure, kwargs)
-        if self.ranks is not None and self.ranks.leave_early():
+        if self.processes.ranks is not None and self.processes.ranks.leave_early():
             return self._step_unseen(closure, kwargs)
-        if self.guard is not None:
-            self.guard.notice_edits(parameters_of(self.optimizer))
+        if self.supervision.guard is not None:
+            self.supervision.guard.notice_edits(parameters_of(self.optimizer))
         try:
-            with self._around_step():
+            with self.supervision.around_step():
                 if closure is None:
                     self._before_step(None)
                 inner = None if closure is None else self._watched(closure, self.pairing.entry())
@@ -339,23 +284,22 @@ class Session:
     def _step_unwatched(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Step without a look at it."""
         self._tell_accepted()
-        with self._around_step():
+        with self.supervision.around_step():
             result = self.optimizer.step(**_with(closure, kwargs))
         self.iteration += 1
         self._started_before = False
         self.reminders.after_step(self.iteration, measured=False, saw_loss=False)
-        self._remind_scheduler()
+        self.supervision.step_made(self.iteration)
         self.begin()
         return result
 
     def _step_unseen(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Step without a word to other ranks, some of which may have left the loop."""
         self.reminders.ranks_leave()
-        if self._steering is not None:
-            self._steering.nothing_seen()
+        self.supervision.nothing_seen()
         self.pairing.pending = None
-        if self.guard is not None:
-            self.guard.forget()
+        if self.supervision.guard is not None:
+            self.supervision.guard.forget()
         return self._step_unwatched(closure, kwargs)
 
     def _watched(self, closure: Callable[[], Any], entry: Entry | None) -> Callable[[], Any]:
@@ -390,31 +334,30 @@ class Session:
             SkipStepSignal: If the step must not be executed.
         """
         pairing, params = self.pairing, parameters_of(self.optimizer)
-        iteration = pairing.iteration
+        iteration, guard = pairing.iteration, self.supervision.guard
         iteration.in_step = True
-        if iteration.task.in_pair or self.guard is not None:
+        if iteration.task.in_pair or guard is not None:
             pairing.see_loss(closure_loss)
-        if iteration.passes.discarded and self._steering is not None:
-            self._reached += 1
-            if self._reached == OTHERS:
-                self._steering.reached_by_others()
+        if iteration.passes.discarded:
+            self.supervision.reached_by_others()
         seen: EndSeen | DropReason | None = DropReason.OUT_OF_MEMORY
-        with sparing(self._ran_out_of_memory):
+        with sparing(self._shortage.occurred):
             seen = pairing.finish(params, entry)
         moved = None
-        if entry is not None and self.guard is not None:  # judged and kept is the point that the step starts from
+        if entry is not None and guard is not None:  # judged and kept is the point that the step starts from
             moved = [param.detach().clone() for param in params]
             _write(params, entry.params)
-        event, used, together = None, True, None
+        together = None
         outcome: Pending | DropReason | None
-        if self.ranks is not None and self._train_one_model(self.ranks, params):
-            together, outcome = self._exchange(self.ranks, seen, params)
+        ranks = self.processes.of_one_model(params, self.supervision.steering is not None)
+        if ranks is not None:
+            together, outcome = self._exchange(ranks, seen)
         else:
+            pairing.talk_to(None)
             outcome = pairing.paired(seen) if isinstance(seen, EndSeen) else seen
-        if self.guard is not None:
-            used = self._judge_skipped_passes(together)
-            if used:
-                event, used = self._judge(self.guard, params, together)
+        event, used = None, self._judge_skipped_passes(together)
+        if used:
+            event, used = self.supervision.judge(self.iteration, iteration.loss, together)
         self._record(outcome, event)
         if not used:
             pairing.pending = None
@@ -424,46 +367,28 @@ class Session:
         self._tell_accepted()
         if moved is not None:
             _write(params, moved)
-        if self._start:
+        if self._starts:
             reason = pairing.start_obstacle(params, entry)
             if reason is not None:
                 self.history.drop(reason)
             else:
-                kept = None if self.guard is None else self.guard.kept_parameters(params)
+                kept = None if guard is None else guard.kept_parameters(params)
                 kept = kept if entry is None else entry.params
                 with sparing(self._out_of_memory):
                     pairing.before_step(self.optimizer, kept, rates_of(self.optimizer))
 
-    def _train_one_model(self, ranks: Ranks, params: list[Tensor]) -> bool:
-        """Whether all ranks hold the same model; where only this one is watched, it is measured by itself if not.
-
-        Raises:
-            ValueError: If a scheduler is to find a rate for all of them.
-        """
-        apart = ranks.compare_models(params)
-        if apart is None:
-            return True
-        if self._steering is not None:
-            raise ValueError(apart)
-        warn_user(f"{apart}. Every process is measured by itself.")
-        self._separate, self.ranks = True, None
-        self.pairing.talk_to(None)
-        return False
-
     def _exchange(
-        self, ranks: Ranks, seen: EndSeen | DropReason | None, params: list[Tensor]
+        self, ranks: Ranks, seen: EndSeen | DropReason | None
     ) -> tuple[Together, PairAcrossRanks | DropReason | None]:
         """Tell all ranks what this one has seen, and hear what they have.
 
         Raises:
             RuntimeError: If one does not answer, or has other learning rates.
         """
-        steered = self._steering is not None
+        steered = self.supervision.steering is not None
         rates = [group.get("lr") for group in self.optimizer.param_groups] if steered else None
-        report = Report(rates=fingerprint(rates))
-        if self.guard is not None and not self._resting:
-            lost = read(self.pairing.iteration.lost_losses)
-            report = self.guard.report(params, report, not all(map(math.isfinite, lost)))
+        lost = self.pairing.iteration.lost_losses
+        report = self.supervision.report(self.iteration, Report(rates=fingerprint(rates)), lost)
         exchange = self.pairing.exchange
         assert exchange is not None
         together, outcome = exchange.at_step(self.pairing.iteration, seen, report, read_now=steered)
@@ -485,53 +410,22 @@ class Session:
             else:
                 self.history.append(outcome)
 
-    @property
-    def _resting(self) -> bool:
-        """Whether nobody steps the scheduler."""
-        return self.iteration - self._scheduled_at >= RESTS
-
-    def _judge(self, guard: Guard, params: list[Tensor], together: Together | None) -> tuple[GuardEvent | None, bool]:
-        """Let the guard judge the point reached; returns what it did and whether the step is made.
-
-        Raises:
-            RuntimeError: If that is asked for inside a backward pass.
-        """
-        if torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                "AlphaScheduler's guard cannot judge a step inside the backward pass (one optimizer per parameter, "
-                "stepped by a gradient hook): a step taken back there would break autograd. Use "
-                "AlphaScheduler(..., guard=False)."
-            )
-        if self._resting:
-            guard.rest(self.iteration, self.pairing.iteration.loss if together is None else together.loss)
-            return None, True
-        event, used = guard.judge(self.iteration, self.pairing.iteration.loss, params, together)
-        if event is None:
-            return None, used
-        return self._note(event), used
-
-    def _note(self, event: GuardEvent) -> GuardEvent:
-        """Tell the scheduler of an event, and remember it."""
-        event = event if self._steering is None else self._steering.guard_acted(event)
-        self.events.append(event)
-        return event
-
     def finish(self, loss: float | None) -> None:
         """Judge the point that the last step reached; see `AlphaScheduler.finish`."""
-        if self.guard is None or not self.active:
+        guard, ranks = self.supervision.guard, self.processes.ranks
+        if guard is None or not self.active:
             return
         self._judge_lost()
-        params, together = parameters_of(self.optimizer), None
-        if self.ranks is not None:
-            if self.ranks.leave_early():
+        together = None
+        if ranks is not None:
+            if ranks.leave_early():
                 return
-            report = self.guard.report(params, Report(), False, gradients=False)
+            params = parameters_of(self.optimizer)
+            report = guard.report(params, Report(), False, gradients=False)
             assert self.pairing.exchange is not None
             together = self.pairing.exchange.after_last(loss, report, params[0].device)
-        event = self.guard.finish(self.iteration, loss, params, together)
-        if event is not None:
+        if self.supervision.finish(self.iteration, loss, together) is not None:
             self.pairing.pending = None
-            self._note(event)
 
     def _tell_accepted(self) -> None:
         """The point reached is accepted; in a search only the one that it ends at counts."""
@@ -539,19 +433,12 @@ class Session:
             with torch.enable_grad():
                 self._accepted()
 
-    def _around_step(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._steering is None else self._steering.around_step()
-
-    def _remind_scheduler(self) -> None:
-        if self._steering is not None and self.iteration - self._scheduled_at == UNSCHEDULED + 1:
-            self._steering.not_stepped()
-
     @torch.no_grad()
     def _reduce_start(self) -> None:
         """Reduce the start of the pair."""
         pairing = self.pairing
         iteration = pairing.iteration
-        if not iteration.in_step and (self._start or pairing.pending is not None):
+        if not iteration.in_step and (iteration.task.starts or pairing.pending is not None):
             # The optimizer never called its closure: nothing was seen of this iteration.
             pairing.pending = None
             self.history.drop(DropReason.NO_BACKWARD)
@@ -567,31 +454,21 @@ class Session:
         """The pair that begins here is not measured."""
         self.pairing.pending = self.pairing.iteration.before = None
         self.history.drop(DropReason.OUT_OF_MEMORY)
-        self._ran_out_of_memory()
-
-    def _ran_out_of_memory(self) -> None:
-        """Once this has happened a few times nothing is measured."""
-        self._ran_out += 1
-        if self._ran_out == 1:
-            warn_user(
-                "memory ran out while alpha was measured; the step is made as ever, and where this happens again "
-                "measuring stops. Less is needed with a smaller batch, with every=10 (now and then only) or with "
-                "AlphaScheduler(guard='cpu')."
-            )
+        self._shortage.occurred()
 
     def _after_step(self) -> None:
         """Move on to the next iteration."""
         pairing, iteration = self.pairing, self.pairing.iteration
         self.iteration += 1
-        self._started_before = self._start
+        self._started_before = iteration.task.starts
         together = iteration.together
         saw_loss = iteration.loss.mean is not None or iteration.losses_declined
         saw_loss = saw_loss or (together is not None and iteration.without_data())
         measured = pairing.pending is not None and iteration.gradients.any_seen
         self.reminders.after_step(self.iteration, measured, saw_loss)
-        self._remind_scheduler()
-        if self.guard is not None:
-            self.guard.step_made(parameters_of(self.optimizer))
+        self.supervision.step_made(self.iteration)
+        if self.supervision.guard is not None:
+            self.supervision.guard.step_made(parameters_of(self.optimizer))
         self.begin()
 
     def _keep_gradients(self) -> None:
@@ -615,56 +492,46 @@ class Session:
         Args:
             tensors: Whether the pending step and the guard's points, which are as large as the parameters, are in it.
         """
-        guard = None
-        if tensors:
-            guard = self._saved_guard if self.guard is None else self.guard.state_dict()
         return {
             "version": VERSION,
             "iteration": self.iteration,
             "history": self.history.state_dict(),
             "pairing": self.pairing.state_dict(tensors),
-            "guard": guard,
             "plan": self.plan.state_dict(),
             "skipped": self.skipped,
             "searching": self.search.under_way,
             "trial": self.search.trial,
             "search_points": self.search.state_dict() if tensors else None,
-            "scheduled_at": self._scheduled_at,
             "started_before": self._started_before,
-            "events": self.events.state_dict(),
+            **self.supervision.state_dict(tensors),
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Continue from a state; None (a bare optimizer's state) starts at iteration 0."""
         self.pairing.close()
         self._reset()
-        self._saved_guard, self.events = None, GuardLog()
         self.search.forget()
         self.skipped = 0
         if state is None:
-            self.iteration = self._scheduled_at = 0
+            self.iteration = 0
             self.history.load_state_dict(AlphaHistory().state_dict())
             self.plan.load_state_dict(None)
         else:
             self.iteration = int(state["iteration"])
             self.history.load_state_dict(state["history"])
-            self._saved_guard = state["guard"]
             self.skipped, self.search.under_way = int(state.get("skipped", 0)), bool(state.get("searching", False))
             self.search.trial = bool(state.get("trial", False))
             self.search.load_state_dict(state.get("search_points"))
-            self._scheduled_at = int(state.get("scheduled_at", self.iteration))
             self._started_before = bool(state.get("started_before", False))
             if int(state["version"]) >= 2:
-                self._find_ranks()
                 params = parameters_of(self.optimizer)
-                self.pairing.load_state_dict(state["pairing"], params, self.iteration, self.ranks)
+                self.processes.look_for(params)
+                self.pairing.load_state_dict(state["pairing"], params, self.iteration, self.processes.ranks)
                 self.plan.load_state_dict(state["plan"])
             else:  # an older one: the pending measurement is dropped, what was learned is learned anew
                 self.plan.load_state_dict(None)
             self.reminders.resumed(self.iteration)
-            self.events.load_state_dict(state["events"])
-        if self.guard is not None:
-            self.guard = self._new_guard(self.guard.on_host)
+        self.supervision.load_state_dict(state, self.iteration)
         self.begin()
 
 

@@ -75,7 +75,7 @@ class Loop:
         self.times: list[float] = []
         if variant:
             self.optimizer = AlphaGuided(self.optimizer, self.model, self.loss_fn, every=variant["every"])
-            self.optimizer._session._separate = variant.get("alone", False)
+            self.optimizer._session.processes.separate = variant.get("alone", False)
             if variant.get("guarded"):
                 self.scheduler = AlphaScheduler(self.optimizer, Hold())
             self.optimizer._session.begin()

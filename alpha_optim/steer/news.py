@@ -1,0 +1,59 @@
+"""What a policy has not been told yet."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from alpha_optim.alpha.history import AlphaHistory
+from alpha_optim.policies import base
+from alpha_optim.steer.guard import KEPT, Guard
+
+
+class News:
+    """Measurements and steps since the scheduler's last call.
+
+    Attributes:
+        progress: Steps made and calls not executed, at the last call.
+        iteration: Steps made, at the last call.
+    """
+
+    def __init__(self, progress: int, iteration: int) -> None:
+        """What was before is no news."""
+        self.progress, self.iteration = progress, iteration
+        self._measured = iteration - 1  # the last measurement that was told, or is not going to be
+
+    def tell(self, policy: base.Policy, history: AlphaHistory, iteration: int, guard: Guard | None, lag: int) -> float:
+        """Tell a policy of them.
+
+        Args:
+            policy: The policy.
+            history: The measurements.
+            iteration: Steps made by now.
+            guard: Reads the losses of all steps, if there is one.
+            lag: So many of the newest measurements are not asked for yet.
+
+        Returns:
+            The product of its answers.
+        """
+        factor = 1.0
+        for measurement in history.up_to(iteration - lag, after=self._measured):
+            factor *= base.factor_of(policy, measurement)
+            self._measured = measurement.iteration
+        losses = {} if guard is None else guard.losses_read()
+        for number in range(max(self.iteration, iteration - KEPT), iteration):
+            factor *= base.step_factor_of(policy, number, losses.get(number, math.nan))
+        return factor
+
+    def skip_to(self, iteration: int) -> None:
+        """Never tell of what was measured so far."""
+        self._measured = max(self._measured, iteration - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"seen_progress": self.progress, "seen_iteration": self.iteration, "seen_measurement": self._measured}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
+        self.iteration, self._measured = int(state["seen_iteration"]), int(state["seen_measurement"])
+        self.progress = int(state.get("seen_progress", self.iteration))
