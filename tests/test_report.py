@@ -103,9 +103,9 @@ def test_columns_are_those_of_the_history(tmp_path):
 
 
 @pytest.mark.parametrize("block", [1, 5_000, 1 << 20])
-@pytest.mark.parametrize("loads", [recording._loads, json.loads])
-def test_lines_read_at_once_are_those_read_one_by_one(tmp_path, monkeypatch, block, loads):
-    """Values that are not known or infinite, events and notes in between, whatever reads the JSON."""
+@pytest.mark.parametrize("installed", [True, False])
+def test_lines_read_at_once_are_those_read_one_by_one(tmp_path, monkeypatch, block, installed):
+    """Values that are not known or infinite, events and notes in between, with msgspec and without."""
     path = tmp_path / "run.jsonl"
     history = run_file(path)
     lines = path.read_text().splitlines()
@@ -120,8 +120,12 @@ def test_lines_read_at_once_are_those_read_one_by_one(tmp_path, monkeypatch, blo
         patched.setattr(Recording, "_take_measurements", lambda *_: False)
         singly = Recording.read(path)
     monkeypatch.setattr(recording, "BLOCK", block)
-    monkeypatch.setattr(recording, "_loads", loads)
+    if not installed:
+        monkeypatch.setitem(sys.modules, "msgspec", None)
+    recording._decoder.cache_clear()
+    assert (recording._decoder() is not None) == installed
     together = Recording.read(path)
+    recording._decoder.cache_clear()
     assert len(together) == len(history)
     for name in ("iterations", "alphas", "stds", "losses", "rates"):
         assert np.array_equal(getattr(together, name), getattr(singly, name), equal_nan=True)
