@@ -28,6 +28,25 @@ UNTESTED = [
     ("Models", "ScriptModules (torch cannot hook them)"),
     ("Frameworks", "DeepSpeed, Fabric, Ignite, Keras"),
 ]
+LICENSES = {
+    "torch": "BSD-3-Clause",
+    "backpack-for-pytorch": "MIT",
+    "numpy": "BSD-3-Clause",
+    "scipy": "BSD-3-Clause",
+    "matplotlib": "PSF",
+    "msgspec": "BSD-3-Clause",
+    "plotext": "MIT",
+    "plotly": "MIT",
+    "rich": "MIT",
+    "pandas": "BSD-3-Clause",
+    "peft": "Apache-2.0",
+    "transformers": "Apache-2.0",
+    "accelerate": "Apache-2.0",
+    "lightning": "Apache-2.0",
+    "tensorboard": "Apache-2.0",
+}
+"""Of what is installed with the package and with the extras that users are told of."""
+USERS = ("plots", "report", "dataframe", "peft", "integrations")
 HEAD = """# What it works with
 
 Written by `python -m tests.compatibility` from the marks on the tests; each row names the test that shows it.
@@ -38,6 +57,16 @@ Transformers 5.24; with torch 2.6, the oldest that is supported, the same tests 
 
 | | what | | test |
 |---|---|---|---|
+"""
+
+LICENSED = """
+## Licenses
+
+The package itself is under the MIT license. It needs torch, backpack-for-pytorch (which asks for torchvision,
+BSD-3-Clause, and einops, MIT), numpy and scipy; the others come with extras that are named where they are used.
+
+| package | license |
+|---|---|
 """
 
 
@@ -69,7 +98,8 @@ def document():
     """The whole text."""
     lines = [f"| {row.area} | {row.thing} | {row.status} | `{row.test}` |\n" for row in rows()]
     lines += [f"| {area} | {thing} | untested | |\n" for area, thing in UNTESTED]
-    return HEAD + "".join(lines)
+    packages = [f"| {name} | {license} |\n" for name, license in LICENSES.items()]
+    return HEAD + "".join(lines) + LICENSED + "".join(packages)
 
 
 if __name__ == "__main__":
