@@ -30,48 +30,19 @@ from torch.optim import Optimizer
 
 from alpha_optim.alpha.loss_level import LossScatter
 from alpha_optim.alpha.records import Code, GuardEvent, GuardReason
-from alpha_optim.distributed import local
 from alpha_optim.measure.across_ranks import Report, Together
 from alpha_optim.measure.step_ends import BatchLoss
-from alpha_optim.observe.numbers import Number, free_to_read, read, saved
+from alpha_optim.observe.numbers import read
 from alpha_optim.observe.step_direction import versions_of
-from alpha_optim.steer.point import Point, inner_optimizers, keeps_own_weights, persistent_buffers
+from alpha_optim.steer.point import Point, inner_optimizers, keeps_own_weights
+from alpha_optim.steer.readings import UNSEEN, Reading, Readings
 from alpha_optim.user_warning import Once
 
 PATIENCE = 3
 """After so many returns in a row that did not help rises of the loss are no longer judged; a buffer that is not
 finite so many batches in a row is meant to be."""
-LARGEST = 1.8e19
-"""Norms above this have squares that float32 does not hold: second moments and running variances would be infinite for
-ever."""
 KEPT = 1000
 """So many losses wait to be told to a policy, if its scheduler is stepped now and then only."""
-
-
-class Reading(NamedTuple):
-    """What is judged, read from the device.
-
-    Attributes:
-        loss: Mean loss, None if not observed.
-        variance: Variance of one sample's loss, None if not observed.
-        samples: N, 0 if not known.
-        params_broke: Whether a parameter that was finite is so no longer.
-        buffers_broke: Whether a buffer is.
-        gradient: Whether all gradients are finite, and their squares: second moments would hold an inf for ever.
-        can_return: Whether the point before the last step can be put back, on every rank.
-    """
-
-    loss: float | None
-    variance: float | None
-    samples: int
-    params_broke: bool = False
-    buffers_broke: bool = False
-    gradient: bool = True
-    can_return: bool = True
-
-
-UNSEEN = Reading(None, None, 0)
-UNSEEN_LOSS = BatchLoss(None, None, 0)
 
 
 class Judgement(NamedTuple):
@@ -116,8 +87,7 @@ class Guard:
         self._helpless = 0  # returns in a row that did not help
         self._once = Once()
         self._versions: list[int] = []  # of the parameters after the last step
-        self._finite: Sequence[bool] | Tensor | None = None  # per tensor of the state, whether it was finite
-        self._reported: Sequence[bool] | Tensor = ()  # the same, as it was reported to other ranks
+        self._readings = Readings(model)
         self._losses: deque[tuple[int, float]] = deque(maxlen=KEPT)  # for the policy
         self.stepped = False  # whether a step was made from the last point
 
@@ -203,13 +173,9 @@ class Guard:
             params: The parameters, with the gradients the optimizer is about to use.
             together: What all ranks have seen, if there are several, this one's `report` among them.
         """
-        finite: Sequence[bool] | Tensor
         if together is not None and self._edited_elsewhere(together):
             self._forget_for_an_edit()
-        if together is None:
-            now, finite = self._read(loss, params)
-        else:
-            now, finite = self._heard(loss.variance, together), self._reported
+        now = self._readings.read(loss, params) if together is None else Readings.heard(loss.variance, together)
         if now.params_broke and self.stepped and self._last and now.can_return:  # else somebody else wrote them
             return self._take_back(iteration, GuardReason.STATE_NOT_FINITE, now, params)
         if now.loss is not None and not math.isfinite(now.loss):
@@ -231,7 +197,7 @@ class Guard:
         if self._at_fault:  # so many in a row are usual in these data
             self._most_not_finite = max(self._most_not_finite, self._not_finite)
         self._not_finite, self._lowered, self._at_fault = 0, False, False
-        self._accept(iteration, now, params, finite)
+        self._accept(iteration, now, params)
         return Judgement(event, True)
 
     @torch.no_grad()
@@ -265,7 +231,7 @@ class Guard:
             together: What all ranks have seen, if there are several.
         """
         if together is not None:
-            now = self._heard(None, together)
+            now = Readings.heard(None, together)
             loss = now.loss
             if not now.can_return:
                 return None
@@ -273,7 +239,7 @@ class Guard:
             return None
         else:
             mean = None if loss is None else torch.tensor(loss)
-            now, _ = self._read(BatchLoss(mean, None, 0), params, gradients=False)
+            now = self._readings.read(BatchLoss(mean, None, 0), params, gradients=False)
         broke = now.params_broke or (loss is not None and not math.isfinite(loss))
         if broke or self._rose(now):
             reason = GuardReason.STATE_NOT_FINITE if broke else GuardReason.LOSS_ROSE
@@ -281,6 +247,18 @@ class Guard:
         if now.buffers_broke:
             return self._skip(iteration, GuardReason.STATE_NOT_FINITE, now).event
         return None
+
+    def report(self, report: Report, params: Sequence[Tensor], pass_broke: bool, gradients: bool = True) -> Report:
+        """Add to a report to other ranks what is judged on this one; nothing is read from the device.
+
+        Args:
+            report: The report.
+            params: The parameters, with the gradients the optimizer is about to use.
+            pass_broke: Whether a pass that came to no step had a loss that is not finite.
+            gradients: Whether to look at gradients, too.
+        """
+        no_return = not (self.stepped and self._last.fits(params))
+        return self._readings.report(replace(report, no_return=no_return, pass_broke=pass_broke), params, gradients)
 
     def _rose(self, now: Reading) -> bool:
         """Whether the loss rose beyond its noise."""
@@ -298,10 +276,11 @@ class Guard:
 
     # ---------------------------------------------------------------- what is done
 
-    def _accept(self, iteration: int, now: Reading, params: Sequence[Tensor], finite: Sequence[bool] | Tensor) -> None:
+    def _accept(self, iteration: int, now: Reading, params: Sequence[Tensor]) -> None:
         """Keep the point from which a step is about to be made."""
         self._last.keep(params, self._model, self._optimizer)
-        self._finite, self.stepped = finite, False
+        self._readings.accepted()
+        self.stepped = False
         if now.loss is not None:
             self._scatter.note(now.loss)
             self._losses.append((iteration, now.loss))
@@ -364,80 +343,13 @@ class Guard:
         self.stepped = False
         return Judgement(GuardEvent(iteration, reason, before, after, restored), False)
 
-    # ---------------------------------------------------------------- reading
-
-    def _read(self, loss: BatchLoss, params: Sequence[Tensor], gradients: bool = True) -> tuple[Reading, list[bool]]:
-        """Read what is judged in one transfer; also, per tensor of the state, whether it is finite."""
-        found, known, count = self._norms(params, gradients)
-        norms, mean, variance = _together(found, loss.mean, loss.variance)
-        finite = [norm <= LARGEST for norm in norms]  # false for nan
-        before = self._finite if self._finite is not None and len(self._finite) == count else finite
-        broke = [bool(was) and not now for was, now in zip(before, finite, strict=False)]
-        reading = Reading(
-            mean, variance, loss.samples, any(broke[:known]), any(broke[known:]), all(finite[count:])
-        )  # fmt: skip
-        return reading, finite[:count]
-
-    @torch.no_grad()
-    def report(self, params: Sequence[Tensor], report: Report, pass_broke: bool, gradients: bool = True) -> Report:
-        """Add to a report what is judged on this rank; nothing is read from the device.
-
-        Args:
-            params: The parameters, with the gradients the optimizer is about to use.
-            report: The report.
-            pass_broke: Whether a pass that came to no step had a loss that is not finite.
-            gradients: Whether to look at gradients, too.
-        """
-        common = replace(report, no_return=not (self.stepped and self._last.fits(params)), pass_broke=pass_broke)
-        if free_to_read(params[0].device):
-            now, self._reported = self._read(UNSEEN_LOSS, params, gradients)
-            return replace(
-                common,
-                params_broke=now.params_broke,
-                buffers_broke=now.buffers_broke,
-                gradient_broke=not now.gradient,
-            )
-        norms, known, count = self._norms(params, gradients)
-        finite = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]) <= LARGEST  # false for nan
-        before = finite[:count]
-        if self._finite is not None and len(self._finite) == count:
-            before = torch.as_tensor(self._finite, device=finite.device)
-        broke = before & ~finite[:count]
-        self._reported = finite[:count]
-        return replace(
-            common,
-            params_broke=broke[:known].any(),
-            buffers_broke=broke[known:].any(),
-            gradient_broke=~finite[count:].all(),
-        )
-
-    def _norms(self, params: Sequence[Tensor], gradients: bool) -> tuple[list[Tensor], int, int]:
-        """Norms of parameters, buffers and gradients, and how many are of parameters, and of them and buffers."""
-        buffers = [b for entry in persistent_buffers(self._model) for b in entry if b.is_floating_point()]
-        given = [param.grad for param in params if gradients and param.grad is not None]
-        return _norms([*params, *buffers, *given]), len(params), len(params) + len(buffers)
-
-    @staticmethod
-    def _heard(variance: Number | None, together: Together) -> Reading:
-        """What is judged, over all ranks; with the variance of one sample's loss."""
-        sums = together.sums
-        return Reading(
-            together.loss,
-            saved(variance),
-            together.samples,
-            bool(sums.params_broke),
-            bool(sums.buffers_broke),
-            not sums.gradient_broke,
-            not sums.no_return,
-        )
-
     # ---------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the next judgement needs; tensors are copies."""
         return {
             "last": self._last.state_dict() if self._last else None,
-            "finite": None if self._finite is None else torch.as_tensor(self._finite).tolist(),
+            "finite": self._readings.state_dict(),
             "before": list(self._before[:3]),
             "scatter": self._scatter.state_dict(),
             "stage": self._stage.value,
@@ -461,8 +373,7 @@ class Guard:
         self.stepped = bool(state["stepped"]) and fits
         self._versions = versions_of(params)
         self._stage = _Stage(state["stage"]) if fits else _Stage.CALM
-        finite = state["finite"]
-        self._finite = None if finite is None or not fits else list(map(bool, finite))
+        self._readings.load_state_dict(state["finite"] if fits else None)
         self._before = Reading(*state["before"])
         self._scatter.load_state_dict(state["scatter"])
         self._doubted_rise = float(state["doubted_rise"])
@@ -470,31 +381,3 @@ class Guard:
         self._at_fault, self._most_not_finite = bool(state["at_fault"]), int(state["most_not_finite"])
         self._helpless = int(state["helpless"])
         self._losses = deque(((int(n), float(loss)) for n, loss in state["losses"]), maxlen=KEPT)
-
-
-def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The norm of each tensor ``[]``, in a type wide enough."""
-    plain = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in map(local, tensors)]
-    plain = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in plain]
-    narrow = [t.dtype in (torch.float16, torch.bfloat16) for t in plain]
-    if not any(narrow):
-        return list(torch._foreach_norm(plain))
-    return [  # the norm of a large tensor is beyond what 16 bits hold
-        torch.linalg.vector_norm(t, dtype=torch.float32 if wide else None)
-        for t, wide in zip(plain, narrow, strict=True)
-    ]
-
-
-def _together(norms: list[Tensor], *others: Any) -> tuple[Any, ...]:
-    """Fetch norms and other numbers; in one transfer where they lie on one device."""
-    first = norms[0]
-    if any(norm.dtype is not first.dtype or norm.get_device() != first.get_device() for norm in norms):
-        values = read([*norms, *others])
-        return values[: len(norms)], *values[len(norms) :]
-    stacked = torch.stack(norms)
-    if stacked.is_cpu:
-        return stacked.tolist(), *read(others)
-    waiting = [other.detach().to(first.device, torch.float64) for other in others if isinstance(other, Tensor)]
-    values = torch.cat([stacked.double(), *(value.reshape(1) for value in waiting)]).tolist()
-    found = iter(values[len(norms) :])
-    return values[: len(norms)], *(next(found) if isinstance(other, Tensor) else other for other in others)

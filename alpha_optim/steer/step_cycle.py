@@ -421,7 +421,7 @@ class Session:
             if ranks.leave_early():
                 return
             params = parameters_of(self.optimizer)
-            report = guard.report(params, Report(), False, gradients=False)
+            report = guard.report(Report(), params, False, gradients=False)
             assert self.pairing.exchange is not None
             together = self.pairing.exchange.after_last(loss, report, params[0].device)
         if self.supervision.finish(self.iteration, loss, together) is not None:

@@ -130,7 +130,7 @@ class Supervision:
         if guard is None:
             return report
         broke = not all(map(math.isfinite, read(lost)))
-        return guard.report(parameters_of(self._optimizer), report, broke)
+        return guard.report(report, parameters_of(self._optimizer), broke)
 
     def judge_lost(self, iteration: int, losses: Sequence[Tensor], can_return: bool = True) -> list[GuardEvent]:
         """Judge passes that came to no step: a gradient scaler skips what is not finite, and a loss that is not counts.
