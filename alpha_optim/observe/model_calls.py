@@ -83,11 +83,6 @@ class ModelCall:
         """Whether nobody has written to the inputs since the call began."""
         return versions_of((self.args, self.kwargs)) == self.versions
 
-    @property
-    def tokens(self) -> Any:
-        """Number of targets by which the model was told to divide its loss (Transformers), or None."""
-        return self.kwargs.get("num_items_in_batch")
-
 
 def _parameter_versions(model: nn.Module) -> tuple[int, ...]:
     return tuple(param._version for param in innermost(model).parameters())

@@ -79,10 +79,12 @@ class _Part:
     Attributes:
         along: What its samples contribute to <d, gradient of what was sent backward> ``[n]``.
         losses: Their losses ``[n]`` if the model returns its loss, normalised so that their mean is that loss.
+        ratio: That loss as a multiple of the mean over the samples that were run ``[]``.
     """
 
     along: Tensor
-    losses: Tensor | None
+    losses: Tensor | None = None
+    ratio: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class ForwardMode:
         self.model, self._sample_dim, self._exact = model, sample_dim, exact
         self.reason: str | None = None  # why nothing can be had, as the last check found
         self._whole = exact
+        self._sums = False  # whether a loss that the model returns is a sum, of which some samples have a share
         self._way = 0  # which of `_WAYS` works
         self.half = False  # whether the model computes in 16 bits, as far as was seen
         self._drew = False  # whether its last call drew random numbers
@@ -308,6 +311,12 @@ class ForwardMode:
         if drew:
             return  # other random numbers than those of dropout: some samples by themselves get others
         every, _ = self._counted(entry, calls, line, None)
+        if every.ratio is not None and some.ratio is not None:
+            share, of_ratio = count / samples, read([some.ratio / every.ratio])[0]
+            if not math.isfinite(of_ratio):  # none of them counts: other samples tell, the next time
+                self._signature = None
+                return
+            self._sums = abs(of_ratio - share) < abs(of_ratio - 1.0)
         expected = every.along[chosen.to(every.along.device)]
         factor: Tensor | float = 1.0
         apart = False
@@ -348,7 +357,8 @@ class ForwardMode:
         ]
         put = torch.cat if apart else _added
         losses = [part.losses for part in parts if part.losses is not None]
-        return _Part(put([part.along for part in parts]), put(losses) if len(losses) == len(parts) else None)
+        known = put(losses) if len(losses) == len(parts) else None
+        return _Part(put([part.along for part in parts]), known, parts[0].ratio)
 
     def _of_call(
         self,
@@ -424,7 +434,7 @@ class ForwardMode:
                 )
             total = rows if total is None else total + rows
         assert total is not None
-        return _Part(total, None)
+        return _Part(total)
 
     def _of_inner_losses(
         self,
@@ -451,9 +461,8 @@ class ForwardMode:
             raise CannotDifferentiateError(OTHER_TERMS)
         assert call.loss_place is not None
         gamma = gradients[call.loss_place].double()
-        if call.tokens is not None:  # divided by the targets of all: some of the samples have a share of them
-            ratio = ratio * (whole / samples)
-        return _Part(single_along.double() * ratio * gamma / whole, single.double() * ratio)
+        factor = ratio * (whole / samples) if self._sums else ratio
+        return _Part(single_along.double() * factor * gamma / whole, single.double() * factor, ratio)
 
     def _outputs(
         self,
@@ -498,11 +507,12 @@ class ForwardMode:
                 "samples over with optimizer.record_losses(losses)"
             )
         single = [rows.of_samples(samples, self._sample_dim) for _, rows in seen.calls]
-        mean = sum((mean for mean, _ in seen.calls[1:]), seen.calls[0][0])
         if any(entry is None for entry in single):
             raise CannotDifferentiateError("the rows of its loss are neither the samples nor a multiple of them")
         assert call.loss_place is not None
-        together = torch.stack([entry for entry in single if entry is not None]).sum(0)
+        found = [entry for entry in single if entry is not None]
+        means = [entry.mean() if m is None else m for (m, _), entry in zip(seen.calls, found, strict=True)]
+        mean, together = sum(means[1:], means[0]), torch.stack(found).sum(0)
         return [tensors[call.loss_place], mean, together]
 
     def _derivative(
@@ -552,6 +562,7 @@ class ForwardMode:
         """Return what a resumed run must not find out anew."""
         return {
             "whole": self._whole,
+            "sums": self._sums,
             "way": self._way,
             "reason": self.reason,
             "refreshes": self._refreshes,
@@ -565,7 +576,8 @@ class ForwardMode:
         self._whole, self._way = bool(state["whole"]), int(state["way"])
         self.reason, self._refreshes = state["reason"], int(state["refreshes"])
         self._seed, self.half = int(state["seed"]), bool(state["half"])
-        self._signature = state["signature"]
+        self._sums = bool(state.get("sums", False))
+        self._signature = state["signature"] if "sums" in state else None  # of an older version: check anew
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class SeesLosses(TorchFunctionMode):
     """Notes the losses of the rows at every call of a loss function; may switch dropout off.
 
     Attributes:
-        calls: For every call its mean and the losses of its rows.
+        calls: For every call its mean, None if it is that of the samples' losses, and the losses of its rows.
         half: Whether anything ran in 16 bits.
     """
 
@@ -68,7 +68,7 @@ class SeesLosses(TorchFunctionMode):
         """
         super().__init__()
         self._without_dropout = without_dropout
-        self.calls: list[tuple[Tensor, Rows]] = []
+        self.calls: list[tuple[Tensor | None, Rows]] = []
         self.half = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -107,9 +107,9 @@ class SeesLosses(TorchFunctionMode):
             total = None
         elif reduction == "batchmean":
             total = float(values.shape[0])
-        mean = output
-        if reduction == "sum" and total is not None:
-            mean = output / total
+        mean: Tensor | None = output
+        if reduction == "sum":  # of elements, where the total is not known: then samples are what they are
+            mean = None if total is None else output / total
         self.calls.append((mean, Rows(values, total)))
 
 
