@@ -178,9 +178,10 @@ class AlphaScheduler(LRScheduler):
             self._decide(optimizer.iteration)
             self.scale *= self._cuts.give_back(optimizer.iteration)
         self._tell_session()
-        if session.progress != self._news.progress and self.schedule is not None and self._cut is None:
+        moved, self._news.progress = session.progress != self._news.progress, session.progress
+        if moved and self.schedule is not None and self._cut is None:
             self._advance_schedule(self.schedule, metrics)
-        self._news.progress, self._news.iteration = session.progress, optimizer.iteration
+        self._news.iteration = optimizer.iteration
         self.last_epoch = session.progress
         self._write()
 

@@ -174,9 +174,17 @@ def test_a_new_run_on_the_same_parameters_is_steered_as_ever():
     assert len(kept) == 2
 
 
+class _Nobody:
+    """Stands in for a scheduler where there is none yet."""
+
+    def step(self):
+        pass
+
+
 @pytest.mark.compatibility("Schedules", "GANs steered: no rate is searched, a warning says so")
 @pytest.mark.filterwarnings("error")
-def test_networks_that_play_against_each_other_are_watched_and_no_rate_is_searched():
+@pytest.mark.parametrize("watched", [0, 5])
+def test_networks_that_play_against_each_other_are_watched_and_no_rate_is_searched(watched):
     torch.manual_seed(0)
     generator, critic = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)), nn.Linear(2, 1)
     loss_fns = nn.BCEWithLogitsLoss(), nn.BCEWithLogitsLoss()
@@ -184,7 +192,7 @@ def test_networks_that_play_against_each_other_are_watched_and_no_rate_is_search
         AlphaGuided(torch.optim.Adam(net.parameters(), lr=1e-3), net, loss_fn)
         for net, loss_fn in zip((generator, critic), loss_fns, strict=True)
     ]
-    schedulers = [AlphaScheduler(one, total_steps=400) for one in guided]
+    schedulers = [_Nobody(), _Nobody()]
     ones, zeros = torch.ones(16, 1), torch.zeros(16, 1)
 
     def play(steps):
@@ -199,6 +207,8 @@ def test_networks_that_play_against_each_other_are_watched_and_no_rate_is_search
             guided[0].step()
             schedulers[0].step()
 
+    play(watched)
+    schedulers[:] = [AlphaScheduler(one, total_steps=400) for one in guided]
     with pytest.warns(UserWarning, match=r"another network come through the parameters of Adam \(a GAN\?\)") as caught:
         play(30)
     assert len(caught) == 1

@@ -355,9 +355,11 @@ class Session:
         else:
             pairing.talk_to(None)
             outcome = pairing.paired(seen) if isinstance(seen, EndSeen) else seen
-        event, used = None, self._judge_skipped_passes(together)
+        event, used = None, True
+        if guard is not None:  # else nobody waits for what other ranks say
+            used = self._judge_skipped_passes(together)
         if used:
-            event, used = self.supervision.judge(self.iteration, iteration.loss, together)
+            event, used = self.supervision.judge(self.iteration, self.pairing.iteration.loss, together)
         self._record(outcome, event)
         if not used:
             pairing.pending = None

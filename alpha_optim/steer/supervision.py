@@ -104,9 +104,10 @@ class Supervision:
 
     def reached_by_others(self) -> None:
         """Another network's backward pass came through the parameters before this step."""
-        self._reached += 1
-        if self.steering is not None and self._reached == OTHERS:
-            self.steering.reached_by_others()
+        if self.steering is not None:
+            self._reached += 1
+            if self._reached == OTHERS:
+                self.steering.reached_by_others()
 
     def around_step(self) -> AbstractContextManager[None]:
         """Entered while the wrapped optimizer steps."""

@@ -4,6 +4,7 @@ import contextlib
 import math
 import pathlib
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from alpha_optim import AlphaGuided, AlphaScheduler, Hold
+from alpha_optim.distributed import Sum
 
 FSDP_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 needs_fsdp = pytest.mark.skipif(not FSDP_ON_CPU, reason="fully_shard runs on CPUs from torch 2.7 on")
@@ -226,6 +228,31 @@ def one_bad_batch(rank, size):
         guided.step()
         scheduler.step()
     return record(guided)
+
+
+def steps_that_wait(rank, size):
+    """Of 40 steps that are only watched, those in which a sum over ranks is read that was begun in the same step."""
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    net, waiting, begun, step = wrapped(model, size), [], {}, 0
+    guided = AlphaGuided(OPTIMIZERS["adamw"](model.parameters()), net, loss_fn)
+    begin, read = Sum.__init__, Sum.read
+
+    def noted(self, *args):
+        begun[id(self)] = step
+        begin(self, *args)
+
+    def reads(self):
+        if begun[id(self)] == step:
+            waiting.append(step)
+        return read(self)
+
+    with mock.patch.object(Sum, "__init__", noted), mock.patch.object(Sum, "read", reads):
+        for step in range(40):
+            x, y = of_rank(step, rank, size)
+            guided.zero_grad()
+            loss_fn(net(x), y).backward()
+            guided.step()
+    return waiting
 
 
 def uneven_threads(rank, size):

@@ -45,6 +45,7 @@ def on_ranks(rank, size, folder):
         found["returns"] = {v: setups.returns_loss(rank, size, v) for v in ("exact", "sampled")}
         found["shares"] = {how: setups.shares_of_one_mean(rank, size, how) for how in ("in place", "anew")}
         found["bad batch"] = setups.one_bad_batch(rank, size)
+        found["waits"] = setups.steps_that_wait(rank, size)
         found["threads"] = setups.uneven_threads(rank, size)
         found["subset"] = setups.plain(rank, size, "adamw", variance="sampled", total=64)
     return found
@@ -179,3 +180,10 @@ def test_a_bad_batch_leaves_what_is_known_of_variances(two):
 def test_sums_in_another_order_make_no_difference_between_ranks(two):
     assert two[0]["threads"] == two[1]["threads"]
     assert len(two[0]["threads"]) == 11
+
+
+def test_who_only_watches_waits_for_no_other_rank_but_where_variances_are_measured(two):
+    """What ranks say is added up while the next forward pass runs; variances come anew at twice the distance each."""
+    for rank in two:
+        assert {16, 31} <= set(rank["waits"])
+        assert not set(rank["waits"]) & {*range(17, 31), *range(33, 40)}
