@@ -57,6 +57,24 @@ def test_models_of_many_kinds(name, optimizer, backend):
     check(train(guided, model, loss_fn, batches), expected)
 
 
+def with_two_rates(params):
+    params = list(params)
+    return torch.optim.SGD(
+        [{"params": [p for p in params if p.dim() > 1], "lr": 0.3}, {"params": [p for p in params if p.dim() <= 1]}],
+        lr=0.02,
+    )
+
+
+@pytest.mark.parametrize("backend", ["layerwise", "auto", "backpack", "cached"])
+def test_weights_and_biases_of_one_layer_with_rates_of_their_own(backend):
+    model, batches = zoo.make("in-place relu", SIZES)
+    twin = copy.deepcopy(model)
+    expected = observe_run(twin, zoo.cross_entropy_of_one, F.cross_entropy, with_two_rates(twin.parameters()), batches)
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(with_two_rates(model.parameters()), model, loss_fn, backend=backend, variance="exact")
+    check(train(guided, model, loss_fn, batches), expected)
+
+
 @pytest.mark.parametrize("name", sorted(set(zoo.ZOO) - zoo.NOT_CACHED))
 def test_float32_agrees_with_individual_gradients(name):
     histories = []

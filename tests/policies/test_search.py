@@ -641,3 +641,36 @@ def test_one_trial_that_surely_lowered_the_loss_is_enough_whatever_the_noise_of_
         after = phase._end(*scores.get(round(phase.position / STEP), (math.inf, 0.0)))
         phase = after.phase
     assert after.found is not None
+
+
+@pytest.mark.parametrize("fell", [True, False])
+def test_trials_that_lower_nothing_surely_count_where_the_climb_did(fell):
+    phase = Trials.begun(Settings(STEPS, 20, by_steps=True), 0.0, -math.inf, Level(1.0, 0.5, 10), 0, fell)
+    while phase is not None:
+        after = phase._end(0.95 + 0.01 * abs(phase.position), 0.2)
+        phase = after.phase
+    assert (after.found is not None) == fell
+    assert ("no trial surely lowered the loss" in after.text) == (not fell)
+
+
+def test_a_climb_that_fell_says_so_to_the_trials():
+    _, after, _ = climbed(valley(np.random.default_rng(0)))
+    assert after.phase.fell
+    flat = np.concatenate([np.full(30, 2.0), 2.0 + np.linspace(0, 5, 20)]) + np.random.default_rng(1).normal(
+        0, 0.05, 50
+    )
+    _, after, _ = climbed(flat)
+    assert not after.phase.fell
+
+
+def test_without_room_for_trials_the_climb_leaves_nothing_behind():
+    settings = Settings(200, 8, by_steps=True)
+    phase = Climb(settings, -8.0, 0, (2.0, 2.01, 1.99))
+    for loss in valley(np.random.default_rng(0)):
+        after = phase.stepped(float(loss))
+        if after.phase is None:
+            break
+        phase = after.phase
+    assert after.found == pytest.approx(phase.lowest() - math.log(2))
+    assert after.highest == pytest.approx(phase.lowest())
+    assert after.restore == "start"
