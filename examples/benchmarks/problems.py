@@ -206,3 +206,13 @@ UNSEEN = {
     "text transformer, 2,500 steps": PROBLEMS["text transformer"]._replace(steps=2500),
 }
 """Kept out of most of the tuning of the policy; the last one, a language model over a longer run, out of all of it."""
+SHORT = {
+    "text transformer, 400 steps": PROBLEMS["text transformer"]._replace(steps=400, bases=("AdamW",)),
+    "text GRU, 300 steps": PROBLEMS["text GRU"]._replace(steps=300, bases=("momentum", "AdamW")),
+    "digits MLP, 300 steps": PROBLEMS["digits MLP"]._replace(steps=300, bases=("SGD", "AdamW")),
+    "digits BatchNorm, 300 steps": UNSEEN["digits BatchNorm"]._replace(steps=300, bases=("momentum",)),
+    "digits transformer, 400 steps": UNSEEN["digits transformer"]._replace(steps=400, bases=("SGD", "AdamW")),
+    "Fashion CNN, 300 steps": PROBLEMS["Fashion CNN"]._replace(steps=300, bases=("momentum", "AdamW")),
+    "regression, 400 steps": PROBLEMS["regression"]._replace(steps=400, bases=("AdamW",)),
+}
+"""Runs of which a search is a fifth and more, to choose on how it may be shorter; no other method is run on them."""

@@ -12,6 +12,7 @@ whenever you like.
     python -m examples.benchmarks.rate_free --further   # and tuned rates on 15 seeds instead of three
     python -m examples.benchmarks.rate_free --unseen    # three problems on which hardly anything was tuned
     python -m examples.benchmarks.rate_free --held-out  # five on which nothing was: VAE, ResNet, graph, GPT, ViT
+    python -m examples.benchmarks.rate_free --short     # runs of 300 and 400 steps; a quarter of an hour on 2 cores
     python -m examples.benchmarks.report                # docs/benchmarks.md from what was kept
 
 The other methods come with ``pip install '.[benchmarks]'``.
@@ -38,10 +39,10 @@ from tqdm import tqdm
 from alpha_optim import AlphaGuided, AlphaScheduler, CalibrateThenAnneal
 from examples.benchmarks.held_out import HELD_OUT
 from examples.benchmarks.peers import PEERS, Setting, package
-from examples.benchmarks.problems import PROBLEMS, UNSEEN, Problem
+from examples.benchmarks.problems import PROBLEMS, SHORT, UNSEEN, Problem
 
 RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
-ALL = {**PROBLEMS, **UNSEEN, **HELD_OUT}
+ALL = {**PROBLEMS, **UNSEEN, **HELD_OUT, **SHORT}
 INITIAL = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
 SEEDS, FRESH, GRID_SEED = (0, 1, 2), (20, 21, 22), 10
 FURTHER = tuple(range(23, 35))
@@ -295,7 +296,7 @@ def first_cases(
         each = zip(initial, itertools.cycle(seeds), strict=False) if one_seed else itertools.product(initial, seeds)
         each = list(each)
         cases += [Case(problem, "alpha", base, lr, seed) for lr, seed in each]
-        if base == "AdamW" and problem not in HELD_OUT:
+        if base == "AdamW" and problem not in HELD_OUT and problem not in SHORT:
             cases += [Case(problem, OPEN, base, lr, seed) for lr, seed in each]
     if peers:
         each_peer = [(problem, peer) for problem in problems for peer in ALL[problem].peers or PEERS]
@@ -312,8 +313,10 @@ def second_cases(
         best = best_of_grid(problem, base, rows)
         if best is not None:
             cases += [Case(problem, "tuned", base, best, seed) for seed in FRESH]
-            cases += [Case(problem, "guessed", base, BASES[base].middle, seed) for seed in FRESH]
-            cases += [Case(problem, "time", base, best, FRESH[0])] if problem not in HELD_OUT else []
+            if problem not in SHORT:
+                cases += [Case(problem, "guessed", base, BASES[base].middle, seed) for seed in FRESH]
+            if problem not in SHORT and problem not in HELD_OUT:
+                cases += [Case(problem, "time", base, best, FRESH[0])]
             cases += [Case(problem, "tuned further", base, best, seed) for seed in FURTHER if further]
     return cases
 
@@ -354,6 +357,7 @@ def main() -> None:
     size.add_argument("--core", action="store_true", help="all problems, most bases, one seed for each initial rate")
     size.add_argument("--unseen", action="store_true", help="three problems on which hardly anything was tuned")
     size.add_argument("--held-out", action="store_true", help="five problems on which nothing was tuned")
+    size.add_argument("--short", action="store_true", help="runs of 300 and 400 steps, without other methods")
     parser.add_argument("--problems", nargs="+", choices=list(ALL), help="only these")
     parser.add_argument("--bases", nargs="+", choices=list(BASES), help="only these")
     parser.add_argument("--further", action="store_true", help="tuned rates on as many seeds as ours have runs")
@@ -362,6 +366,8 @@ def main() -> None:
     problems, bases, initial, seeds = list(PROBLEMS), list(BASES), INITIAL, SEEDS
     if args.unseen or args.held_out:
         problems = list(UNSEEN if args.unseen else HELD_OUT)
+    if args.short:
+        problems = list(SHORT)
     if args.quick:
         problems, bases = ["digits MLP", "regression", "noisy quadratic"], ["SGD", "momentum", "Adam"]
         initial, seeds = (1e-6, 1e-2, 100.0), (0,)
@@ -369,8 +375,8 @@ def main() -> None:
         bases = ["SGD", "momentum", "AdamW", "Schedule-Free AdamW"]
     problems, bases = args.problems or problems, args.bases or bases
     rows = [] if args.quick else kept()
-    one_seed = args.core or args.unseen or args.held_out
-    work(first_cases(problems, bases, initial, seeds, not args.quick, one_seed), args.jobs, not args.quick, rows)
+    one_seed, peers = args.core or args.unseen or args.held_out or args.short, not (args.quick or args.short)
+    work(first_cases(problems, bases, initial, seeds, peers, one_seed), args.jobs, not args.quick, rows)
     work(second_cases(problems, bases, rows, args.further), args.jobs, not args.quick, rows)
     from examples.benchmarks.rate_report import summary
 

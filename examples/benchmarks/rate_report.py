@@ -9,7 +9,7 @@ from typing import Any
 
 from examples.benchmarks.held_out import FEW_PEERS, HELD_OUT
 from examples.benchmarks.peers import PEERS
-from examples.benchmarks.problems import PROBLEMS, UNSEEN
+from examples.benchmarks.problems import PROBLEMS, SHORT, UNSEEN
 from examples.benchmarks.rate_free import ALL, BASES, FRESH, OPEN
 from examples.benchmarks.tables import table
 
@@ -255,6 +255,13 @@ optimizers wrapped as one.
 
 """
 
+SHORT_TEXT = """
+### Short runs
+
+`--short`: problems from above over 300 and 400 steps. Of such runs the search is a fifth to a third.
+
+"""
+
 
 def section(rows: list[Row], picture_path: Path) -> str:
     """The part of docs/benchmarks.md."""
@@ -294,6 +301,11 @@ def section(rows: list[Row], picture_path: Path) -> str:
         parts.append(shortfall_table(rows, held_out) + "\n" + peer_table(rows, held_out))
         ranked = [name for name in held_out if HELD_OUT[name].peers == FEW_PEERS]
         parts.append("\nRanks, where more than two other methods were run:\n\n" + rank_table(rows, ranked))
+    short = [name for name in SHORT if select(rows, problem=name, method="tuned")]
+    if short:
+        parts.append(
+            SHORT_TEXT + alpha_table(rows, short) + "\nShortfalls as above:\n\n" + shortfall_table(rows, short)
+        )
     return "".join(parts)
 
 
