@@ -34,6 +34,7 @@ from alpha_optim.measure.across_ranks import Report, Together
 from alpha_optim.measure.step_ends import BatchLoss
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.step_direction import versions_of
+from alpha_optim.steer.broken_batches import BrokenBatches
 from alpha_optim.steer.point import Point, inner_optimizers, keeps_own_weights
 from alpha_optim.steer.readings import UNSEEN, Reading, Readings
 from alpha_optim.user_warning import Once
@@ -80,10 +81,7 @@ class Guard:
         self._scatter = LossScatter()
         self._stage = _Stage.CALM
         self._doubted_rise = 0.0  # of the loss, that made the stage DOUBTED
-        self._not_finite = 0  # batches in a row
-        self._lowered = False  # whether the rate was lowered for them
-        self._at_fault = False  # whether that did not help
-        self._most_not_finite = 0  # so many in a row the data were at fault for
+        self._broken = BrokenBatches()
         self._helpless = 0  # returns in a row that did not help
         self._once = Once()
         self._versions: list[int] = []  # of the parameters after the last step
@@ -112,7 +110,7 @@ class Guard:
     def forget(self) -> None:
         """Forget all points, and what the last loss was."""
         self._forget_points()
-        self._before, self._not_finite = UNSEEN, 0
+        self._before, self._broken.in_a_row = UNSEEN, 0
 
     def _forget_points(self) -> None:
         self._last.forget()
@@ -132,7 +130,7 @@ class Guard:
     def moved(self, params: Sequence[Tensor]) -> None:
         """A search has put another point back: it is the one to go on from."""
         self._stage, self.stepped, self._before = _Stage.CALM, False, UNSEEN
-        self._not_finite, self._lowered, self._at_fault = 0, False, False
+        self._broken.forget()
         self._scatter.moved()
         self._last.keep(params, self._model, self._optimizer)
 
@@ -182,8 +180,8 @@ class Guard:
             return self._not_usable(iteration, GuardReason.LOSS_NOT_FINITE, now, params)
         if not now.gradient:
             return self._not_usable(iteration, GuardReason.GRADIENT_NOT_FINITE, now, params)
-        if now.buffers_broke and self._not_finite < PATIENCE - 1:  # after that it seems to be meant
-            self._not_finite += 1
+        if now.buffers_broke and self._broken.in_a_row < PATIENCE - 1:  # after that it seems to be meant
+            self._broken.in_a_row += 1
             return self._skip(iteration, GuardReason.STATE_NOT_FINITE, now)
         rose = self._rose(now)
         if self._stage is _Stage.CALM and rose:
@@ -194,9 +192,7 @@ class Guard:
             self._stage = _Stage.TAKEN_BACK if judgement.event is not None and judgement.event.restored else _Stage.CALM
             return judgement
         event = self._settle(iteration, rose, now)
-        if self._at_fault:  # so many in a row are usual in these data
-            self._most_not_finite = max(self._most_not_finite, self._not_finite)
-        self._not_finite, self._lowered, self._at_fault = 0, False, False
+        self._broken.over()
         self._accept(iteration, now, params)
         return Judgement(event, True)
 
@@ -317,15 +313,12 @@ class Guard:
 
     def _not_usable(self, iteration: int, reason: GuardReason, now: Reading, params: Sequence[Tensor]) -> Judgement:
         """A batch that is not finite."""
-        self._not_finite += 1
-        if self._not_finite == self._most_not_finite + 2 and self.stepped and now.can_return:
+        if self._broken.another() and self.stepped and now.can_return:
             judgement = self._take_back(iteration, reason, now, params)
-            self._lowered = judgement.event is not None and judgement.event.restored
+            self._broken.step_taken_back(judgement.event is not None and judgement.event.restored)
             return judgement
         judgement = self._skip(iteration, reason, now)
-        if self._lowered and judgement.event is not None:
-            self._lowered = False
-            self._at_fault = True
+        if self._broken.taking_back_was_vain() and judgement.event is not None:
             self._once.say(
                 "three batches in a row are not finite, the last of them at a point at which others were: the data "
                 "seem to be at fault, or the loss itself. Batches are skipped until one is finite."
@@ -354,10 +347,7 @@ class Guard:
             "scatter": self._scatter.state_dict(),
             "stage": self._stage.value,
             "doubted_rise": self._doubted_rise,
-            "not_finite": self._not_finite,
-            "lowered": self._lowered,
-            "at_fault": self._at_fault,
-            "most_not_finite": self._most_not_finite,
+            **self._broken.state_dict(),
             "helpless": self._helpless,
             "losses": [list(entry) for entry in self._losses],
             "stepped": self.stepped,
@@ -377,7 +367,6 @@ class Guard:
         self._before = Reading(*state["before"])
         self._scatter.load_state_dict(state["scatter"])
         self._doubted_rise = float(state["doubted_rise"])
-        self._not_finite, self._lowered = int(state["not_finite"]), bool(state["lowered"])
-        self._at_fault, self._most_not_finite = bool(state["at_fault"]), int(state["most_not_finite"])
+        self._broken.load_state_dict(state)
         self._helpless = int(state["helpless"])
         self._losses = deque(((int(n), float(loss)) for n, loss in state["losses"]), maxlen=KEPT)
