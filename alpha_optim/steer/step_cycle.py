@@ -353,7 +353,7 @@ class Session:
         if ranks is not None:
             together, outcome = self._exchange(ranks, seen)
         else:
-            pairing.talk_to(None)
+            pairing.talk_to(None)  # that others train models of their own may have been found just now
             outcome = pairing.paired(seen) if isinstance(seen, EndSeen) else seen
         event, used = None, True
         if guard is not None:  # else nobody waits for what other ranks say

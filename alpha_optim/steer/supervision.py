@@ -144,9 +144,10 @@ class Supervision:
         Returns:
             What the guard did.
         """
-        guard, params = self.judges(iteration), parameters_of(self._optimizer)
-        if guard is None:
+        guard = self.judges(iteration)
+        if guard is None or not losses:  # asked at every zero_grad
             return []
+        params = parameters_of(self._optimizer)
         found = (guard.abandoned(iteration, read([loss])[0], params, can_return) for loss in losses)
         return [self._note(event) for event in found if event is not None]
 

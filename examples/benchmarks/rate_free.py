@@ -42,7 +42,9 @@ from examples.benchmarks.peers import PEERS, Setting, package
 from examples.benchmarks.problems import PROBLEMS, SHORT, UNSEEN, Problem
 
 RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
-ALL = {**PROBLEMS, **UNSEEN, **HELD_OUT, **SHORT}
+STUDIED = {**PROBLEMS, **UNSEEN}
+"""Problems that are run with an open end and timed as well."""
+ALL = {**STUDIED, **HELD_OUT, **SHORT}
 INITIAL = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
 SEEDS, FRESH, GRID_SEED = (0, 1, 2), (20, 21, 22), 10
 FURTHER = tuple(range(23, 35))
@@ -296,7 +298,7 @@ def first_cases(
         each = zip(initial, itertools.cycle(seeds), strict=False) if one_seed else itertools.product(initial, seeds)
         each = list(each)
         cases += [Case(problem, "alpha", base, lr, seed) for lr, seed in each]
-        if base == "AdamW" and problem not in HELD_OUT and problem not in SHORT:
+        if base == "AdamW" and problem in STUDIED:
             cases += [Case(problem, OPEN, base, lr, seed) for lr, seed in each]
     if peers:
         each_peer = [(problem, peer) for problem in problems for peer in ALL[problem].peers or PEERS]
@@ -315,7 +317,7 @@ def second_cases(
             cases += [Case(problem, "tuned", base, best, seed) for seed in FRESH]
             if problem not in SHORT:
                 cases += [Case(problem, "guessed", base, BASES[base].middle, seed) for seed in FRESH]
-            if problem not in SHORT and problem not in HELD_OUT:
+            if problem in STUDIED:
                 cases += [Case(problem, "time", base, best, FRESH[0])]
             cases += [Case(problem, "tuned further", base, best, seed) for seed in FURTHER if further]
     return cases
