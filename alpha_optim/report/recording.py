@@ -303,7 +303,7 @@ class Recording:
 
 @lru_cache(maxsize=1)
 def _decoder() -> Callable[[bytes], Sequence[Any]]:
-    """Reads many lines of measurements at once; with msgspec three times as fast as without.
+    """Reads many lines of measurements at once; with msgspec five times as fast as without.
 
     What it returns raises one of `_BAD` where a line is something else.
     """
