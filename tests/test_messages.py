@@ -160,7 +160,7 @@ def test_a_policy_prints_as_the_call_that_builds_it(policy):
 
 def test_what_was_found_survives_a_resume():
     policy = CalibrateThenAnneal(1000)
-    policy._phase, policy._done_at = None, 90
+    policy._phase, policy._envelope.found_at = None, 90
     policy._held.found, policy._held.position = math.log(0.5), math.log(0.25)
     other = CalibrateThenAnneal(1000)
     other.load_state_dict(policy.state_dict())

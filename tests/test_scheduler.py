@@ -702,4 +702,4 @@ def test_a_search_knows_the_highest_rate(how):
     assert max(rates) == pytest.approx(most, rel=1e-6)
     assert max(told) <= most * 1.01
     assert "which is the highest allowed" in policy.story[0][1]
-    assert policy._done_at < 0.3 * 400
+    assert policy._envelope.found_at < 0.3 * 400

@@ -42,12 +42,13 @@ CONSTANTS = {
     "climb": ("PACE", "WINDOW", "LOST", "ALPHAS", "FURTHER", "SOON"),
     "settings": ("SHARE", "FEW", "MOST_SHARE", "BUDGET", "MOST_TRIALS", "LONGEST_CLIMB", "SLOWEST"),
     "trials": ("STEP", "BELOW_KNEE", "GROWS", "FEWEST_SCORED", "SHARE_SCORED", "EQUAL", "LOOK"),
-    "calibrate_then_anneal": ("BELOW_FOUND", "RAMP"),
-    "held_rate": (
-        "REGROWS", "SURE", "MOST", "LOWERED", "CALM", "STANDS_BY", "GROWTH", "GROWS", "LATEST",
-    ),
+    "calibrate_then_anneal": ("BELOW_FOUND",),
+    "envelope": ("RAMP",),
+    "held_rate": ("REGROWS", "LOWERED", "CALM", "STANDS_BY", "GROWTH", "GROWS"),
+    "high_loss": ("SURE", "MOST"),
+    "usual_batch": ("LATEST",),
     "loss_watch": ("SHARE", "FEWEST", "FEWEST_TREND", "SURE", "COUNTED", "STANDING"),
-}  # fmt: skip
+}
 """Those that a run of 600 to 1,000 steps meets, by file; a constant that is a logarithm is a power of the rate."""
 FACTORS = (0.5, 2.0)
 

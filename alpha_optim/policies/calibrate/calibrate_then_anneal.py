@@ -17,13 +17,13 @@ from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import AlphaStatus, GuardEvent, GuardReason
 from alpha_optim.policies.base import Decision, Place
 from alpha_optim.policies.calibrate.climb import Climb
+from alpha_optim.policies.calibrate.envelope import Envelope
 from alpha_optim.policies.calibrate.held_rate import HeldRate
 from alpha_optim.policies.calibrate.jump import Jump
 from alpha_optim.policies.calibrate.loss_watch import UNKNOWN
 from alpha_optim.policies.calibrate.phase import After, Phase
 from alpha_optim.policies.calibrate.settings import HIGHEST, SHORTEST_RUN, Settings, trial_length
 from alpha_optim.policies.calibrate.trials import Trials
-from alpha_optim.user_warning import warn_user
 
 LOG = logging.getLogger(__name__)
 SPARSE = 10
@@ -31,10 +31,6 @@ SPARSE = 10
 BELOW_FOUND = math.log(2.0 / 3.0)
 """Trials find the peak of a rate that falls from the beginning, and is half of it in the mean. Held for half of the run
 and then annealed it would be three quarters: so it is held at two thirds."""
-RAMP, SHORTEST_RAMP = 20, 10
-"""The rate held grows linearly from a tenth in a 20th of the run, at least 10 steps: the best trial ended at a rate of
-almost 0, where the loss is curved more. So it does where a task has changed: what the optimizer remembers belongs to
-another loss."""
 KEPT = "the rate given is kept"
 _PHASES: dict[str, Any] = {"jump": Jump, "climb": Climb, "trials": Trials}
 _RATE = re.compile(r"\{([^}]*)\}")
@@ -65,7 +61,8 @@ class CalibrateThenAnneal:
             raise ValueError(
                 f"trial_steps must be at least 10 and at most a quarter of total_steps={total_steps}, got {trial_steps}"
             )
-        self.total_steps, self.anneal, self.around = total_steps, anneal, around
+        self.around = around
+        self._envelope = Envelope(total_steps, anneal)
         self._story: list[tuple[int, str]] = []
         settings = Settings(total_steps, trial_steps or trial_length(total_steps), around)
         self._phase: Phase | None = None if total_steps < SHORTEST_RUN else Jump(settings)
@@ -77,13 +74,19 @@ class CalibrateThenAnneal:
         self._begun = False  # whether the start of the search is kept
         self._keep: Place | None = None
         self._restore: Place | None = None
-        self._done_at = 0  # progress after the search
-        self._ramp_at: int | None = None  # progress at which a ramp began
-        self._skipped = 0  # calls that the guard did not execute
-        self._warned = False
         self._undo: dict[str, Any] | None = None  # the held rate before a step was taken back last
         if self._phase is None:
             self._tell(0, f"total_steps={total_steps} is too short for a search: {KEPT}", logging.WARNING)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self._envelope.total_steps
+
+    @property
+    def anneal(self) -> bool:
+        """Whether the rate falls to 0 in the end."""
+        return self._envelope.anneal
 
     @property
     def calibrated(self) -> bool:
@@ -101,7 +104,7 @@ class CalibrateThenAnneal:
             name = type(self._phase).__name__.lower()
             state = f"searching the learning rate ({name}), at {self._shown(self._phase.position)}"
         else:
-            state = f"holds {self._shown(self._held.found)} since step {self._done_at}"
+            state = f"holds {self._shown(self._held.found)} since step {self._envelope.found_at}"
             if self._held.position != self._held.found:
                 word = "lowered" if self._held.position < self._held.found else "raised"
                 state += f", {word} to {self._shown(self._held.position)}"
@@ -124,7 +127,7 @@ class CalibrateThenAnneal:
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Hear of a measurement; the rate is decided in `decide`."""
         n = measurement.iteration
-        self._held.saw_batch(measurement.samples_start)
+        self._held.batch.saw(measurement.samples_start)
         if self._phase is None:
             self._hold(n, measurement.loss_start)
             return 1.0
@@ -147,7 +150,7 @@ class CalibrateThenAnneal:
 
     def on_event(self, event: GuardEvent) -> None:
         """A step was taken back, or that was of no effect and is undone."""
-        self._skipped += event.skipped
+        self._envelope.skipped += event.skipped
         if self._phase is not None:
             if event.restored:
                 self._go_on(self._phase.exploded(), event.iteration - 1)
@@ -157,7 +160,7 @@ class CalibrateThenAnneal:
             self._undo = None
             self._held.level_accepted()
             if math.isfinite(event.loss_after):
-                self._ramp_at = event.iteration + self._skipped
+                self._envelope.ramp_from(event.iteration + self._envelope.skipped)
         elif event.restored:
             self._undo = self._held.state_dict()
             self._held.taken_back(event.iteration, math.log(event.scale_factor))
@@ -183,13 +186,13 @@ class CalibrateThenAnneal:
 
     def _end(self, after: After, iteration: int, level: Level) -> None:
         """The search is over: hold what was found, or the rate given."""
-        self._done_at = iteration + 1 + self._skipped
+        self._envelope.search_ended(iteration)
         position = 0.0
         if after.found is None:
             self._tell(iteration, f"{after.text}: {KEPT}", logging.WARNING)
         else:
             self._tell(iteration, after.text)
-            self._ramp_at = self._done_at
+            self._envelope.ramp_from(self._envelope.found_at)
             position = after.found + (BELOW_FOUND if self.anneal else 0.0)
         self._held.begin(position, level if after.corrected else None, after.highest)
         self._held.starts_after(iteration)
@@ -238,27 +241,8 @@ class CalibrateThenAnneal:
 
     def envelope(self, iteration: int) -> float:
         """Return 1 until the search is over, and in the end fall linearly to 0."""
-        if self.anneal and iteration > self.total_steps and not self._warned:
-            self._warned = True
-            warn_user(f"more steps than total_steps={self.total_steps}: the last learning rate is held")
-        if self._phase is not None:
-            return 1.0
-        falls_from = max(self._done_at, self._held.stands_from + self._skipped)
-        return self._ramped(iteration) * self._annealed(iteration, falls_from)
-
-    def _ramped(self, iteration: int) -> float:
-        """Grow from a tenth to 1 after the search, and after a change of task."""
-        if self._ramp_at is None:
-            return 1.0
-        length = max(SHORTEST_RAMP, self.total_steps // RAMP)
-        return min(1.0, max(0.1, 0.1 + 0.9 * (iteration - self._ramp_at) / length))
-
-    def _annealed(self, iteration: int, begin: int) -> float:
-        """Fall linearly from 1 at ``begin`` to 0."""
-        if not self.anneal:
-            return 1.0
-        left = self.total_steps - min(iteration, self.total_steps - 1)
-        return min(1.0, left / max(1, self.total_steps - begin))
+        factor = self._envelope.factor(iteration, self._held.stands_from)
+        return factor if self._phase is None else 1.0
 
     # ---------------------------------------------------------------- resume
 
@@ -277,10 +261,7 @@ class CalibrateThenAnneal:
             "begun": self._begun,
             "keep": self._keep,
             "restore": self._restore,
-            "done_at": self._done_at,
-            "ramp_at": self._ramp_at,
-            "skipped": self._skipped,
-            "warned": self._warned,
+            **self._envelope.state_dict(),
             "undo": self._undo,
             "story": [list(entry) for entry in self._story],
         }
@@ -298,8 +279,7 @@ class CalibrateThenAnneal:
             self._held.plan_anew(before)
         self._given, self._since = state["given"], int(state["since"])
         self._keep, self._restore, self._begun = state["keep"], state["restore"], bool(state["begun"])
-        self._done_at, self._ramp_at = int(state["done_at"]), state["ramp_at"]
-        self._skipped, self._warned = int(state["skipped"]), bool(state["warned"])
+        self._envelope.load_state_dict(state)
         self._undo = state["undo"]
         self._story = [(int(iteration), str(text)) for iteration, text in state["story"]]
 

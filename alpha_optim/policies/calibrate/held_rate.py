@@ -12,15 +12,13 @@ import math
 from typing import Any
 
 from alpha_optim.alpha.loss_level import Level
+from alpha_optim.policies.calibrate.high_loss import HighLoss, Remedy
 from alpha_optim.policies.calibrate.loss_watch import LossWatch, Seen
+from alpha_optim.policies.calibrate.usual_batch import UsualBatch
 
 LOG = logging.getLogger(__name__)
 REGROWS = 0.25
 """Change of the log rate per step on the way back to the one held."""
-SURE = 1.0
-"""The loss comes down when it lies so many standard errors below that of the last window."""
-MOST = 3
-"""After so many times without effect the rate is no longer lowered, and given back."""
 LOWERED = math.log(0.5)
 """Change of the log rate for every stretch in which steps had to be taken back, and for every window in which
 the loss was too high."""
@@ -32,15 +30,6 @@ GROWTH = math.log(1.5)
 """Change of the log rate after a window in which the loss fell fast, ..."""
 GROWS = 0.4
 """... as long as less than this share of the run is over and nothing has lowered the rate."""
-
-
-SMALLER = math.log(4.0)
-"""Batches count as smaller than those of the search from this log ratio of their numbers of samples on."""
-LATEST = 0.2
-"""Weight of the latest batch in the usual log number of samples: batches of mixed sizes have one usual size."""
-PER_SAMPLES = 0.8
-"""The log rate falls by this share of the log ratio: by half of it since the noise of a gradient grows with the root of
-1 / N, and by 0.3 since the best rate lies so much further above that of the lowest loss (`loss_trace.room_above`)."""
 
 
 class HeldRate:
@@ -57,12 +46,8 @@ class HeldRate:
         self.stands_from = int(STANDS_BY * total_steps)  # iteration from which the loss no longer falls
         self._watch = LossWatch(total_steps)
         self._lowered = False
-        self._high: tuple[float, float] | None = None  # mean and error of the last window, if it was too high
-        self._helpless = 0  # times in a row that the rate was lowered without effect
-        self._before = 0.0  # the log rate before them
-        self._gave_up = False
-        self._usual: float | None = None  # log number of samples in a batch
-        self._usual_found = 0.0  # the same when the rate was found
+        self._high_loss = HighLoss()
+        self.batch = UsualBatch()
         self._taken_back = -CALM - 1  # iteration at which a step was taken back last
         self._newest = -1  # iteration of the newest step seen
 
@@ -76,7 +61,7 @@ class HeldRate:
         """
         self.found = self.position = self.now = min(found, self.limit)
         self.highest = max(self.found, min(highest, self.limit))
-        self._usual_found = self._usual or 0.0
+        self.batch.rate_found()
         self._watch.level = level
 
     def plan_anew(self, before: int) -> None:
@@ -84,17 +69,10 @@ class HeldRate:
         if self.stands_from == int(STANDS_BY * before):  # else the loss was seen to stand
             self.stands_from = int(STANDS_BY * self.total_steps)
 
-    def saw_batch(self, samples: int) -> None:
-        """Take note of the number of samples in a batch, 0 if not known."""
-        if samples > 0:
-            last = math.log(samples) if self._usual is None else self._usual
-            self._usual = (1.0 - LATEST) * last + LATEST * math.log(samples)
-
     @property
     def target(self) -> float:
         """The log rate to hold for batches of the usual size: less where they became much smaller."""
-        smaller = self._usual_found - (self._usual_found if self._usual is None else self._usual)
-        return self.position - (PER_SAMPLES * smaller if smaller > SMALLER else 0.0)
+        return self.position - self.batch.too_small_by
 
     def starts_after(self, iteration: int) -> None:
         """Ignore losses up to this iteration, which were made before the return to the best point."""
@@ -122,14 +100,14 @@ class HeldRate:
     def _correct(self, seen: Seen, iteration: int) -> None:
         """Change the rate by what a window of losses said; it acts from this iteration on."""
         if not math.isnan(seen.mean):
-            self._judge_level(seen)
+            self._do(self._high_loss.judge(seen, self.position))
         grows_until = min(self.stands_from, GROWS * self.total_steps)
         if seen.stands:
             self.stands_from = min(self.stands_from, iteration)
         elif (
             seen.falls
             and not self._lowered
-            and not self._gave_up
+            and not self._high_loss.gave_up
             and iteration < grows_until
             and self.position < self.highest
         ):
@@ -139,22 +117,14 @@ class HeldRate:
                 math.exp(self.position - self.found),
             )
 
-    def _judge_level(self, seen: Seen) -> None:
+    def _do(self, remedy: Remedy) -> None:
         """Lower the rate where the loss stays higher than it was, and give it back where that has no effect."""
-        better = self._high is None or self._high[0] - seen.mean > SURE * math.hypot(self._high[1], seen.error)
-        if better:
-            self._helpless = 0
-        recovers, self._high = self._high is not None and better, (seen.mean, seen.error) if seen.high else None
-        if not seen.high or recovers or self._gave_up:
-            return
-        if self._helpless >= MOST:
-            self.position, self._gave_up = self._before, True
+        if remedy is Remedy.GIVE_BACK:
+            self.position = self._high_loss.given_back(self.position)
             LOG.info("the loss stays as high at lower learning rates: the one from before is held again")
-            return
-        self._before = self.position if self._helpless == 0 else self._before
-        self._helpless += 1
-        self._lower()
-        LOG.info("the loss is higher than it was: learning rate times %.3g", math.exp(LOWERED))
+        elif remedy is Remedy.LOWER:
+            self._lower()
+            LOG.info("the loss is higher than it was: learning rate times %.3g", math.exp(LOWERED))
 
     def _lower(self) -> None:
         """The rate was too high."""
@@ -164,8 +134,8 @@ class HeldRate:
     def level_accepted(self) -> None:
         """The loss rose, and not by the rate: what was lowered for it is given back, and no more is."""
         self._watch.begin_anew()
-        self.position = self._before if self._helpless else self.position
-        self._high, self._helpless, self._gave_up = None, 0, True
+        self.position = self._high_loss.given_back(self.position)
+        self._high_loss.accepted()
 
     def taken_back(self, iteration: int, cut: float) -> None:
         """A step was taken back and the log rate changed by ``cut``: it was too high, once per bad stretch."""
@@ -184,12 +154,8 @@ class HeldRate:
             "stands_from": self.stands_from,
             "watch": self._watch.state_dict(),
             "lowered": self._lowered,
-            "high": None if self._high is None else list(self._high),
-            "before": self._before,
-            "helpless": self._helpless,
-            "gave_up": self._gave_up,
-            "usual": self._usual,
-            "usual_found": self._usual_found,
+            **self._high_loss.state_dict(),
+            **self.batch.state_dict(),
             "taken_back": self._taken_back,
             "newest": self._newest,
         }
@@ -202,8 +168,5 @@ class HeldRate:
         self._watch.load_state_dict(state["watch"])
         self._lowered, self._taken_back = bool(state["lowered"]), int(state["taken_back"])
         self._newest = int(state["newest"])
-        high = state.get("high")
-        self._high = None if high is None else (float(high[0]), float(high[1]))
-        self._helpless = int(state.get("helpless", 0))
-        self._usual, self._usual_found = state.get("usual"), float(state.get("usual_found", 0.0))
-        self._before, self._gave_up = float(state.get("before", 0.0)), bool(state.get("gave_up", False))
+        self._high_loss.load_state_dict(state)
+        self.batch.load_state_dict(state)

@@ -1,0 +1,78 @@
+"""What the rate held is multiplied by: nothing during the search, a ramp behind it, the decay in the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alpha_optim.user_warning import warn_user
+
+RAMP, SHORTEST_RAMP = 20, 10
+"""The rate held grows linearly from a tenth in a 20th of the run, at least 10 steps: the best trial ended at a rate of
+almost 0, where the loss is curved more. So it does where a task has changed: what the optimizer remembers belongs to
+another loss."""
+
+
+class Envelope:
+    """The factor of the rate held, by progress: steps executed, and calls that the guard did not execute.
+
+    Attributes:
+        total_steps: Steps of the whole run.
+        anneal: Whether the rate falls to 0 in the end.
+        found_at: Progress after the search.
+        skipped: Calls that the guard did not execute.
+    """
+
+    def __init__(self, total_steps: int, anneal: bool) -> None:
+        """Start within the search."""
+        self.total_steps, self.anneal = total_steps, anneal
+        self.found_at = 0
+        self.skipped = 0
+        self._ramp_at: int | None = None  # progress at which a ramp began
+        self._warned = False
+
+    def search_ended(self, iteration: int) -> None:
+        """The search ended with an iteration."""
+        self.found_at = iteration + 1 + self.skipped
+
+    def ramp_from(self, progress: int) -> None:
+        """Grow from a tenth, from there on."""
+        self._ramp_at = progress
+
+    def factor(self, progress: int, stands_from: int) -> float:
+        """The factor.
+
+        Args:
+            progress: Where the run is.
+            stands_from: Iteration from which the loss no longer falls.
+        """
+        if self.anneal and progress > self.total_steps and not self._warned:
+            self._warned = True
+            warn_user(f"more steps than total_steps={self.total_steps}: the last learning rate is held")
+        return self._ramped(progress) * self._annealed(progress, max(self.found_at, stands_from + self.skipped))
+
+    def _ramped(self, progress: int) -> float:
+        if self._ramp_at is None:
+            return 1.0
+        length = max(SHORTEST_RAMP, self.total_steps // RAMP)
+        return min(1.0, max(0.1, 0.1 + 0.9 * (progress - self._ramp_at) / length))
+
+    def _annealed(self, progress: int, begin: int) -> float:
+        """Fall linearly from 1 at ``begin`` to 0."""
+        if not self.anneal:
+            return 1.0
+        left = self.total_steps - min(progress, self.total_steps - 1)
+        return min(1.0, left / max(1, self.total_steps - begin))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "done_at": self.found_at,
+            "ramp_at": self._ramp_at,
+            "skipped": self.skipped,
+            "warned": self._warned,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state, perhaps of a run planned for another length."""
+        self.found_at, self._ramp_at = int(state["done_at"]), state["ramp_at"]
+        self.skipped, self._warned = int(state["skipped"]), bool(state["warned"])

@@ -1,0 +1,77 @@
+"""What to do about a loss that stays higher than it was: lower the rate, unless that has no effect."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import Any
+
+from alpha_optim.policies.calibrate.loss_watch import Seen
+
+SURE = 1.0
+"""The loss comes down when it lies so many standard errors below that of the last window."""
+MOST = 3
+"""After so many times without effect the rate is no longer lowered, and given back."""
+
+
+class Remedy(Enum):
+    """What to do about it."""
+
+    NONE = "none"
+    LOWER = "lower"
+    GIVE_BACK = "give back"
+
+
+class HighLoss:
+    """Whether lowering the rate helps against a loss that is too high."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._last: tuple[float, float] | None = None  # mean and error of the last window, if it was too high
+        self._helpless = 0  # times in a row that the rate was lowered without effect
+        self._before = 0.0  # the log rate before them
+        self.gave_up = False
+
+    def judge(self, seen: Seen, position: float) -> Remedy:
+        """Say what to do after a window.
+
+        Args:
+            seen: What it said, its mean known.
+            position: The log rate held.
+        """
+        better = self._last is None or self._last[0] - seen.mean > SURE * math.hypot(self._last[1], seen.error)
+        if better:
+            self._helpless = 0
+        recovers, self._last = self._last is not None and better, (seen.mean, seen.error) if seen.high else None
+        if not seen.high or recovers or self.gave_up:
+            return Remedy.NONE
+        if self._helpless >= MOST:
+            self.gave_up = True
+            return Remedy.GIVE_BACK
+        self._before = position if self._helpless == 0 else self._before
+        self._helpless += 1
+        return Remedy.LOWER
+
+    def given_back(self, position: float) -> float:
+        """The log rate from before it was lowered without effect; ``position`` if it was not."""
+        return self._before if self._helpless else position
+
+    def accepted(self) -> None:
+        """The level is accepted, since the rate is not what it comes from; no rate is lowered for it any more."""
+        self._last, self._helpless, self.gave_up = None, 0, True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "high": None if self._last is None else list(self._last),
+            "before": self._before,
+            "helpless": self._helpless,
+            "gave_up": self.gave_up,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state; versions before had none."""
+        last = state.get("high")
+        self._last = None if last is None else (float(last[0]), float(last[1]))
+        self._helpless = int(state.get("helpless", 0))
+        self._before, self.gave_up = float(state.get("before", 0.0)), bool(state.get("gave_up", False))
