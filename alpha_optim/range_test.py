@@ -19,7 +19,7 @@ from alpha_optim.distributed import local
 from alpha_optim.observe.hooks import map_tensors
 from alpha_optim.observe.model_calls import returned_loss
 from alpha_optim.observe.random_state import untouched
-from alpha_optim.observe.snapshot import Snapshot, other_random_numbers_untouched
+from alpha_optim.observe.snapshot import Snapshot, other_random_numbers_untouched, put_back
 from alpha_optim.observe.step_direction import parameters_of
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.scheduler import AlphaScheduler
@@ -292,8 +292,7 @@ def _left_as_found(
         for leaf, gradient in gradients:
             leaf.grad = gradient
         for module, held, (parameters, buffers) in zip(modules, attributes, containers, strict=True):
-            module.__dict__.clear()
-            module.__dict__.update(held)
+            put_back(module.__dict__, held)
             module._parameters.clear()
             module._parameters.update(parameters)
             module._buffers.clear()

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from alpha_optim.alpha.records import GuardEvent, GuardReason
 from alpha_optim.distributed import as_text, from_text, initialised
+from alpha_optim.observe.interrupts import uninterrupted
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
 from alpha_optim.steer.checks import check_scheduler_state, check_scheduling, load_whole
@@ -147,6 +148,7 @@ class AlphaScheduler(LRScheduler):
 
     # ---------------------------------------------------------------- stepping
 
+    @uninterrupted()
     def step(self, metrics: Any = None) -> None:
         """Tell the policy what was measured and done, advance the schedule and write the rates.
 

@@ -33,6 +33,7 @@ from alpha_optim.measure.step_ends import (
 from alpha_optim.observe.backward_passes import gamma_of
 from alpha_optim.observe.gradients import GradientHooks, Gradients, Habits
 from alpha_optim.observe.losses import LossHooks
+from alpha_optim.observe.memory import is_out_of_memory
 from alpha_optim.observe.model_calls import ModelHooks
 from alpha_optim.observe.numbers import Number, Truth, free_to_read, read
 from alpha_optim.observe.some_elements import SomeElements, differ
@@ -196,9 +197,19 @@ class Pairing:
 
     def see_loss(self, fallback: Any) -> BatchLoss:
         """Put the loss of the iteration together, with the variance as it was the last time if not seen now."""
-        scalar = fallback if isinstance(fallback, (Tensor, float, int)) else None
         iteration = self.iteration
-        loss = batch_loss(iteration.passes, scalar)
+        try:
+            if iteration.passes.error is None:  # else nothing is known
+                iteration.loss = self._loss(fallback if isinstance(fallback, (Tensor, float, int)) else None)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            iteration.passes.failed(error)
+        return iteration.loss
+
+    def _loss(self, fallback: Tensor | float | None) -> BatchLoss:
+        iteration = self.iteration
+        loss = batch_loss(iteration.passes, fallback)
         if self.exchange is not None:
             pass  # what is known of variances comes from all ranks
         elif loss.variance is not None:
@@ -207,7 +218,6 @@ class Pairing:
             loss = replace(loss, variance=self.variances.of_loss)
         elif iteration.task.due:
             self.variances.saw_loss(None)
-        iteration.loss = loss
         return loss
 
     # ---------------------------------------------------------------- the end of a step
@@ -353,6 +363,8 @@ class Pairing:
     def _obstacle(self) -> DropReason | None:
         """Say why nothing was observed in this iteration, or None."""
         iteration = self.iteration
+        if iteration.passes.error is not None:
+            return DropReason.OUT_OF_MEMORY if is_out_of_memory(iteration.passes.error) else DropReason.EXCEPTION
         if iteration.passes.skipped:
             return DropReason.STEP_SKIPPED
         seen = iteration.gradients.any_seen or self.gradient_hooks.fresh(iteration.params)

@@ -99,7 +99,7 @@ class EndPoint:
         return Observation(
             samples=self.samples,
             slope=product,
-            slope_variance=None if self.doubtful else _float(self.slope_variance),
+            slope_variance=None if self.doubtful or not self.samples else _float(self.slope_variance),
             loss=_float(self.loss),
             loss_variance=_float(self.loss_variance),
         )

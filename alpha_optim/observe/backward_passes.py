@@ -130,6 +130,8 @@ class BackwardPasses:
         """Whether passes with finite gradients were thrown away: those of another network, a generator's through a
         critic."""
         self.muted = False  # while we walk a graph ourselves
+        self.error: BaseException | None = None
+        """What was raised first while something was seen: then none of it is used."""
 
     @property
     def reached(self) -> list[BackwardPass]:
@@ -145,6 +147,10 @@ class BackwardPasses:
     def differentiated_twice(self) -> bool:
         """Whether the loss contains derivatives of the model (a gradient penalty)."""
         return any(entry.creates_graph and not entry.reached for entry in self._passes)
+
+    def failed(self, error: BaseException) -> None:
+        """Something was raised while these were looked at."""
+        self.error = self.error or error
 
     def forward_started(self, samples: int | None = None) -> None:
         """A forward pass ends the reach of the last anchor (not: a recomputation in backward)."""

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from alpha_optim.distributed import local
-from alpha_optim.observe.hooks import weakly
+from alpha_optim.observe.hooks import harmless, weakly
 from alpha_optim.observe.numbers import Truth
 from alpha_optim.observe.some_elements import factor_between, stays_view, together, view_of
 from alpha_optim.observe.step_direction import copied, same_tensors
@@ -260,13 +260,24 @@ class GradientHooks:
             handle.remove()
         self._handles, self._hooked = [], []
 
+    def _failed(self, error: BaseException) -> None:
+        self._iteration().passes.failed(error)
+
     def _accumulated(self, param: Tensor) -> None:
+        try:  # as `harmless` does, but for every parameter: Ctrl-C need not wait for so little
+            self._note(param)
+        except BaseException as error:
+            self._failed(error)
+            if isinstance(error, Warning) or not isinstance(error, Exception):
+                raise
+
+    def _note(self, param: Tensor) -> None:
         self._params[id(param)] = param
         task = torch._C._current_graph_task_id()
         if task != self._awaited:
             self._awaited = task
             engine: Any = Variable._execution_engine
-            engine.queue_callback(self._ended)
+            engine.queue_callback(harmless(self._ended, self._failed))
             self._iteration().backward_reached()
         if self._each is not None and self._late:
             self._waiting.append(param)
@@ -277,7 +288,7 @@ class GradientHooks:
         self._awaited = None
         if self._late:  # once more at the end of the queue
             engine: Any = Variable._execution_engine
-            engine.queue_callback(self._completed)
+            engine.queue_callback(harmless(self._completed, self._failed))
         else:
             self._completed()
 

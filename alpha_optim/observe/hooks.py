@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alpha_optim.observe.interrupts import uninterrupted
+
 
 def inert(*_args: Any, **_kwargs: Any) -> None:
     """Do nothing; what a hook becomes in a copied or unpickled module."""
@@ -26,6 +28,29 @@ def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+Failed = Callable[[BaseException], None]
+"""Told of what was raised while something was seen, so that it is not used."""
+
+
+def harmless(call: Callable[..., Any], failed: Failed) -> Callable[..., Any]:
+    """A function that only looks, as a hook in the user's loop: what it raises is told, and goes no further.
+
+    Ctrl-C waits for its end, and then goes on; so do warnings that the user wants to be errors.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with uninterrupted():
+                return call(*args, **kwargs)
+        except BaseException as error:
+            failed(error)
+            if isinstance(error, Warning) or not isinstance(error, Exception):
+                raise
+            return None
+
+    return run
+
+
 class Hook:
     """A forward hook bound to one module.
 
@@ -33,9 +58,9 @@ class Hook:
     optimizer along and report calls of the copy as calls of the original.
     """
 
-    def __init__(self, call: Callable[..., Any], owner: nn.Module) -> None:
-        """Bind ``call`` to ``owner``."""
-        self._call = call
+    def __init__(self, call: Callable[..., Any], owner: nn.Module, failed: Failed) -> None:
+        """Bind ``call`` to ``owner``; see `harmless`."""
+        self._call = harmless(call, failed)
         self._owner = owner
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses, LossCall
-from alpha_optim.observe.hooks import Hook, weakly
+from alpha_optim.observe.hooks import Hook, harmless, weakly
 from alpha_optim.observe.model_calls import ModelCall
 from alpha_optim.observe.model_inputs import fits, folded
 from alpha_optim.observe.module_copy import stand_in
@@ -82,7 +82,8 @@ class LossHooks:
     def attach(self) -> None:
         """Hook the loss function."""
         if self._loss_fn is not None and self._removal is None:
-            hook = Hook(weakly(self._seen), owner=self._loss_fn)  # a loss function often outlives the run
+            # A loss function often outlives the run.
+            hook = Hook(weakly(self._seen), self._loss_fn, weakly(self._failed))
             handle = self._loss_fn.register_forward_hook(hook, with_kwargs=True)
             self._removal = weakref.finalize(self, handle.remove)
 
@@ -92,13 +93,20 @@ class LossHooks:
             self._removal()
             self._removal = None
 
+    def _failed(self, error: BaseException) -> None:
+        self._iteration().passes.failed(error)
+
+    def _on_backward(self, loss: Tensor, call: Callable[[Tensor], None]) -> None:
+        """Call a function with the gradient that reaches a loss."""
+        loss.register_hook(harmless(call, self._failed))
+
     # ---------------------------------------------------------------- losses handed over, or of reduction "none"
 
     def announce(self, losses: Tensor, mean: Tensor) -> None:
         """The backward pass of the mean of ``losses`` is about to run: report it when it starts."""
         call = self._call_of(losses, losses.detach().mean(), torch.ones_like(mean), explicit=True)
         call = replace(call, seen_at_output=self._followed(losses, mean))
-        mean.register_hook(lambda _gradient: self._report(call))
+        self._on_backward(mean, lambda _gradient: self._report(call))
 
     def hand_over(self, losses: Tensor) -> LossCall:
         """Return handed over losses as a call; reports their factor to the backward pass, if it comes."""
@@ -106,7 +114,7 @@ class LossHooks:
         if values.dim() == 0:
             call = LossCall(values.clone(), None, None, explicit=True, complete=False)
             if losses.requires_grad:
-                losses.register_hook(lambda g: self._report(replace(call, gamma=g.detach())))
+                self._on_backward(losses, lambda g: self._report(replace(call, gamma=g.detach())))
             return call
         if losses.requires_grad:
             self.watch(losses, explicit=True)
@@ -132,7 +140,7 @@ class LossHooks:
             call = LossCall(products.sum() / total, individual, samples, total, explicit, order, fitting, not fitting)
             self._report(call)
 
-        losses.register_hook(weighted)
+        self._on_backward(losses, weighted)
 
     def _evenly(self, weights: Tensor, values: Tensor) -> bool:
         """Whether what is sent backward is a mean over the losses that count; read where that waits for nothing.
@@ -238,7 +246,7 @@ class LossHooks:
             gamma = gradient.detach()
             self._report(replace(call, gamma=gamma if scale is None else gamma * scale))
 
-        output.register_hook(start)
+        self._on_backward(output, start)
 
     def _scale(self, loss_fn: nn.Module, args: Any, kwargs: Any, samples: int | None) -> Tensor | float | None:
         """What a sum has to be divided by to be a mean; None for a mean."""

@@ -1,4 +1,4 @@
-"""Where memory runs out while something is measured, the user's step goes on."""
+"""Where memory runs out, or anything else is raised, while something is measured, the user's step goes on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import TracebackType
 
 import torch
 
-from alpha_optim.user_warning import warn_user
+from alpha_optim.user_warning import Once, warn_user
 
 PATIENT = 3
 """After so many steps whose measurement had no memory nothing is measured."""
@@ -47,11 +47,22 @@ class sparing:  # noqa: N801 - a context manager, named like those of contextlib
 
 
 class Shortage:
-    """Counts how often memory ran out, and says so once."""
+    """Counts how often memory ran out, and says so once; so it does of other errors."""
 
     def __init__(self) -> None:
         """It has not happened yet."""
         self._times = 0
+        self._once = Once()
+
+    def noticed(self, error: BaseException | None) -> None:
+        """Something was raised while a batch was looked at; Ctrl-C went on, all else is to be told of."""
+        if is_out_of_memory(error):
+            self.occurred()
+        elif isinstance(error, Exception) and not isinstance(error, Warning):
+            self._once.say(
+                f"alpha of a step is not measured, since {type(error).__name__} was raised while it was looked at "
+                f"({str(error)[:200]}); training goes on. Please report it, with what model and loss look like."
+            )
 
     def occurred(self) -> None:
         """Memory ran out while something was measured."""

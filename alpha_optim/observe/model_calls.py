@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from alpha_optim.observe.hooks import Hook, inside_functorch, map_tensors, tensors_in, versions_of
+from alpha_optim.observe.hooks import Hook, harmless, inside_functorch, map_tensors, tensors_in, versions_of
 from alpha_optim.observe.model_inputs import detached, samples_of
 from alpha_optim.observe.random_state import RandomState
 
@@ -216,9 +216,12 @@ class ModelHooks:
             model._compiled_call_impl = _CompiledCall(self, model, self._compiled_call)
             return
         self._handles = [
-            model.register_forward_pre_hook(Hook(self._starts, owner=model), with_kwargs=True),
-            model.register_forward_hook(Hook(self._called, owner=model), with_kwargs=True),
+            model.register_forward_pre_hook(Hook(self._starts, model, self._failed), with_kwargs=True),
+            model.register_forward_hook(Hook(self._called, model, self._failed), with_kwargs=True),
         ]
+
+    def _failed(self, error: BaseException) -> None:
+        self._iteration().passes.failed(error)
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -287,9 +290,10 @@ class _CompiledCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         aside = torch.compiler.is_compiling() or inside_functorch()
         if not aside:
-            self._hooks._starts(self._model, args, kwargs)
+            harmless(self._hooks._starts, self._hooks._failed)(self._model, args, kwargs)
         output = self._call(*args, **kwargs)
-        replaced = None if aside else self._hooks._called(self._model, args, kwargs, output)
+        seen = harmless(self._hooks._called, self._hooks._failed)
+        replaced = None if aside else seen(self._model, args, kwargs, output)
         return output if replaced is None else replaced
 
 
@@ -297,7 +301,7 @@ def _arrival(hooks: ModelHooks, samples: int | None, call: ModelCall | None, pla
     def arrived(gradient: Tensor) -> None:
         hooks.arrived(samples, call, place, gradient)
 
-    return arrived
+    return harmless(arrived, hooks._failed)
 
 
 def _register_first(tensor: Tensor, hook: Any) -> None:

@@ -141,6 +141,17 @@ class Snapshot:
             undo()
 
 
+def put_back(namespace: dict[str, Any], values: dict[str, Any]) -> None:
+    """Give a dictionary its entries again, in their order; it is never empty in between."""
+    namespace.update(values)
+    for name in [name for name in namespace if name not in values]:
+        del namespace[name]
+    if list(namespace) != list(values):
+        for name, value in values.items():
+            del namespace[name]
+            namespace[name] = value
+
+
 def _refill(container: Any, items: list[Any]) -> None:
     container.clear()
     container.extend(items)

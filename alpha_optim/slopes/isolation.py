@@ -8,6 +8,7 @@ tensors held as attributes. Buffers are handed over as clones by the caller.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import warnings
@@ -23,10 +24,16 @@ from torch.nn.modules import module as torch_module
 from torch.utils import checkpoint as torch_checkpoint
 
 from alpha_optim.observe.model_calls import ModelCall
-from alpha_optim.observe.snapshot import Snapshot, other_random_numbers_untouched
+from alpha_optim.observe.snapshot import Snapshot, other_random_numbers_untouched, put_back
 
 PROCESS_WIDE = threading.RLock()
 """Kernel flags, global hooks and the dual level are process-wide."""
+if hasattr(
+    os, "register_at_fork"
+):  # else a child inherits what another thread has set, and a lock that nobody releases
+    os.register_at_fork(
+        before=PROCESS_WIDE.acquire, after_in_parent=PROCESS_WIDE.release, after_in_child=PROCESS_WIDE.release
+    )
 _OWN = (
     "_parameters",
     "_buffers",
@@ -119,8 +126,7 @@ def _modules_as_found(model: nn.Module, call: ModelCall) -> Iterator[None]:
         yield
     finally:
         for module, attributes in found:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+            put_back(module.__dict__, attributes)
         snapshot.restore()
         for name in _GLOBAL_HOOKS:
             hooks[name].clear()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from alpha_optim.observe.hooks import Hook, map_tensors, tensors_in, versions_of
+from alpha_optim.observe.hooks import Failed, Hook, harmless, map_tensors, tensors_in, versions_of
 
 UNITS: tuple[type[nn.Module], ...] = (nn.MultiheadAttention,)
 """Modules that use parameters of their children without calling them; treated as one layer."""
@@ -166,6 +166,7 @@ class LayerHooks:
         self,
         on_forward: Callable[[], None],
         on_call: Callable[[LayerCall], None],
+        failed: Failed,
         keep_output: tuple[type[nn.Module], ...] = (),
     ) -> None:
         """Prepare; nothing is hooked before `attach`.
@@ -173,10 +174,12 @@ class LayerHooks:
         Args:
             on_forward: Called at every forward call of a layer.
             on_call: Called inside the backward pass.
+            failed: Told of what was raised while a call was seen.
             keep_output: Layer types whose output is kept for ``on_call``.
         """
         self._on_forward = on_forward
         self._on_call = on_call
+        self._failed = failed
         self._keep_output = keep_output
         self._handles: list[RemovableHandle] = []
         self._muted = False
@@ -184,7 +187,7 @@ class LayerHooks:
     def attach(self, layers: list[Layer]) -> None:
         """Hook the layers."""
         for layer in layers:
-            hook = Hook(_Seen(self, layer), owner=layer.module)
+            hook = Hook(_Seen(self, layer), layer.module, self._failed)
             self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
@@ -226,7 +229,7 @@ class LayerHooks:
                             )
                         )
 
-                tensor.register_hook(arrived)
+                tensor.register_hook(harmless(arrived, self._failed))
 
     def _report(self, call: LayerCall) -> None:
         self._muted = True  # recomputing a layer calls modules that may carry our hooks

@@ -42,7 +42,7 @@ class SampleRecorder:
         self._names = names
         self._log: BackwardPasses | None = None
         self._limit = SAMPLES if sampled else math.inf
-        self._hooks = LayerHooks(self._forward_started, self._called, keep_output)
+        self._hooks = LayerHooks(self._forward_started, self._called, self._failed_hook, keep_output)
         self._sink: Sink | None = None
         self.taken: dict[BackwardPass, int] = {}
         self._reached: dict[BackwardPass, set[int]] = {}
@@ -74,6 +74,10 @@ class SampleRecorder:
         """The backward passes of the iteration."""
         assert self._log is not None
         return self._log
+
+    def _failed_hook(self, error: BaseException) -> None:
+        if self._log is not None:
+            self._log.failed(error)
 
     def _forward_started(self) -> None:
         self.passes.forward_started()

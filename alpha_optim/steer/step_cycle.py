@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from alpha_optim.measure.plan import Plan
 from alpha_optim.measure.processes import Processes
 from alpha_optim.measure.step_ends import EndSeen
 from alpha_optim.observe.checks import check_losses
+from alpha_optim.observe.interrupts import uninterrupted
 from alpha_optim.observe.memory import Shortage, sparing
 from alpha_optim.observe.step_direction import parameters_of, rates_of
 from alpha_optim.policies.base import Place
@@ -72,6 +74,7 @@ class Session:
 
     # ---------------------------------------------------------------- between steps
 
+    @uninterrupted()
     def begin(self) -> None:
         """Hook what the coming iteration needs."""
         if self.active:
@@ -106,6 +109,7 @@ class Session:
         """Steps executed, and calls that the guard did not execute."""
         return self.iteration + self.skipped
 
+    @uninterrupted()
     def steered(self, steering: Steering, guard: bool | str) -> None:
         """A scheduler takes over.
 
@@ -125,6 +129,7 @@ class Session:
         self.supervision.scheduler_stepped(self.iteration)
         self.reminders.scheduler_stepped(self.iteration)
 
+    @uninterrupted()
     def restore_point(self, place: Place) -> bool:
         """Go on from a point that a search has kept; False, and nothing is changed, if there is none that fits."""
         if not self.search.restore(place):
@@ -167,6 +172,7 @@ class Session:
         mine = set(map(id, parameters_of(self.optimizer)))
         return any(id(param) in mine for param in parameters_of(other.optimizer))
 
+    @uninterrupted()
     def detach(self) -> None:
         """Remove every hook; from here on the wrapped optimizer steps alone."""
         self.pairing.close()
@@ -175,6 +181,7 @@ class Session:
             self.supervision.nothing_seen()
         self.active = False
 
+    @uninterrupted()
     def gradients_cleared(self, in_place: bool) -> None:
         """``zero_grad`` was called; whether gradients are overwritten."""
         if self.active and not self.pairing.iteration.in_step:
@@ -241,6 +248,11 @@ class Session:
         self._accepted = accepted
         try:
             return self._step(closure, kwargs)
+        except Exception:
+            raise
+        except BaseException:
+            self._start_over()
+            raise
         finally:
             self._accepted = None
 
@@ -286,12 +298,16 @@ class Session:
         self._tell_accepted()
         with self.supervision.around_step():
             result = self.optimizer.step(**_with(closure, kwargs))
+        with uninterrupted():
+            self._after_unwatched()
+        return result
+
+    def _after_unwatched(self) -> None:
         self.iteration += 1
         self._started_before = False
         self.reminders.after_step(self.iteration, measured=False, saw_loss=False)
         self.supervision.step_made(self.iteration)
         self.begin()
-        return result
 
     def _step_unseen(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Step without a word to other ranks, some of which may have left the loop."""
@@ -326,6 +342,7 @@ class Session:
 
         return evaluate
 
+    @uninterrupted()
     @torch.no_grad()
     def _before_step(self, closure_loss: Any, entry: Entry | None = None) -> None:
         """Finish the pair that ends here, let the guard judge, prepare the pair that starts here.
@@ -338,6 +355,7 @@ class Session:
         iteration.in_step = True
         if iteration.task.in_pair or guard is not None:
             pairing.see_loss(closure_loss)
+        self._shortage.noticed(iteration.passes.error)
         if iteration.passes.discarded:
             self.supervision.reached_by_others()
         seen: EndSeen | DropReason | None = DropReason.OUT_OF_MEMORY
@@ -354,12 +372,16 @@ class Session:
             together, outcome = self._exchange(ranks, seen)
         else:
             pairing.talk_to(None)  # that others train models of their own may have been found just now
-            outcome = pairing.paired(seen) if isinstance(seen, EndSeen) else seen
+            outcome = seen if not isinstance(seen, EndSeen) else DropReason.OUT_OF_MEMORY
+            if isinstance(seen, EndSeen):
+                with sparing(self._shortage.occurred):
+                    outcome = pairing.paired(seen)
         event, used = None, True
         if guard is not None:  # else nobody waits for what other ranks say
             used = self._judge_skipped_passes(together)
         if used:
-            event, used = self.supervision.judge(self.iteration, self.pairing.iteration.loss, together)
+            with sparing(self._unjudged) if ranks is None else nullcontext():  # ranks have to decide together
+                event, used = self.supervision.judge(self.iteration, self.pairing.iteration.loss, together)
         self._record(outcome, event)
         if not used:
             pairing.pending = None
@@ -370,13 +392,13 @@ class Session:
         if moved is not None:
             _write(params, moved)
         if self._starts:
-            reason = pairing.start_obstacle(params, entry)
-            if reason is not None:
-                self.history.drop(reason)
-            else:
-                kept = None if guard is None else guard.kept_parameters(params)
-                kept = kept if entry is None else entry.params
-                with sparing(self._out_of_memory):
+            with sparing(self._out_of_memory):
+                reason = pairing.start_obstacle(params, entry)
+                if reason is not None:
+                    self.history.drop(reason)
+                else:
+                    kept = None if guard is None else guard.kept_parameters(params)
+                    kept = kept if entry is None else entry.params
                     pairing.before_step(self.optimizer, kept, rates_of(self.optimizer))
 
     def _exchange(
@@ -435,6 +457,7 @@ class Session:
             with torch.enable_grad():
                 self._accepted()
 
+    @uninterrupted()
     @torch.no_grad()
     def _reduce_start(self) -> None:
         """Reduce the start of the pair."""
@@ -452,12 +475,19 @@ class Session:
             self.plan.saw_step(len(iteration.passes.reached), pairing.habits.keep_copies)
             self.plan.warn_unaccounted()
 
+    def _unjudged(self) -> None:
+        """There was no memory to judge the point, which is accepted and not gone back to."""
+        if self.supervision.guard is not None:
+            self.supervision.guard.forget()
+        self._shortage.occurred()
+
     def _out_of_memory(self) -> None:
         """The pair that begins here is not measured."""
         self.pairing.pending = self.pairing.iteration.before = None
         self.history.drop(DropReason.OUT_OF_MEMORY)
         self._shortage.occurred()
 
+    @uninterrupted()
     def _after_step(self) -> None:
         """Move on to the next iteration."""
         pairing, iteration = self.pairing, self.pairing.iteration
@@ -479,6 +509,18 @@ class Session:
             iteration.used_gradients = iteration.used_gradients.kept()
         self.pairing.mute()
 
+    @uninterrupted()
+    def _start_over(self) -> None:
+        """Something of ours was interrupted in the middle: nothing of it is kept."""
+        with suppress(Exception):
+            self.pairing.close()
+        self._reset()
+        if self.supervision.guard is not None:
+            self.supervision.guard.forget()
+        self._started_before = False
+        self.begin()
+
+    @uninterrupted()
     def _lose_iteration(self) -> None:
         """An exception left the step: nothing seen so far can be paired."""
         if self.pairing.pending is not None or self.pairing.iteration.before is not None:
@@ -508,6 +550,7 @@ class Session:
             **self.supervision.state_dict(tensors),
         }
 
+    @uninterrupted()
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Continue from a state; None (a bare optimizer's state) starts at iteration 0."""
         self.pairing.close()
