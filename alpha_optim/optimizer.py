@@ -18,6 +18,7 @@ from alpha_optim.distributed import as_text, asked_by_checkpoint, from_text
 from alpha_optim.measure.plan import Every, Plan
 from alpha_optim.observe.checks import check_arguments, check_membership
 from alpha_optim.steer.checks import load_whole
+from alpha_optim.steer.point import inner_optimizers
 from alpha_optim.steer.several import HOOKS, Several, make_hooks
 from alpha_optim.steer.step_cycle import VERSION, Session
 
@@ -86,10 +87,12 @@ class AlphaGuided(Optimizer):
             ValueError: If it cannot work: already wrapped, parameters that are not the model's, an
                 impossible backend, ``every`` below 1.
         """
-        if isinstance(optimizer, AlphaGuided):
-            raise ValueError(
-                "this optimizer is already wrapped in AlphaGuided; wrap the bare one (its .optimizer) once"
-            )
+        for part in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
+            if any(isinstance(inner, AlphaGuided) for inner in inner_optimizers(part)):
+                raise ValueError(
+                    "this optimizer is already wrapped in AlphaGuided, or has one inside; wrap once, from outside: "
+                    "AlphaGuided(Lookahead(SGD(...)), model, loss_fn), AlphaGuided([muon, adamw], model, loss_fn)"
+                )
         if isinstance(optimizer, (list, tuple)):
             optimizer = Several(optimizer)
         assert not isinstance(optimizer, Sequence)  # - Optimizer is none

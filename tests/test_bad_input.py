@@ -43,8 +43,11 @@ def test_not_an_optimizer(wrong):
 @pytest.mark.compatibility("Process", "AlphaGuided around AlphaGuided", "refused")
 def test_already_wrapped(model, sgd):
     guided = AlphaGuided(sgd, model)
-    with pytest.raises(ValueError, match=r"already wrapped in AlphaGuided; wrap the bare one"):
-        AlphaGuided(guided, model)
+    inside = torch.optim.SGD(model.parameters(), lr=0.1)
+    inside.base_optimizer = guided  # as Lookahead and SAM have theirs
+    for nested in (guided, [guided], [torch.optim.SGD(model.parameters(), lr=0.1), guided], inside):
+        with pytest.raises(ValueError, match=r"already wrapped in AlphaGuided, or has one inside; wrap once"):
+            AlphaGuided(nested, model)
 
 
 @pytest.mark.compatibility("Process", "parameters that are not the model's", "refused")

@@ -344,3 +344,28 @@ def test_two_bad_batches_early_in_a_search_do_not_end_it(bad, guard):
     data = [(x * math.nan, y) if n in bad else (x, y) for n, (x, y) in enumerate(batches(200))]
     ended(run[3], data, run)
     assert any(text.startswith("trial of") for _, text in run[3].policy.story)
+
+
+@pytest.mark.parametrize("where", ["float16", "eps of 0"])
+def test_a_first_step_that_breaks_the_parameters_is_no_point_to_search_from(where):
+    """Adam divides by the root of a squared gradient that is 0 in float16, and by 0 where a unit is dead."""
+    torch.manual_seed(0)
+    half = where == "float16"
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh() if half else nn.ReLU(), nn.Linear(5, 1))
+    model = model.half() if half else model
+    if not half:
+        with torch.no_grad():
+            model[0].bias[0] = -100.0
+    base = torch.optim.AdamW(model.parameters(), lr=1e-2, **({} if half else {"eps": 0.0}))
+    optimizer = AlphaGuided(base, model, loss_fn := nn.MSELoss())
+    scheduler = AlphaScheduler(optimizer, total_steps=150)
+    for _ in range(40):
+        x = torch.randn(8, 3).to(next(model.parameters()).dtype)
+        optimizer.zero_grad()
+        loss_fn(model(x), torch.zeros_like(x[:, :1])).backward()
+        optimizer.step()
+        scheduler.step()
+    scheduler.finish()
+    assert optimizer.guard_counts["steps_taken_back"] > 1
+    assert all(torch.isfinite(param).all() for param in model.parameters())
+    assert "the rate given is kept" in str(scheduler)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import ContextDecorator
+from functools import wraps
 from signal import SIGINT
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 try:  # what `signal` wraps: without enums, a sixth of the time
     from _signal import getsignal, signal  # type: ignore[import-not-found] # - it has no types
 except ImportError:
     from signal import getsignal, signal
+P = ParamSpec("P")
+R = TypeVar("R")
 _MAIN = threading.main_thread().ident
 
 
-class uninterrupted(ContextDecorator):  # noqa: N801 - a context manager, named like those of contextlib
+class uninterrupted:  # noqa: N801 - a context manager, named like those of contextlib
     """Ctrl-C waits for the end of the block; a second one does not.
 
     A run that was stopped in a notebook goes on in the next cell, so nothing of ours may be left half written. Only the
@@ -31,9 +33,15 @@ class uninterrupted(ContextDecorator):  # noqa: N801 - a context manager, named 
         self._before: Callable[[int, FrameType | None], Any] | None = None  # the handler, if it is replaced
         self._waiting: tuple[int, FrameType | None] | None = None
 
-    def _recreate_cm(self) -> uninterrupted:
-        """A block of its own for every call of a decorated function."""
-        return type(self)()
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorate a function: every call is a block. Frames of `contextlib` would be where warnings point to."""
+
+        @wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            with uninterrupted():
+                return function(*args, **kwargs)
+
+        return run
 
     def __enter__(self) -> None:
         """Let Ctrl-C wait, unless a block around this one does."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from alpha_optim.distributed import initialised, local
+from alpha_optim.distributed import initialised, is_sharded, local
 from alpha_optim.observe.memory import sparing
 from alpha_optim.observe.step_direction import copied, same_tensors
 from alpha_optim.steer.several import Several
@@ -290,6 +290,12 @@ class Point:
         if self._state is not None:
             self._state.restore()
         return True
+
+    @property
+    def finite(self) -> bool:
+        """Whether all parameters are; those that are spread over ranks are not looked at, for ranks could disagree."""
+        whole = [kept for param, kept in zip(self._params, self.params, strict=True) if not is_sharded(param)]
+        return all(bool(torch.isfinite(kept).all()) for kept in whole)
 
     @property
     def of_this_rank(self) -> bool:

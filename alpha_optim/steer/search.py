@@ -58,7 +58,7 @@ class Search:
         """Keep the point reached before this iteration; a new start is that of a new search.
 
         Returns:
-            Whether it is kept; not if there is no memory for it.
+            Whether it is kept; not if there is no memory for it, or if a parameter is not finite there.
         """
         if place == "start":
             self.forget()
@@ -67,6 +67,9 @@ class Search:
             )
         point = self._points.setdefault(place, Point(on_host=True, whole=True))
         point.keep(parameters_of(self._optimizer), self._model, self._optimizer)
+        if not point.finite:  # the last step has just made it so, and the guard has not seen it yet
+            del self._points[place]
+            return False
         if place == "best":
             self._best = (self._begin, iteration - 1)
         else:
