@@ -324,8 +324,18 @@ def as_text(state: dict[str, Any]) -> str:
 
 
 def from_text(text: str) -> Any:
-    """The state again."""
-    return torch.load(io.BytesIO(zlib.decompress(base64.b85decode(text))), weights_only=True)
+    """The state again; nothing but tensors and plain values is built from it.
+
+    Raises:
+        ValueError: If the text is none that `as_text` made.
+    """
+    try:
+        return torch.load(io.BytesIO(zlib.decompress(base64.b85decode(text))), weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"the text in a param group is no state that alpha_optim wrote ({type(error).__name__}: was the checkpoint "
+            "cut off or changed?); nothing was changed"
+        ) from error
 
 
 def _data_parallel(model: nn.Module | None, size: int) -> int:

@@ -17,7 +17,7 @@ from alpha_optim.alpha.records import GuardEvent
 from alpha_optim.distributed import as_text, asked_by_checkpoint, from_text
 from alpha_optim.measure.plan import Every, Plan
 from alpha_optim.observe.checks import check_arguments, check_membership
-from alpha_optim.steer.checks import load_whole
+from alpha_optim.steer.checks import check_state, load_whole
 from alpha_optim.steer.point import inner_optimizers
 from alpha_optim.steer.several import HOOKS, Several, make_hooks
 from alpha_optim.steer.step_cycle import VERSION, Session
@@ -314,13 +314,10 @@ class AlphaGuided(Optimizer):
         if ours is None:
             texts = [group[KEY] for group in state_dict["param_groups"] if group.get(KEY)]
             ours = from_text(texts[0]) if texts else None
-            if ours is not None and ours["counts"] != _counts(state_dict["state"]):
+            if isinstance(ours, dict) and ours.get("counts") != _counts(state_dict["state"]):
                 ours = None  # a bare optimizer has moved on since
-        if ours is not None and ours["version"] > VERSION:
-            raise ValueError(
-                f"this state dict has version {ours['version']} of alpha_optim's state, this package reads "
-                f"up to {VERSION}: update alpha_optim, or delete its key {KEY!r} to start measuring anew"
-            )
+        if ours is not None:
+            check_state(ours, VERSION, "an AlphaGuided", f", or delete its key {KEY!r} to start measuring anew")
         bare = {key: value for key, value in state_dict.items() if key != KEY}
         # Ours first, to see whether it can be taken over: the wrapped optimizer's cannot always be put back (ZeRO's).
         before = self._session.state_dict()

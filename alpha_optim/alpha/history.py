@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from alpha_optim.alpha.history_file import EVENT, FORMAT, NAMES, NOTE, VERSION, check_header, from_row, to_row
+from alpha_optim.alpha.history_file import (
+    BAD,
+    EVENT,
+    FORMAT,
+    NAMES,
+    NOTE,
+    VERSION,
+    check_header,
+    from_row,
+    to_row,
+    whole,
+)
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import DropReason
 from alpha_optim.alpha.window import WindowAlpha, window_alpha
@@ -284,7 +295,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
             for number, line in enumerate(file, start=1):
                 try:
                     history._load_line(json.loads(line.decode()), first=number == 1)
-                except (ValueError, TypeError, KeyError, AttributeError) as error:  # noqa: PERF203 - names the line
+                except BAD as error:  # noqa: PERF203 - names the line
                     raise ValueError(
                         f"{os.fspath(path)}, line {number}: not a line of an alpha history ({error}). "
                         "Expected a file written by AlphaHistory.save; if a run was killed while "
@@ -298,8 +309,10 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         if "format" in row or first:
             check_header(row)
             for reason, count in row.get("dropped", {}).items():
-                self.drop(str(reason), int(count))
-            self.abandoned += [(int(first), int(last)) for first, last in row.get("abandoned", ())]
+                self.drop(str(reason), whole(count, "dropped"))
+            self.abandoned += [
+                (whole(first, "abandoned"), whole(last, "abandoned")) for first, last in row.get("abandoned", ())
+            ]
         elif EVENT not in row and NOTE not in row:  # those are for reports
             self._store(from_row(row))
 

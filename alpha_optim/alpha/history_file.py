@@ -12,6 +12,8 @@ from alpha_optim.alpha.records import AlphaStatus, Information
 FORMAT = "alpha_optim.history"
 VERSION = 1
 NAMES = tuple(field.name for field in fields(AlphaMeasurement))
+BAD = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
+"""What reading a line raises that is none of ours, however it was made."""
 EVENT, NOTE = "event", "note"
 """Keys of the other lines that a file may hold: something the guard did, and something the scheduler said."""
 
@@ -39,18 +41,21 @@ def from_row(row: dict[str, Any]) -> AlphaMeasurement:
     if set(row) != set(NAMES):
         odd = sorted(set(row) ^ set(NAMES))
         raise ValueError(f"fields missing or unknown: {', '.join(odd)}")
-    rest = {name: _to_float(row[name]) for name in NAMES if name not in _NOT_FLOAT}
+    rest = {name: _to_float(row[name], name) for name in NAMES if name not in _NOT_FLOAT}
+    if not isinstance(row["lr"], (list, tuple)):
+        raise ValueError(f"lr must be a list of numbers, got {row['lr']!r}")
     return AlphaMeasurement(
-        iteration=int(row["iteration"]),
+        iteration=whole(row["iteration"], "iteration"),
         status=AlphaStatus(row["status"]),
         information=Information(row["information"]),
-        samples_start=int(row["samples_start"]),
-        samples_end=int(row["samples_end"]),
-        lr=tuple(_to_float(rate) for rate in row["lr"]),
+        samples_start=whole(row["samples_start"], "samples_start"),
+        samples_end=whole(row["samples_end"], "samples_end"),
+        lr=tuple(_to_float(rate, "lr") for rate in row["lr"]),
         **rest,
     )
 
 
+_INFINITE = ("inf", "-inf")
 _NOT_FLOAT = ("iteration", "status", "information", "samples_start", "samples_end", "lr")
 
 
@@ -76,5 +81,25 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def _to_float(value: Any) -> float:
-    return math.nan if value is None else float(value)
+def whole(value: Any, name: str) -> int:
+    """A count as it was written.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 53:
+        raise ValueError(f"{name} must be a whole number of at least 0, got {value!r:.100}")
+    return value
+
+
+def _to_float(value: Any, name: str) -> float:
+    """A number as `to_json` wrote it.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or value in _INFINITE):
+        raise ValueError(f"{name} must be a number, got {value!r:.100}")
+    return float(value)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from alpha_optim.alpha.diagnosis import Diagnosis, diagnose
 from alpha_optim.alpha.history import AlphaHistory
-from alpha_optim.alpha.history_file import EVENT, NAMES, NOTE, check_header, from_row
+from alpha_optim.alpha.history_file import BAD, EVENT, NAMES, NOTE, check_header, from_row
 from alpha_optim.alpha.records import AlphaStatus, GuardEvent
 from alpha_optim.report.sampling import trailing_sums
 
@@ -34,7 +34,6 @@ BLOCK = 1 << 20
 _NAMES = frozenset(NAMES)
 _STATUSES = {str(status): place for place, status in enumerate(AlphaStatus)}
 _DRAWN = ("alpha", "alpha_std", "loss_start", "step_length", "fitted_slope_start", "fitted_slope_end")
-_BAD = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
 _INFINITE = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -135,7 +134,7 @@ class Recording:
             if len(rows) != len(lines):
                 return False
             self._add(rows, lines, self._lines + 1)
-        except _BAD:
+        except BAD:
             return False  # one by one they tell which line it is
         self._lines += len(rows)
         self._diagnosis, self.unfinished = None, False
@@ -157,7 +156,7 @@ class Recording:
             return False
         try:
             self._take_row(json.loads(line), line)
-        except _BAD as error:
+        except BAD as error:
             raise self._bad(self._lines, error) from error
         return True
 
@@ -290,7 +289,7 @@ class Recording:
                 for number, line in enumerate(lines, start=first):  # noqa: B007 - the message names it
                     history.append(from_row(json.loads(line)))
             self._diagnosis = diagnose(history, self.events)
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
+        except BAD as error:
             raise self._bad(number, error) from error
         return self._diagnosis
 
@@ -305,7 +304,7 @@ class Recording:
 def _decoder() -> Callable[[bytes], Sequence[Any]]:
     """Reads many lines of measurements at once; with msgspec five times as fast as without.
 
-    What it returns raises one of `_BAD` where a line is something else.
+    What it returns raises one of `BAD` where a line is something else.
     """
     try:
         import msgspec

@@ -54,6 +54,31 @@ def check_scheduling(
         )
 
 
+def check_state(state: Any, version: int, what: str, advice: str) -> None:
+    """Refuse what is no state of ours, or one that a newer version wrote.
+
+    Args:
+        state: What is to be taken over.
+        version: Newest version that can be read.
+        what: Whose state it ought to be.
+        advice: What else can be done about one that cannot be read.
+
+    Raises:
+        ValueError: If it is one of these.
+    """
+    written = state.get("version") if isinstance(state, dict) else None
+    if isinstance(written, bool) or not isinstance(written, int):
+        raise ValueError(
+            f"this is no state of {what}: it should be a dictionary with a 'version', as state_dict() returns, got "
+            f"{type(state).__name__}{' without one' if isinstance(state, dict) else ''}; nothing was changed"
+        )
+    if written > version:
+        raise ValueError(
+            f"this state of {what} has version {written}, this package reads up to {version}: "
+            f"update alpha_optim{advice}"
+        )
+
+
 def check_scheduler_state(state: dict[str, Any], version: int, groups: int, policy: str) -> None:
     """Refuse the state of an `AlphaScheduler` that this one cannot continue.
 
@@ -66,11 +91,10 @@ def check_scheduler_state(state: dict[str, Any], version: int, groups: int, poli
     Raises:
         ValueError: Saying what does not fit.
     """
-    if state["version"] > version:
-        raise ValueError(
-            f"this scheduler state has version {state['version']}, this package reads up to {version}: "
-            "update alpha_optim"
-        )
+    check_state(state, version, "an AlphaScheduler", "")
+    missing = {"scheduled", "policy_name"} - set(state)
+    if missing:
+        raise ValueError(f"this state of an AlphaScheduler lacks {sorted(missing)}; nothing was changed")
     if len(state["scheduled"]) != groups:
         raise ValueError(
             f"this scheduler state is for {len(state['scheduled'])} param groups, the optimizer has {groups}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import json
+import math
 import random
 import time
 
@@ -40,6 +42,9 @@ def make(steps=12):
 
 # ---------------------------------------------------------------- histories
 
+ODD = (3.7, -3, "7", True, None, [], {}, 10**400, math.inf, math.nan, "nonsense")
+"""What no field that counts can be, and hardly any other."""
+
 
 def history_is_read_or_refused(path, content):
     """Either a history, or an error that names file and line; nothing else."""
@@ -50,7 +55,9 @@ def history_is_read_or_refused(path, content):
         refused = str(error)
     else:
         refused = ""
-        assert all(isinstance(m.iteration, int) for m in history)
+        assert all(type(count) is int and count >= 0 for m in history for count in (m.iteration, m.samples_end))
+        assert all(type(rate) is float for m in history for rate in (*m.lr, m.alpha))
+        assert all(type(count) is int and count >= 0 for count in history.dropped.values())
     assert not refused or str(path) in refused, refused
     assert len(refused) < 600, refused
 
@@ -69,6 +76,14 @@ def history_checks(folder, count=150):
     for _ in range(count // 3):
         some = dice.sample(lines, len(lines))
         changed.append(b"".join(some[: dice.randrange(1, len(some))]))
+    head, row = json.loads(lines[0]), json.loads(lines[1])
+    rows = [{**row, name: value} for name in ("iteration", "samples_end", "alpha", "lr") for value in ODD]
+    heads = [
+        {**head, name: value} for name in ("version", "dropped", "abandoned") for value in (*ODD, {"x": -1}, [[0, -1]])
+    ]
+    changed += [lines[0] + json.dumps(entry).encode() + b"\n" for entry in rows]
+    changed += [json.dumps(entry).encode() + b"\n" + lines[1] for entry in heads]
+    changed += [lines[0] + b"[" * 200_000, lines[0] + lines[1].replace(b'"iteration": 0', b'"iteration": 1e999')]
     changed += [b"", b"\n\n", b"{}", b"[]", b"null", b"\x00" * 100, b"\xff\xfe", b"PK\x03\x04" + bytes(50), b"1e999\n"]
     path = folder / "changed.jsonl"
     return [
