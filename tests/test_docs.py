@@ -99,6 +99,12 @@ def test_the_code_on_a_page_runs_without_a_warning(page, title, tmp_path, monkey
 
 
 @pytest.mark.parametrize("path", [*DOCS.glob("*.md"), ROOT / "README.md"], ids=lambda path: path.name)
+def test_formulas_are_readable_without_a_renderer(path):
+    """The site loads nothing from elsewhere, so there is nothing that would set LaTeX."""
+    assert not re.findall(r"\$\$|\$\\|\\frac", path.read_text())
+
+
+@pytest.mark.parametrize("path", [*DOCS.glob("*.md"), ROOT / "README.md"], ids=lambda path: path.name)
 def test_links_in_the_documents_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         if "://" not in target:
