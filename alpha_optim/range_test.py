@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.distributed import local
 from alpha_optim.observe.hooks import map_tensors
+from alpha_optim.observe.interrupts import uninterrupted
 from alpha_optim.observe.model_calls import returned_loss
 from alpha_optim.observe.random_state import untouched
 from alpha_optim.observe.snapshot import Snapshot, other_random_numbers_untouched, put_back
@@ -32,6 +34,8 @@ LOWEST, HIGHEST = 1e-8, 10.0
 """The rates that are tried: at the lower no network moves in 100 steps, at the higher hardly one survives."""
 FEWEST = 40
 """So few steps over nine decades leave no two at rates alike."""
+SMALL, MOST_PARTS = 1000, 100
+"""What a loader or data set holds of so many elements at most may be its state; samplers and data sets looked at."""
 CALM = 5
 """So many losses are averaged to see whether the loss has doubled: what follows tells nothing new."""
 
@@ -75,11 +79,14 @@ def find_lr(
     steps: int = 100,
     lowest: float = LOWEST,
     highest: float = HIGHEST,
+    loss_of_batch: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> Finding:
     """Train for some steps while the learning rate climbs, and say at which rate to begin a decay.
 
     Everything is put back afterwards, bit for bit, also after an exception or Ctrl-C: parameters, buffers, gradients,
-    attributes of modules, state and groups of the optimizer, random numbers, generators of the loader.
+    attributes of modules, state and groups of the optimizer, random numbers; of the loader, its samplers and its data
+    set the attributes with their generators and positions, or what its ``state_dict()`` says. (An open file's position
+    is none of these.)
 
     Args:
         model: The model.
@@ -91,6 +98,8 @@ def find_lr(
         steps: Number of steps, at least 40.
         lowest: Learning rate of the first group at the first step.
         highest: And at the last; the test ends earlier if the loss has risen far.
+        loss_of_batch: Called as ``loss_of_batch(model, batch)`` instead, whatever batches look like; returns the mean
+            loss or one loss per sample.
 
     Returns:
         What was found.
@@ -107,6 +116,8 @@ def find_lr(
         >>> len(finding.history) > 20
         True
     """
+    if loss_fn is not None and loss_of_batch is not None:
+        raise ValueError("give find_lr loss_fn or loss_of_batch, not both")
     _check(optimizer, loader, steps, lowest, highest)
     device = next(model.parameters()).device
     with ExitStack() as stack:
@@ -120,7 +131,7 @@ def find_lr(
         losses: list[float] = []
         for batch in _batches(loader, steps, device):
             guided.zero_grad()
-            losses.append(_backward(model, guided, loss_fn, batch))
+            losses.append(_backward(model, guided, loss_fn, loss_of_batch, batch))
             guided.step()
             scheduler.step()
             if guided._session.processes.ranks is not None:  # all of them have to stop at the same step
@@ -152,6 +163,12 @@ def _check(optimizer: Optimizer, loader: Iterable[Any], steps: int, lowest: floa
         raise TypeError(
             "find_lr takes the bare optimizer, since it wraps it for the time of the test: find_lr(model, "
             "optimizer.optimizer, loader, ...), before it is wrapped for training"
+        )
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise TypeError(
+            f"{type(optimizer).__name__} evaluates a closure several times per step and looks for its own step length; "
+            "a range test makes plain steps: take another optimizer"
         )
     if isinstance(loader, Iterator):
         raise TypeError(
@@ -205,13 +222,23 @@ def _progress(steps: int) -> Callable[[int], None]:
     return shown
 
 
-def _backward(model: nn.Module, guided: AlphaGuided, loss_fn: Callable[..., Tensor] | None, batch: Any) -> float:
+def _backward(
+    model: nn.Module,
+    guided: AlphaGuided,
+    loss_fn: Callable[..., Tensor] | None,
+    loss_of_batch: Callable[..., Tensor] | None,
+    batch: Any,
+) -> float:
     """One forward and backward pass; returns the mean loss.
 
     Raises:
         TypeError: If batch or loss are of no use.
     """
-    if loss_fn is None:
+    if loss_of_batch is not None:
+        loss = loss_of_batch(model, batch)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_of_batch has to return a tensor, got {type(loss).__name__}")
+    elif loss_fn is None:
         output = model(**batch) if isinstance(batch, Mapping) else model(*batch) if _several(batch) else model(batch)
         found = returned_loss(output)
         if found is None:
@@ -222,12 +249,15 @@ def _backward(model: nn.Module, guided: AlphaGuided, loss_fn: Callable[..., Tens
         loss = found[0]
     else:
         if not _several(batch) or len(batch) < 2:
-            raise TypeError(f"with a loss_fn, batches have to be pairs (input, target), got {type(batch).__name__}")
+            raise TypeError(
+                f"with a loss_fn, batches have to be pairs (input, target), got {type(batch).__name__}; of others say "
+                "how their loss is computed: find_lr(..., loss_of_batch=lambda model, batch: ...)"
+            )
         *inputs, target = batch
         loss = loss_fn(model(*inputs), target)
     if loss.dim() > 0:
         return float(guided.backward(loss))
-    if loss_fn is not None and not isinstance(loss_fn, nn.Module):
+    if loss_of_batch is not None or (loss_fn is not None and not isinstance(loss_fn, nn.Module)):
         guided.record_losses(loss)
     loss.backward()
     return float(loss.detach())
@@ -275,17 +305,15 @@ def _left_as_found(
         for name, value in held.items():
             if not name.startswith("_") and not isinstance(value, Tensor):
                 snapshot.keep(value)
-    for part in (loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))):
-        for value in vars(part).values() if hasattr(part, "__dict__") else ():
-            if isinstance(value, torch.Generator):
-                snapshot.keep(value)
+    loader_state = loader.state_dict() if hasattr(loader, "load_state_dict") else None  # type: ignore[attr-defined] # - torchdata's
+    for part in _parts_of(loader):
+        snapshot.keep_attributes(part, SMALL)
     optimizer.state = type(state)(dict) if hasattr(state, "default_factory") else type(state)()
     for key, value in state.items():
         optimizer.state[key] = copy_of(value)
-    try:
-        with untouched(device), other_random_numbers_untouched():
-            yield
-    finally:
+
+    @uninterrupted()
+    def put_all_back() -> None:
         with torch.no_grad():
             for tensor, copy in zip(tensors, copies, strict=True):
                 local(tensor).copy_(copy)
@@ -302,3 +330,25 @@ def _left_as_found(
         for group, kept in zip(optimizer.param_groups, groups, strict=False):
             group.clear()
             group.update(kept)
+        if loader_state is not None:
+            loader.load_state_dict(loader_state)  # type: ignore[attr-defined] # - torchdata's
+
+    try:
+        with untouched(device), other_random_numbers_untouched():
+            yield
+    finally:
+        put_all_back()
+
+
+def _parts_of(loader: Any) -> list[Any]:
+    """A loader, its samplers, and its data set with those inside it."""
+    parts: list[Any] = []
+    waiting = [loader]
+    while waiting and len(parts) < MOST_PARTS:
+        part = waiting.pop()
+        if part is None or any(part is known for known in parts):
+            continue
+        parts.append(part)
+        waiting += [getattr(part, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+        waiting += [entry for entry in getattr(part, "datasets", ()) or () if hasattr(entry, "__dict__")]
+    return parts

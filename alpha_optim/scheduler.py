@@ -470,6 +470,12 @@ class _Listener:
         self._scheduler = weakref.ref(scheduler)
         self._wants = base.wants_of(scheduler.policy)
 
+    @property
+    def policy(self) -> Any:
+        """The scheduler's policy."""
+        scheduler = self._scheduler()
+        return None if scheduler is None else scheduler.policy
+
     def wants(self, iteration: int) -> bool:
         """Ask the policy."""
         return True if self._wants is None else self._wants(iteration)

@@ -19,8 +19,8 @@ FOLDERS = [  # each folder or file at the root may import from those above it
     {"steer"},
     {"optimizer"},
     {"scheduler"},
-    {"integrations"},
     {"range_test"},
+    {"integrations"},
     {"__init__", "__main__"},
 ]
 RANK = {name: rank for rank, folder in enumerate(FOLDERS) for name in folder}

@@ -3,7 +3,9 @@
 import copy
 import itertools
 import math
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -207,3 +209,129 @@ def test_bad_input():
         find_lr(model, optimizer, [torch.randn(4, 10)])
     with pytest.raises(ValueError, match="needs a learning rate above 0"):
         find_lr(model, torch.optim.SGD(model.parameters(), lr=0.0), loader, loss_fn)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Goes on where it stopped, and draws from generators of its own."""
+
+    def __init__(self):
+        self.position, self.torchs = 0, torch.Generator().manual_seed(1)
+        self.pythons, self.numpys = random.Random(2), np.random.RandomState(3)
+
+    def __iter__(self):
+        for _ in range(320):
+            self.position += 1
+            shift = self.pythons.random() + self.numpys.rand()
+            x = torch.randn(8, generator=self.torchs) + shift
+            yield x, int(self.position % 3)
+
+
+class Epochs(torch.utils.data.Sampler):
+    """Another order in every epoch, by Python's own generator."""
+
+    def __init__(self, count):
+        self.count, self.epoch, self.dice = count, 0, random.Random(4)
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        self.epoch += 1
+        order = list(range(self.count))
+        self.dice.shuffle(order)
+        return iter(order)
+
+
+class Numbered:
+    """A loader of one's own that can say where it is, as torchdata's can."""
+
+    def __init__(self):
+        self.place = [0]
+
+    def state_dict(self):
+        return {"place": self.place[0]}
+
+    def load_state_dict(self, state):
+        self.place = [state["place"]]
+
+    def __iter__(self):
+        for _ in range(20):
+            self.place[0] += 1
+            yield torch.randn(16, 8, generator=torch.Generator().manual_seed(self.place[0])), torch.arange(16) % 3
+
+
+def first_batches(loader, count=3):
+    return [x.clone() for (x, _), _ in zip(loader, range(count), strict=False)]
+
+
+@pytest.mark.parametrize("kind", ["stream", "sampler", "persistent workers", "numbered"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_loader_goes_on_as_if_nothing_had_been(kind):
+    def make_one():
+        inputs, targets = torch.randn(320, 8, generator=torch.Generator().manual_seed(0)), torch.arange(320) % 3
+        pairs = torch.utils.data.TensorDataset(inputs, targets)
+        if kind == "stream":
+            return torch.utils.data.DataLoader(Stream(), batch_size=16)
+        if kind == "sampler":
+            return torch.utils.data.DataLoader(pairs, batch_size=16, sampler=Epochs(320))
+        if kind == "numbered":
+            return Numbered()
+        return torch.utils.data.DataLoader(
+            pairs, batch_size=16, shuffle=True, num_workers=1, persistent_workers=True,
+            generator=torch.Generator().manual_seed(6),
+        )  # fmt: skip
+
+    untouched, tested = make_one(), make_one()
+    model = nn.Linear(8, 3)
+    find_lr(model, torch.optim.SGD(model.parameters(), lr=0.1), tested, nn.CrossEntropyLoss())
+    for expected, found in zip(first_batches(untouched), first_batches(tested), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_a_second_ctrl_c_while_everything_is_put_back_waits(monkeypatch):
+    """Somebody presses Ctrl-C twice: once in the test, once while parameters are written."""
+    model, optimizer = make()
+    before = copy.deepcopy(model.state_dict())
+    loader, calls = make_loader(), 0
+    original = torch.Tensor.copy_
+
+    def impatient(tensor, *args, **kwargs):
+        nonlocal calls
+        if calls == 20:
+            calls += 1
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(tensor, *args, **kwargs)
+
+    def loss_fn(output, y):
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            monkeypatch.setattr(torch.Tensor, "copy_", impatient)
+            raise KeyboardInterrupt
+        return functional.cross_entropy(output, y)
+
+    with pytest.raises(KeyboardInterrupt):
+        find_lr(model, optimizer, loader, loss_fn)
+    monkeypatch.undo()
+    assert calls == 21
+    assert equal_states(before, model.state_dict())
+    assert not optimizer.state
+
+
+def test_batches_of_any_form_with_the_loss_said():
+    model = nn.Linear(8, 3)
+    batches = [{"x": torch.randn(16, 8), "y": torch.arange(16) % 3} for _ in range(20)]
+
+    def loss_of_batch(model, batch):
+        return functional.cross_entropy(model(batch["x"]), batch["y"])
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    finding = find_lr(model, optimizer, batches, loss_of_batch=loss_of_batch)
+    assert len(finding.history) > 20
+    assert finding.history[-1].information != "slopes"
+    with pytest.raises(ValueError, match="loss_fn or loss_of_batch, not both"):
+        find_lr(model, optimizer, batches, nn.CrossEntropyLoss(), loss_of_batch=loss_of_batch)
+    with pytest.raises(TypeError, match=r"pairs .* loss_of_batch=lambda model, batch"):
+        find_lr(model, optimizer, batches, nn.CrossEntropyLoss())
+    with pytest.raises(TypeError, match="LBFGS evaluates a closure several times"):
+        find_lr(model, torch.optim.LBFGS(model.parameters()), batches, loss_of_batch=loss_of_batch)

@@ -1,4 +1,4 @@
-"""A Lightning callback that logs alpha beside the module's own metrics.
+"""Lightning callbacks: one logs alpha beside the module's own metrics, one makes a range test.
 
 Everything else needs no adapter: `configure_optimizers` returns an `AlphaGuided` and, with
 ``"interval": "step"``, an `AlphaScheduler`.
@@ -6,19 +6,103 @@ Everything else needs no adapter: `configure_optimizers` returns an `AlphaGuided
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from alpha_optim.integrations.loggers import logged
 from alpha_optim.optimizer import AlphaGuided
+from alpha_optim.range_test import Finding, find_lr
+
+LOG = logging.getLogger(__name__)
+
+
+class AlphaLRFinder(Callback):
+    """Makes a range test when ``fit`` begins, and leaves everything else as it was; see `alpha_optim.find_lr`.
+
+    For a bare optimizer: what an `AlphaScheduler` steers needs no range test.
+
+    Attributes:
+        finding: What was found, a `alpha_optim.Finding`; None before.
+    """
+
+    def __init__(self, steps: int = 100, attribute: str | None = None) -> None:
+        """Start with nothing found.
+
+        Args:
+            steps: Steps of the test, at least 40.
+            attribute: Attribute of the module, or of its ``hparams``, from which ``configure_optimizers`` takes the
+                learning rate: set to the one found, if there is one, and the optimizers are built anew. None: the rate
+                is only said.
+        """
+        self.steps, self.attribute = steps, attribute
+        self.finding: Finding | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the test.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module in training.
+
+        Raises:
+            ValueError: If there are several optimizers, or the module has no such attribute.
+        """
+        if len(trainer.optimizers) != 1:
+            count = len(trainer.optimizers)
+            raise ValueError(f"a range test needs one optimizer, configure_optimizers returned {count}")
+        holders = [holder for holder in (pl_module, pl_module.hparams) if self._has(holder)]
+        if self.attribute is not None and not holders:
+            raise ValueError(f"neither the module nor its hparams have an attribute {self.attribute!r}")
+        trainer.fit_loop.setup_data()
+
+        def loss_of_batch(_: Any, batch: Any) -> Tensor:
+            with trainer.strategy.precision_plugin.forward_context():
+                output: Any = pl_module.training_step(batch, 0)
+            loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
+            return loss
+
+        quiet = {"log": _say_nothing, "log_dict": _say_nothing}  # there is no step to log to yet
+        vars(pl_module).update(quiet)
+        try:
+            loader: Any = trainer.train_dataloader
+            with warnings.catch_warnings():
+                # A training step often calls parts of the module only; slopes of the gradients are enough here.
+                warnings.filterwarnings("ignore", message="no slopes of single samples")
+                self.finding = find_lr(
+                    pl_module, trainer.optimizers[0], loader, steps=self.steps, loss_of_batch=loss_of_batch
+                )
+        finally:
+            for name in quiet:
+                del vars(pl_module)[name]
+        LOG.info("range test: %s", self.finding)
+        if self.attribute is not None and self.finding.lr is not None:
+            for holder in holders:
+                if isinstance(holder, MutableMapping):
+                    holder[self.attribute] = self.finding.lr
+                else:
+                    setattr(holder, self.attribute, self.finding.lr)
+            trainer.strategy.setup_optimizers(trainer)
+
+    def _has(self, holder: Any) -> bool:
+        """Whether the attribute is there."""
+        name = self.attribute
+        return name is not None and (name in holder if isinstance(holder, Mapping) else hasattr(holder, name))
+
+
+def _say_nothing(*_args: Any, **_kwargs: Any) -> None:
+    """Stands in for ``log``."""
 
 
 class AlphaMonitor(Callback):
     """Logs ``alpha``, ``alpha_std``, ``step_length`` and ``lr`` to the trainer's loggers.
 
-    Once the scheduler's guard has acted also ``batches_skipped`` and ``steps_taken_back``, counted so far. Alpha is
-    that of all steps since it was last logged.
+    Once the scheduler's guard has acted also ``batches_skipped`` and ``steps_taken_back``, counted so far, and once the
+    learning rate is found ``found_lr``. Alpha is that of all steps since it was last logged.
     """
 
     def __init__(self, every: int = 50) -> None:

@@ -60,9 +60,23 @@ def events_of(optimizer: AlphaGuided) -> Metrics:
     return {name: float(counts[name]) for name in names}
 
 
+def found_by(optimizer: AlphaGuided) -> Metrics:
+    """The learning rate that the scheduler has found for the first param group, for a logger.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        ``found_lr``; empty while it is searched, and without a search.
+    """
+    steering = optimizer._session.supervision.steering
+    found = getattr(None if steering is None else steering.policy, "found_lr", None)
+    return {} if found is None else {"found_lr": float(found)}
+
+
 def logged(optimizer: AlphaGuided, recent: Sequence[AlphaMeasurement]) -> Metrics:
-    """All that loggers and callbacks get: `metrics_of` some measurements, and `events_of` the guard."""
-    return {**metrics_of(recent), **events_of(optimizer)}
+    """All that loggers and callbacks get: `metrics_of` some measurements, `events_of` the guard, and `found_by`."""
+    return {**metrics_of(recent), **events_of(optimizer), **found_by(optimizer)}
 
 
 def postfix(optimizer: AlphaGuided, window: int = 50) -> dict[str, str]:
@@ -93,11 +107,11 @@ def log_measurements(
     """Call ``log(metrics, step)`` while training runs.
 
     Each measurement is read when it is made; on an accelerator that waits for the device at every measured
-    step. ``wandb.log`` and ``mlflow.log_metrics`` take these two arguments as they are.
+    step. ``mlflow.log_metrics`` takes these two arguments as they are; for W&B there is `log_to_wandb`.
 
     Args:
         optimizer: The optimizer.
-        log: Takes the metrics of `metrics_of` and `events_of`, and the iteration.
+        log: Takes the metrics of `metrics_of`, `events_of` and `found_by`, and the iteration.
         every: Log at every so many measurements, with alpha over all since the last time.
         prefix: Put before the names.
 
@@ -174,6 +188,47 @@ def log_to_tensorboard(
     return log_measurements(optimizer, write, every=every, prefix=prefix)
 
 
+def log_to_wandb(
+    optimizer: AlphaGuided, run: Any, *, every: int = 1, prefix: str = "alpha_optim/"
+) -> Callable[[], None]:
+    """Log to Weights & Biases while training runs, beside what the loop logs; see `log_measurements`.
+
+    W&B counts calls of ``log``, and throws away what comes with an earlier number. So the metrics have an axis of their
+    own, the iteration, and go out with the loop's next call; where the loop does not call, they go out by themselves.
+
+    Args:
+        optimizer: The optimizer.
+        run: What ``wandb.init()`` returned.
+        every: Log at every so many measurements.
+        prefix: Put before the names.
+
+    Returns:
+        A function that ends it.
+    """
+    axis = f"{prefix}iteration"
+    run.define_metric(axis, hidden=True)
+    run.define_metric(f"{prefix}*", step_metric=axis)
+    waiting_for: int | None = None  # the number of the call that the last metrics are to go out with
+
+    def send() -> None:
+        if run.step == waiting_for:  # the loop has not called since
+            run.log({}, commit=True)
+
+    def write(metrics: Metrics, step: int) -> None:
+        nonlocal waiting_for
+        send()
+        run.log({**metrics, axis: step}, commit=False)
+        waiting_for = run.step
+
+    unsubscribe = log_measurements(optimizer, write, every=every, prefix=prefix)
+
+    def stop() -> None:
+        unsubscribe()
+        send()
+
+    return stop
+
+
 def record(
     optimizer: AlphaGuided, path: str | os.PathLike[str], scheduler: AlphaScheduler | None = None
 ) -> Callable[[], None]:
@@ -228,7 +283,7 @@ class _Recorder:
             AlphaHistory().save(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open while training runs
         # What the guard did before is in the file already, if it was recorded.
-        self._events, self._notes = optimizer.guard_counts["events"], 0
+        self._events, self._notes, self._phases = optimizer.guard_counts["events"], 0, 0
         self._unsubscribe = optimizer.alpha_history.subscribe(self._measured)
 
     def _measured(self, measurement: AlphaMeasurement) -> None:
@@ -238,12 +293,17 @@ class _Recorder:
         """Rows of what the guard did and the policy said since this was asked last."""
         count = self._optimizer.guard_counts["events"]
         events = self._optimizer.guard_events[-(count - self._events) :] if count > self._events else ()
-        notes = getattr(getattr(self._scheduler, "policy", None), "story", ())
+        policy = getattr(self._scheduler, "policy", None)
+        notes, phases = getattr(policy, "story", ()), getattr(policy, "phases", ())
         rows: list[dict[str, Any]] = [
             {EVENT: {name: to_json(value) for name, value in asdict(event).items()}} for event in events
         ]
+        rows += [
+            {NOTE: {"iteration": iteration, "text": f"phase: {name}", "phase": name}}
+            for iteration, name in phases[self._phases :]
+        ]
         rows += [{NOTE: {"iteration": iteration, "text": text}} for iteration, text in notes[self._notes :]]
-        self._events, self._notes = count, len(notes)
+        self._events, self._notes, self._phases = count, len(notes), len(phases)
         return rows
 
     def _write(self, rows: list[dict[str, Any]]) -> None:

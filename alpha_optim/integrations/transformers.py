@@ -6,9 +6,12 @@ Everything else needs no adapter: ``Trainer(optimizers=(optimizer, scheduler))``
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from alpha_optim.integrations.loggers import logged
 from alpha_optim.optimizer import AlphaGuided
@@ -17,10 +20,9 @@ from alpha_optim.optimizer import AlphaGuided
 class AlphaCallback(TrainerCallback):
     """Adds ``alpha``, ``alpha_std`` and ``step_length`` to what the Trainer logs.
 
-    Once the scheduler's guard has acted also ``batches_skipped`` and ``steps_taken_back``, counted so far. They appear
-    on the console and in ``trainer.state.log_history``. Reporters (``report_to``) run before the callbacks that are
-    given to the Trainer; for them, insert it in front:
-    ``trainer.callback_handler.callbacks.insert(0, AlphaCallback(optimizer))``.
+    Once the scheduler's guard has acted also ``batches_skipped`` and ``steps_taken_back``, counted so far, and once the
+    learning rate is found ``found_lr``. They appear on the console, in ``trainer.state.log_history`` and with every
+    reporter (``report_to``).
     """
 
     def __init__(self, optimizer: AlphaGuided) -> None:
@@ -31,6 +33,39 @@ class AlphaCallback(TrainerCallback):
         """
         self._optimizer = optimizer
         self._logged = 0
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        """Step in front of the reporters.
+
+        Args:
+            *args: Not used.
+            **kwargs: Not used.
+        """
+        self._step_forward(sys._getframe(1))
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Step in front of the reporters, if it was added later.
+
+        Args:
+            *args: Not used.
+            **kwargs: Not used.
+        """
+        self._step_forward(sys._getframe(1))
+
+    def _step_forward(self, frame: FrameType | None) -> None:
+        """Be called first: what is added to the logs has to be there when reporters read them.
+
+        A Trainer asks its own callbacks first, reporters among them, and tells a callback nothing of the others; who
+        calls it can be seen on the stack only.
+        """
+        for _ in range(4):
+            handler = None if frame is None else frame.f_locals.get("self")
+            callbacks = getattr(handler, "callbacks", None)
+            if isinstance(handler, CallbackHandler) and isinstance(callbacks, list) and self in callbacks:
+                callbacks.remove(self)
+                callbacks.insert(0, self)
+                return
+            frame = None if frame is None else frame.f_back
 
     def on_log(
         self,

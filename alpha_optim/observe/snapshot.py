@@ -98,6 +98,10 @@ class Snapshot:
             state = entry.bit_generator.state
             self._undo.append(lambda: setattr(entry.bit_generator, "state", state))
             return []
+        if numpy is not None and isinstance(entry, numpy.random.RandomState):
+            legacy = entry.get_state()
+            self._undo.append(lambda: entry.set_state(legacy))
+            return []
         if isinstance(entry, random.Random):
             drawn = entry.getstate()
             self._undo.append(lambda: entry.setstate(drawn))
@@ -135,10 +139,39 @@ class Snapshot:
         for base in kind.__bases__:
             self.keep_class(base)
 
+    def keep_attributes(self, entry: Any, most: int) -> None:
+        """Keep the attributes of an object, and of what they hold random generators and what is small.
+
+        Args:
+            entry: The object; it may hold a whole data set.
+            most: Containers, tensors and arrays of more elements are data, which nobody changes.
+        """
+        held = getattr(entry, "__dict__", None)
+        if not isinstance(held, dict) or id(entry) in self._seen:
+            return
+        self._seen.add(id(entry))
+        self._alive.append(entry)
+        values = dict(held)
+        self._undo.append(lambda: put_back(held, values))
+        for value in values.values():
+            if _is_small_state(value, most):
+                self.keep(value)
+
     def restore(self) -> None:
         """Put everything back."""
         for undo in reversed(self._undo):
             undo()
+
+
+def _is_small_state(value: Any, most: int) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() <= most
+    if isinstance(value, (torch.Generator, random.Random)) or type(value).__module__.startswith("numpy.random"):
+        return True
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        return int(value.size) <= most
+    return isinstance(value, (list, dict, set, deque)) and len(value) <= most
 
 
 def put_back(namespace: dict[str, Any], values: dict[str, Any]) -> None:

@@ -14,6 +14,9 @@ inherited:
 - ``limit(scale)``: told before `decide`, of policies that have that, how high the scale may become.
 - ``give_up(iteration)``: told that the search cannot go on, or that its points are gone: the rate given is to be kept.
 - ``state_dict() / load_state_dict(state)``: what it remembers, as plain values.
+
+For those who look: ``story`` (pairs of an iteration and what was seen and done then), ``phases`` (pairs of an iteration
+and the name of the phase that began) and ``found_lr`` (the learning rate that a search ended with, None before).
 """
 
 from __future__ import annotations

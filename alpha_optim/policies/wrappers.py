@@ -55,6 +55,18 @@ class _Around:
         story: tuple[tuple[int, str], ...] = getattr(self.policy, "story", ())
         return story
 
+    @property
+    def phases(self) -> tuple[tuple[int, str], ...]:
+        """Iterations at which a phase of the inner policy's search began."""
+        phases: tuple[tuple[int, str], ...] = getattr(self.policy, "phases", ())
+        return phases
+
+    @property
+    def found_lr(self) -> float | None:
+        """The learning rate that the inner policy's search ended with; None before, or without a search."""
+        found: float | None = getattr(self.policy, "found_lr", None)
+        return found
+
     def give_up(self, iteration: int) -> None:
         """Tell the inner policy."""
         base.give_up(self.policy, iteration)

@@ -29,6 +29,10 @@ OTHERS = 3
 class Steering(Protocol):
     """What a scheduler answers and is told."""
 
+    @property
+    def policy(self) -> Any:
+        """Its policy, for those who look; None if the scheduler is gone."""
+
     def wants(self, iteration: int) -> bool:
         """Whether the iteration is to be measured, where the optimizer has ``every=None``."""
 

@@ -10,7 +10,7 @@ from torch import nn
 lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
 
 from alpha_optim import AlphaGuided, AlphaScheduler, Hold  # noqa: E402
-from alpha_optim.integrations.lightning import AlphaMonitor  # noqa: E402
+from alpha_optim.integrations.lightning import AlphaLRFinder, AlphaMonitor  # noqa: E402
 from tests.test_transparency import equal_states  # noqa: E402
 from tests.today import GPT, T, V  # noqa: E402
 
@@ -249,3 +249,51 @@ def test_a_replaced_scheduler_does_not_undo_the_average():
     module.eval()
     x = torch.randn(500, 6, generator=torch.Generator().manual_seed(1))
     assert module.loss_fn(module.net(x), x[:, :3].argmax(1)).item() < 0.4
+
+
+class Plain(lightning.LightningModule):
+    """A bare optimizer, and logs in its step."""
+
+    def __init__(self, lr=1e-6):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net, self.loss_fn = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), nn.CrossEntropyLoss()
+
+    def training_step(self, batch, index):
+        loss = self.loss_fn(self.net(batch[0]), batch[0][:, :3].argmax(1))
+        self.log("loss", loss)
+        return {"loss": loss}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=0.9)
+
+
+def fit_plain(tmp_path, **options):
+    torch.manual_seed(0)
+    module, finder = Plain(), AlphaLRFinder(**options)
+    before = [param.detach().clone() for param in module.parameters()]
+    seen = []
+
+    class Look(lightning.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.extend(param.detach().clone() for param in pl_module.parameters())
+
+    trainer = lightning.Trainer(
+        max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=[finder, Look()],
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(batches() * 4, batch_size=None))
+    assert all(torch.equal(a, b) for a, b in zip(before, seen, strict=True))
+    assert "log" not in vars(module)
+    return module, finder, trainer
+
+
+@pytest.mark.compatibility("Lightning", "a range test when fit begins: AlphaLRFinder")
+def test_a_range_test_before_training(tmp_path):
+    module, finder, trainer = fit_plain(tmp_path)
+    assert finder.finding.lr > 1e-3
+    assert trainer.optimizers[0].param_groups[0]["lr"] == module.hparams.lr == 1e-6  # only said
+    module, finder, trainer = fit_plain(tmp_path, attribute="lr")
+    assert trainer.optimizers[0].param_groups[0]["lr"] == module.hparams.lr == finder.finding.lr
+    with pytest.raises(ValueError, match="have an attribute 'rate'"):
+        fit_plain(tmp_path, attribute="rate")

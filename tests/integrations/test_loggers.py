@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from alpha_optim import AlphaGuided, AlphaScheduler, Hold
-from alpha_optim.integrations.loggers import log_measurements, log_to_tensorboard, postfix, record
+from alpha_optim.integrations.loggers import log_measurements, log_to_tensorboard, log_to_wandb, postfix, record
 from tests.test_transparency import make_model, optimizer_loss, train
 
 
@@ -18,7 +18,7 @@ def make(groups=1):
     return model, AlphaGuided(torch.optim.SGD(given, lr=0.1), model, loss_fn)
 
 
-@pytest.mark.compatibility("Logging", "a function (metrics, step): W&B's log, MLflow's log_metrics")
+@pytest.mark.compatibility("Logging", "a function (metrics, step): MLflow's log_metrics")
 def test_every_measurement_goes_to_the_function():
     model, optimizer = make()
     rows = []
@@ -86,6 +86,75 @@ def test_tensorboard_gets_histograms_and_a_layout(tmp_path):
         "alpha_optim/alpha", "alpha_optim/alpha_low", "alpha_optim/alpha_high",
     )  # fmt: skip
     assert list(charts["learning rate"].multiline.tag) == ["alpha_optim/lr"]
+
+
+class WandbRun:
+    """Counts calls of `log` as W&B does: what comes with an earlier number than the last is thrown away."""
+
+    def __init__(self):
+        self.step, self.row, self.rows, self.defined = 0, {}, [], {}
+
+    def define_metric(self, name, step_metric=None, hidden=False):
+        self.defined[name] = step_metric
+
+    def log(self, data, step=None, commit=None):
+        if step is not None:
+            if step < self.step:
+                return
+            if step > self.step:
+                self._commit()
+                self.step = step
+        self.row |= data
+        if commit or (commit is None and step is None):
+            self._commit()
+
+    def finish(self):
+        self._commit()
+
+    def _commit(self):
+        if self.row:
+            self.rows.append((self.step, self.row))
+            self.row, self.step = {}, self.step + 1
+
+
+@pytest.mark.compatibility("Logging", "Weights & Biases beside the loop's own log: log_to_wandb")
+@pytest.mark.parametrize("own", ["every step", "every step, with its number", "every third", "never"])
+def test_nothing_is_lost_in_wandb_whatever_the_loop_logs(own):
+    model, optimizer = make()
+    run = WandbRun()
+    stop = log_to_wandb(optimizer, run)
+    assert run.defined == {"alpha_optim/iteration": None, "alpha_optim/*": "alpha_optim/iteration"}
+    for n in range(12):
+        train(model, optimizer, steps=1)
+        if own == "every step, with its number":
+            run.log({"loss": float(n)}, step=n)
+        elif own == "every step" or (own == "every third" and n % 3 == 2):
+            run.log({"loss": float(n)})
+    stop()
+    run.finish()
+    found = [row["alpha_optim/iteration"] for _, row in run.rows if "alpha_optim/alpha" in row]
+    losses = {step: row["loss"] for step, row in run.rows if "loss" in row}
+    assert found == list(range(11))
+    if own.startswith("every step"):
+        assert losses == {n: float(n) for n in range(12)}  # the loop's numbers are its own
+    else:
+        assert len(losses) == (4 if own == "every third" else 0)
+
+
+def test_the_rate_found_is_logged_once_there_is_one():
+    model, optimizer = make()
+    scheduler = AlphaScheduler(optimizer, total_steps=100)
+    rows = []
+    log_measurements(optimizer, lambda metrics, _: rows.append(metrics.get("alpha_optim/found_lr")))
+    for _ in range(60):
+        train(model, optimizer, steps=1)
+        scheduler.step()
+    found = scheduler.policy.found_lr
+    assert found is not None
+    assert rows[0] is None
+    assert rows[-1] == found
+    assert [name for _, name in scheduler.policy.phases][:2] == ["jump", "climb"]
+    assert scheduler.policy.phases[-1][1] in ("held", "annealed")
 
 
 def test_events_of_the_guard_are_counted():

@@ -46,18 +46,19 @@ def train(tmp_path, complete=False, wrapped=True, scheduled=True, resume=None, l
         args=transformers.TrainingArguments(
             output_dir=str(tmp_path),
             use_cpu=True,
-            report_to=[],
             num_train_epochs=2,
             per_device_train_batch_size=8,
             logging_steps=5,
             disable_tqdm=True,
-            **{"save_strategy": "no", "max_grad_norm": 0.5, **options},
+            **{"report_to": [], "save_strategy": "no", "max_grad_norm": 0.5, **options},
         ),
         train_dataset=tokens(),
         optimizers=(optimizer, scheduler),
         compute_loss_func=loss_of if complete else None,
-        callbacks=[AlphaCallback(optimizer)] if logged else None,
+        callbacks=[AlphaCallback(optimizer)] if logged is True else None,
     )
+    if logged == "later":
+        trainer.add_callback(AlphaCallback(optimizer))
     trainer.train(resume_from_checkpoint=resume)
     return model, optimizer, trainer
 
@@ -124,3 +125,17 @@ def test_the_callback_puts_alpha_into_the_logs(tmp_path):
     assert all("alpha" in row and "alpha_std" in row for row in rows)
     assert rows[-1]["alpha"] == pytest.approx(optimizer.alpha_history.windowed(5).alpha)
     assert not any("alpha" in row for row in trainer.state.log_history if "loss" not in row)
+    assert rows[-1]["found_lr"] == pytest.approx(1e-3)  # too short for a search
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("later", [False, True])
+def test_reporters_get_alpha_too(tmp_path, monkeypatch, later):
+    """They are asked before callbacks that are given, or added later."""
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    train(tmp_path, logged="later" if later else True, report_to=["tensorboard"])
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [event.step for event in events.Scalars("train/alpha")] == [5, 10, 15, 20]

@@ -64,6 +64,7 @@ class CalibrateThenAnneal:
         self.around = around
         self._envelope = Envelope(total_steps, anneal)
         self._story: list[tuple[int, str]] = []
+        self._phases: list[tuple[int, str]] = []
         settings = Settings(total_steps, trial_steps or trial_length(total_steps), around)
         self._phase: Phase | None = None if total_steps < SHORTEST_RUN else Jump(settings)
         if around and self._phase is not None:
@@ -97,6 +98,18 @@ class CalibrateThenAnneal:
     def story(self) -> tuple[tuple[int, str], ...]:
         """What was seen and done in the search, in absolute rates, with the iteration at which it was."""
         return tuple(self._story)
+
+    @property
+    def phases(self) -> tuple[tuple[int, str], ...]:
+        """Iterations at which a phase began: ``jump``, ``climb``, ``trials``, ``held``, ``annealed``."""
+        return tuple(self._phases)
+
+    @property
+    def found_lr(self) -> float | None:
+        """The learning rate that the search ended with, of the first param group; None before, or if it is unknown."""
+        if self._phase is not None or self._given is None:
+            return None
+        return self._given * math.exp(min(700.0, self._held.found))
 
     def __repr__(self) -> str:
         """Say where it is; rates are those of the first param group before any schedule."""
@@ -222,6 +235,7 @@ class CalibrateThenAnneal:
         if given > 0.0 and (self._given is None or self._phase is not None):  # later it is not the peak of a schedule
             self._given = given
         keep, restore, self._keep, self._restore = self._keep, self._restore, None, None
+        self._note_phase(iteration)
         phase = self._phase
         if phase is None:
             return Decision(math.exp(self._held.now), keep, restore)
@@ -232,6 +246,15 @@ class CalibrateThenAnneal:
             trial=True,
             searching=True,
         )
+
+    def _note_phase(self, iteration: int) -> None:
+        """Take note of the phase that the coming step belongs to, if it is another than that of the last."""
+        name = "held" if self._phase is None else _name_of(self._phase)
+        progress = iteration + self._envelope.skipped
+        if self._phase is None and self.anneal and progress >= self._envelope.falls_from(self._held.stands_from):
+            name = "annealed"
+        if not self._phases or self._phases[-1][1] != name:
+            self._phases.append((iteration, name))
 
     def wants(self, iteration: int) -> bool:
         """Measure every step of jump and climb, and of trials whose steps do not tell a loss; else one in ten."""
@@ -249,7 +272,7 @@ class CalibrateThenAnneal:
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered, as plain values."""
         phase = self._phase
-        name = None if phase is None else next(name for name, kind in _PHASES.items() if isinstance(phase, kind))
+        name = None if phase is None else _name_of(phase)
         return {
             "version": 2,
             "total_steps": self.total_steps,
@@ -264,6 +287,7 @@ class CalibrateThenAnneal:
             **self._envelope.state_dict(),
             "undo": self._undo,
             "story": [list(entry) for entry in self._story],
+            "phases": [list(entry) for entry in self._phases],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -282,6 +306,11 @@ class CalibrateThenAnneal:
         self._envelope.load_state_dict(state)
         self._undo = state["undo"]
         self._story = [(int(iteration), str(text)) for iteration, text in state["story"]]
+        self._phases = [(int(iteration), str(name)) for iteration, name in state.get("phases", ())]
+
+
+def _name_of(phase: Phase) -> str:
+    return next(name for name, kind in _PHASES.items() if isinstance(phase, kind))
 
 
 def _phase_of(name: str, state: dict[str, Any]) -> Phase:

@@ -38,6 +38,10 @@ class Envelope:
         """Grow from a tenth, from there on."""
         self._ramp_at = progress
 
+    def falls_from(self, stands_from: int) -> int:
+        """Progress at which the decay begins, for a loss that no longer falls from an iteration on."""
+        return max(self.found_at, stands_from + self.skipped)
+
     def factor(self, progress: int, stands_from: int) -> float:
         """The factor.
 
@@ -48,7 +52,7 @@ class Envelope:
         if self.anneal and progress > self.total_steps and not self._warned:
             self._warned = True
             warn_user(f"more steps than total_steps={self.total_steps}: the last learning rate is held")
-        return self._ramped(progress) * self._annealed(progress, max(self.found_at, stands_from + self.skipped))
+        return self._ramped(progress) * self._annealed(progress, self.falls_from(stands_from))
 
     def _ramped(self, progress: int) -> float:
         if self._ramp_at is None:
