@@ -286,9 +286,7 @@ def _reason(lr: float | None, losses: list[float], history: AlphaHistory) -> str
 
 
 @contextmanager
-def _left_as_found(
-    model: nn.Module, optimizer: Optimizer, loader: Iterable[Any], device: torch.device
-) -> Iterator[None]:
+def _left_as_found(model: nn.Module, optimizer: Optimizer, loader: Any, device: torch.device) -> Iterator[None]:
     """Put model, optimizer, random numbers and the loader's generators back."""
     every = [*model.parameters(), *model.buffers(), *parameters_of(optimizer)]
     tensors = list({id(tensor): tensor for tensor in every}.values())
@@ -305,7 +303,7 @@ def _left_as_found(
         for name, value in held.items():
             if not name.startswith("_") and not isinstance(value, Tensor):
                 snapshot.keep(value)
-    loader_state = loader.state_dict() if hasattr(loader, "load_state_dict") else None  # type: ignore[attr-defined] # - torchdata's
+    loader_state = _state_of(loader)
     for part in _parts_of(loader):
         snapshot.keep_attributes(part, SMALL)
     optimizer.state = type(state)(dict) if hasattr(state, "default_factory") else type(state)()
@@ -331,13 +329,23 @@ def _left_as_found(
             group.clear()
             group.update(kept)
         if loader_state is not None:
-            loader.load_state_dict(loader_state)  # type: ignore[attr-defined] # - torchdata's
+            loader.load_state_dict(loader_state)
 
     try:
         with untouched(device), other_random_numbers_untouched():
             yield
     finally:
         put_all_back()
+
+
+def _state_of(loader: Any) -> Any:
+    """What a loader that can be resumed, as torchdata's, says of where it is; None of others."""
+    if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
+        return None
+    try:
+        return loader.state_dict()
+    except Exception:  # Accelerate's has it, and the loader inside has not
+        return None
 
 
 def _parts_of(loader: Any) -> list[Any]:
