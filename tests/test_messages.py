@@ -120,7 +120,7 @@ def test_the_log_says_what_the_guard_did_and_which_rate_was_found(caplog):
     (found,) = [line for line in lines if "the best rate is" in line]
     assert found in repr(scheduler)
     # Held, it is two thirds of what was found, until losses correct it.
-    rate = float(found.split("the best rate is ")[1])
+    rate = float(re.search(r"the best rate is ([\d.e+-]+); ", found)[1])
     assert float(re.search(r"holds ([\d.e+-]+) since step", repr(scheduler))[1]) == pytest.approx(
         rate * 2 / 3, rel=0.01
     )

@@ -1,9 +1,16 @@
 """Pictures are drawn from a history alone."""
 
+import dataclasses
+import math
+
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from alpha_optim import AlphaHistory, GuardEvent
+from alpha_optim import AlphaHistory, GuardEvent, Observation, measure_alpha
+from alpha_optim.alpha.records import GuardReason
+from alpha_optim.alpha.window import window_alpha
+from alpha_optim.report import plots
 from alpha_optim.report.plots import compare, plot_alpha_against_rate, plot_history, plot_steps
 from tests.test_diagnosis import history
 
@@ -50,3 +57,53 @@ def test_pictures_go_into_axes_of_ones_own():
 def test_nothing_to_compare():
     with pytest.raises(ValueError, match="no runs to compare"):
         compare({})
+
+
+def test_windows_of_a_picture_are_those_of_the_history():
+    rng = np.random.default_rng(0)
+    filled = AlphaHistory()
+    for n in range(300):
+        slopes = [(-abs(rng.normal(1.0, 0.3)), 0.2), (rng.normal(0.0, 0.5) if n % 37 else math.nan, 0.2)]
+        ends = [Observation(8, slope, variance, 1.0, 0.3) for slope, variance in slopes]
+        filled.append(measure_alpha(n, 0.1, *ends, (0.1,)))
+    items = list(filled)
+    alphas, errors = plots._windows(items, 20)
+    for k in (5, 19, 20, 40, 150, 299):
+        expected = window_alpha(items[max(0, k - 19) : k + 1])
+        assert (alphas[k], errors[k]) == pytest.approx((expected.alpha, expected.alpha_std))
+
+
+def test_phases_are_named_and_reasons_told_apart():
+    filled = history(0.3, losses=lambda n: 1.0)
+    events = [
+        GuardEvent(3, GuardReason.LOSS_ROSE, 1.0, 9.0, restored=True),
+        GuardEvent(5, GuardReason.LOSS_NOT_FINITE, 1.0, math.nan, restored=False),
+        GuardEvent(6, GuardReason.LOSS_NOT_FINITE, 1.0, math.nan, restored=False),
+    ]
+    phases = ((0, "jump"), (2, "climb"), (40, "held"))
+    figure = plot_history(filled, events, phases=phases)
+    loss, _, rate = figure.axes
+    assert [text.get_text() for text in loss.texts] == ["jump", "climb", "held"]
+    labels = [text.get_text() for text in rate.get_legend().get_texts()]
+    assert labels[1].startswith("guard, 1: the loss rose")
+    assert labels[2].startswith("guard, 2: the loss is not finite")
+    assert len({line.get_marker() for line in rate.lines if line.get_label().startswith("guard")}) == 2
+
+
+def test_many_runs_are_told_apart():
+    filled = history(0.3, losses=lambda n: 1.0)
+    figure = compare({f"run {k}": filled for k in range(14)})
+    styles = [(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines]
+    assert len(set(styles)) == 14
+
+
+def test_a_history_of_the_usual_bound_draws_few_points():
+    """100,000 measurements; what is drawn keeps the highest and the lowest of what lies between two points."""
+    filled = AlphaHistory()
+    item = next(iter(history(0.3, losses=lambda n: 1.0)))
+    filled._items = [dataclasses.replace(item, iteration=n, loss_start=math.sin(n / 1e4)) for n in range(100_000)]
+    filled._items[77_777] = dataclasses.replace(filled._items[77_777], loss_start=50.0)
+    figure = plot_history(filled)
+    assert all(len(line.get_xdata()) < 5000 for axis in figure.axes for line in axis.lines)
+    assert max(figure.axes[0].lines[0].get_ydata()) == 50.0
+    assert len(plot_alpha_against_rate(filled).axes[0].collections[0].get_offsets()) < 5000

@@ -29,7 +29,7 @@ from alpha_optim import (
 from alpha_optim.alpha.diagnosis import diagnose
 from alpha_optim.alpha.window import window_alpha
 from alpha_optim.integrations.loggers import record
-from alpha_optim.report import recording
+from alpha_optim.report import html_page, recording
 from alpha_optim.report.command_line import main
 from alpha_optim.report.recording import BadFileError, Recording
 from alpha_optim.report.sampling import extremes, trailing_mean
@@ -458,6 +458,26 @@ def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
     assert "pip install 'alpha-optim[report]'" in capsys.readouterr().err
 
 
+def test_phases_and_what_the_scheduler_said_are_shown(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    path = tmp_path / "run.jsonl"
+    run_file(path)
+    for iteration, name in ((0, "jump"), (9, "climb"), (60, "trials"), (120, "held"), (200, "annealed")):
+        add(path, {"note": {"iteration": iteration, "text": f"phase: {name}", "phase": name}})
+    add(path, {"note": {"iteration": 119, "text": "trial of 24 steps at 0.1: it ends at a loss of 1"}})
+    recording = Recording.read(path)
+    assert recording.phases[1] == (9, "climb")
+    assert recording.notes == [(119, "trial of 24 steps at 0.1: it ends at a loss of 1")]
+    assert "In short: the search took 120 iterations" in told(recording)[0]
+    assert "annealed from iteration 200" in told(recording)[0]
+    assert main(["watch", "--once", str(path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "phase: annealed." in shown
+    assert "trial of 24 steps at 0.1" in shown
+    page = html_page.page([recording])
+    assert all(f'"text":"{name}"' in page for name in ("jump", "climb", "trials", "held", "annealed"))
+
+
 def test_watch_shows_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     run_file(tmp_path / "run.jsonl")
@@ -488,9 +508,22 @@ def test_watch_follows_a_file_that_is_written_and_stops_at_a_broken_line(tmp_pat
     time.sleep(0.4)
     assert watching.is_alive()
     add(path, "broken\n")
+    time.sleep(0.4)
+    assert watching.is_alive()  # perhaps whoever writes it mends it
+    path.write_text("".join(lines[:7]))
+    time.sleep(0.4)
+    assert watching.is_alive()
+    other = tmp_path / "other.jsonl"  # longer than what was read, and another file
+    other.write_text("".join([lines[0], *lines[20:]]))
+    os.replace(other, path)
+    time.sleep(0.4)
+    assert watching.is_alive()
+    add(path, "broken\n")
+    time.sleep(0.4)
+    add(path, lines[8])
     watching.join(timeout=20)
     assert answer == [2]
-    assert "line 6" in capsys.readouterr().err
+    assert "line 23" in capsys.readouterr().err
 
 
 def test_events_survive_the_file(tmp_path):

@@ -88,8 +88,10 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
         window = window_alpha(recent)
     verdict, cause = ("diverging", diverges) if diverges else _verdict(history, recent, window)
     if before:
+        first, last = (f"{item.lr[0]:.2g}" for item in (recent[0], recent[-1]))
         cause = (
-            f"At learning rates from {recent[0].lr[0]:.2g} down to {recent[-1].lr[0]:.2g}, up to iteration "
+            f"{f'At a learning rate of {first}' if first == last else f'At learning rates from {first} to {last}'}, "
+            f"up to iteration "
             f"{recent[-1].iteration}: {cause[0].lower()}{cause[1:]} Since then the rate was lowered further, which "
             "makes steps fall short."
         )

@@ -176,4 +176,4 @@ class GuardEvent:
         else:
             done = "level accepted" if math.isfinite(self.loss_after) else "skipped by a gradient scaler"
         rate = "" if self.scale_factor == 1.0 else f", learning rate times {self.scale_factor:g}"
-        return f"iteration {self.iteration}: {self.reason} ({self.reason.explanation}), {losses}, {done}{rate}"
+        return f"iteration {self.iteration}: {self.reason.explanation}, {losses}, {done}{rate}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from alpha_optim.report.plots import COLOURS, VISIBLE, window_of
+from alpha_optim.alpha.records import GuardReason
+from alpha_optim.report.plots import COLOURS, EARLY_TO_LATE, LOWEST, NARROW, SHADES, VISIBLE, window_of
 from alpha_optim.report.recording import Recording
 from alpha_optim.report.sampling import extremes, trailing_mean
 from alpha_optim.report.story import told
@@ -27,7 +29,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var
 h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.2rem; margin-top: 2.2rem; }} h3 {{ font-size: 1rem; }}
 p.note {{ color: var(--soft); font-size: .92rem; }}
 .verdict {{ background: var(--box); border-left: 4px solid #0072b2; padding: .7rem 1rem; border-radius: 4px; }}
-ul.story {{ padding-left: 1.2rem; max-height: 22rem; overflow: auto; }}
+ul.story {{ padding-left: 1.2rem; max-height: 14rem; overflow: auto; }}
 table {{ border-collapse: collapse; }} td, th {{ padding: .2rem .8rem; text-align: right; }}
 td:first-child, th:first-child {{ text-align: left; }} tr + tr td {{ border-top: 1px solid var(--box); }}
 .js-plotly-plot text {{ fill: var(--ink) !important; }}
@@ -41,6 +43,7 @@ td:first-child, th:first-child {{ text-align: left; }} tr + tr td {{ border-top:
 _CONFIG = {"displaylogo": False, "responsive": True, "scrollZoom": True}
 _GRID = "rgba(128,128,128,0.25)"
 _SINGLE = "rgba(128,128,128,0.55)"
+_SYMBOLS = ("x", "cross", "triangle-down", "triangle-up", "square", "diamond", "circle")
 
 
 def page(recordings: Sequence[Recording]) -> str:
@@ -77,6 +80,7 @@ def _run(recording: Recording, heading: bool) -> str:
             f"<h2>{html.escape(recording.name)}</h2>" if heading else "",
             f'<p class="verdict">{html.escape(str(recording.diagnosis()))}</p>',
             f'<p class="note">{where}.{unfinished}</p>',
+            f'<h3>What happened</h3><ul class="story">{story}</ul>',
             "<h3>Over the run</h3>",
             _div(_over_the_run(recording)),
             "<h3>Where the steps end</h3>",
@@ -85,7 +89,6 @@ def _run(recording: Recording, heading: bool) -> str:
             _div(_where_steps_end(recording)),
             "<h3>α against the learning rate</h3>",
             _div(_against_rate(recording)),
-            f'<h3>What happened</h3><ul class="story">{story}</ul>',
         ]
     )
 
@@ -113,9 +116,9 @@ def _figure(rows: int, height: int) -> Any:
         height=height,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 80, "r": 20, "t": 30, "b": 50},
+        margin={"l": 80, "r": 20, "t": 40, "b": 110},
         hovermode="closest",
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom"},
+        legend={"orientation": "h", "y": -70.0 / (height - 150), "yanchor": "top"},
         font={"family": "system-ui, sans-serif", "size": 13},
     )
     figure.update_xaxes(gridcolor=_GRID, zeroline=False)
@@ -133,10 +136,10 @@ def _over_the_run(recording: Recording) -> Any:
     figure = _figure(3, 760)
     x, losses, rates = recording.iterations, recording.losses, recording.rates
     at = extremes(losses)
-    hover = "iteration %{x}<br>loss %{y:.5g}<extra></extra>"
+    hover = "iteration %{x}<br>loss %{y:.5g}<br>learning rate %{customdata:.4g}<extra></extra>"
     figure.add_scattergl(
         x=x[at], y=losses[at], name="mini-batch loss", line={"color": COLOURS[0], "width": 1.2},
-        hovertemplate=hover, row=1, col=1,
+        customdata=rates[at], hovertemplate=hover, row=1, col=1,
     )  # fmt: skip
     _add_alpha(figure, recording)
     at = extremes(np.log(np.where(rates > 0, rates, np.nan)))
@@ -146,11 +149,21 @@ def _over_the_run(recording: Recording) -> Any:
         hovertemplate="iteration %{x}<br>learning rate %{y:.4g}<extra></extra>", row=3, col=1,
     )  # fmt: skip
     _add_events(figure, recording)
+    _add_phases(figure, recording)
     figure.update_yaxes(title="loss", row=1, col=1)
     figure.update_yaxes(title="step length α", range=list(VISIBLE), row=2, col=1)
-    figure.update_yaxes(title="learning rate", type="log", exponentformat="power", row=3, col=1)
+    figure.update_yaxes(title="learning rate", type="log", exponentformat="power", range=_decades(rates), row=3, col=1)
     figure.update_xaxes(title="iteration", row=3, col=1)
     return figure
+
+
+def _decades(rates: Any) -> list[float] | None:
+    """What of a logarithmic axis of learning rates is shown first: not the far too low ones a search begins with."""
+    there = rates[rates > 0]
+    if not len(there):
+        return None
+    lowest = max(float(there.min()), LOWEST * float(there.max()))
+    return [float(np.log10(lowest)) - 0.3, float(np.log10(there.max())) + 0.3]
 
 
 def _add_alpha(figure: Any, recording: Recording) -> None:
@@ -177,24 +190,44 @@ def _add_alpha(figure: Any, recording: Recording) -> None:
     )
     figure.add_scatter(
         x=x[at], y=middle[at], name=f"α over {size} steps, ± its standard error",
-        line={"color": COLOURS[0], "width": 2}, customdata=error[at],
-        hovertemplate="iteration %{x}<br>α %{y:+.3f} ± %{customdata:.3f}<extra></extra>", row=2, col=1,
+        line={"color": COLOURS[0], "width": 2}, customdata=np.stack([error[at], rates[at]], axis=-1),
+        hovertemplate="iteration %{x}<br>α %{y:+.3f} ± %{customdata[0]:.3f}<br>learning rate %{customdata[1]:.4g}"
+        "<extra></extra>",
+        row=2, col=1,
     )  # fmt: skip
     figure.add_hline(y=0.0, line={"color": _SINGLE, "width": 1}, row=2, col=1)
 
 
 def _add_events(figure: Any, recording: Recording) -> None:
-    """What the guard did, as marks below the learning rate's curve."""
-    events = recording.events[-2000:]
-    if not events:
-        return
+    """What the guard did, at the learning rate's curve, a mark for each reason."""
     x, rates = recording.iterations, recording.rates
-    places = np.searchsorted(x, [event.iteration for event in events]).clip(0, len(x) - 1)
-    figure.add_scatter(
-        x=[event.iteration for event in events], y=rates[places], mode="markers", name="guard",
-        marker={"color": COLOURS[1], "symbol": "x", "size": 9}, text=[str(event) for event in events],
-        hovertemplate="%{text}<extra></extra>", row=3, col=1,
-    )  # fmt: skip
+    events = recording.events[-2000:]
+    reasons = list(dict.fromkeys(event.reason for event in events))
+    for reason, symbol in zip(reasons, _SYMBOLS, strict=False):
+        chosen = [event for event in events if event.reason == reason]
+        places = np.searchsorted(x, [event.iteration for event in chosen]).clip(0, len(x) - 1)
+        figure.add_scatter(
+            x=[event.iteration for event in chosen], y=rates[places], mode="markers",
+            name=f"guard, {len(chosen)}: {GuardReason(reason).explanation}",
+            marker={"color": COLOURS[1], "symbol": symbol, "size": 9}, text=[str(event) for event in chosen],
+            hovertemplate="%{text}<extra></extra>", row=3, col=1,
+        )  # fmt: skip
+
+
+def _add_phases(figure: Any, recording: Recording) -> None:
+    """Phases of a search, shaded, with their names."""
+    last = int(recording.iterations[-1])
+    for (begin, name), (end, _) in pairwise([*recording.phases, (last, "")]):
+        if end <= begin:
+            continue
+        figure.add_vrect(
+            x0=begin, x1=end, fillcolor=_SINGLE, opacity=SHADES.get(name, 0.0), line_width=0, row="all", col=1
+        )
+        figure.add_vline(x=begin, line={"color": _SINGLE, "width": 1, "dash": "dot"}, row="all", col=1)
+        figure.add_annotation(
+            x=begin, y=1.0, xref="x", yref="y domain", text=name, showarrow=False, xanchor="left", yanchor="bottom",
+            textangle=0 if end - begin > NARROW * last else -90, font={"size": 11},
+        )  # fmt: skip
 
 
 def _where_steps_end(recording: Recording) -> Any:
@@ -233,13 +266,13 @@ def _against_rate(recording: Recording) -> Any:
     at = at[rates[at] > 0]
     figure.add_scattergl(
         x=rates[at], y=np.clip(middle[at], *VISIBLE), mode="markers", name="", showlegend=False,
-        marker={"color": recording.iterations[at], "colorscale": "Cividis", "size": 5,
+        marker={"color": recording.iterations[at], "colorscale": list(EARLY_TO_LATE), "size": 5,
                 "colorbar": {"title": "iteration"}},
         customdata=recording.iterations[at],
         hovertemplate="iteration %{customdata}<br>learning rate %{x:.4g}<br>α %{y:+.3f}<extra></extra>",
     )  # fmt: skip
     figure.add_hline(y=0.0, line={"color": _SINGLE, "width": 1})
-    figure.update_xaxes(title="learning rate", type="log", exponentformat="power")
+    figure.update_xaxes(title="learning rate", type="log", exponentformat="power", range=_decades(rates))
     figure.update_yaxes(title="step length α", range=list(VISIBLE))
     return figure
 

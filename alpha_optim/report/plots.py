@@ -8,6 +8,7 @@ their colours from the style in use, so ``plt.style.context("dark_background")``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,16 +16,26 @@ from numpy.typing import NDArray
 
 from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.measurement import AlphaMeasurement
-from alpha_optim.alpha.records import GuardEvent
-from alpha_optim.alpha.window import window_alpha
-from alpha_optim.report.sampling import trailing_mean
+from alpha_optim.alpha.records import GuardEvent, GuardReason
+from alpha_optim.report.sampling import extremes, trailing_mean, windowed_alpha
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+EARLY_TO_LATE = ("#3b528b", "#32658e", "#2b758e", "#25858e", "#1f958b", "#22a884", "#3dbc74", "#65cb5e", "#95d840")
+"""The middle of viridis, which can be seen on white and on black."""
+DASHES = ("-", "--", ":", "-.")
+"""Told apart by these where there are more runs than colours."""
+SHADES = {"jump": 0.18, "climb": 0.12, "trials": 0.06}
+"""How dark the phases of a search are drawn; what follows is not shaded."""
 SINGLE = "#9a9a9a"
+NARROW = 0.1
+"""Names of phases stand upright where these are narrower than so much of a picture."""
+LOWEST = 1e-8
+"""Rates are drawn down to so much of the highest: a search begins far below any that is of use."""
+MARKS = ("x", "+", "v", "^", "s", "d", "o")
 VISIBLE = (-1.2, 1.7)
 """Alphas outside of this are drawn at its border."""
 
@@ -38,6 +49,7 @@ def plot_history(
     history: AlphaHistory,
     events: Sequence[GuardEvent] = (),
     *,
+    phases: Sequence[tuple[int, str]] = (),
     window: int | None = None,
     title: str = "",
     axes: Sequence[Axes] | None = None,
@@ -46,7 +58,8 @@ def plot_history(
 
     Args:
         history: Measurements of the run.
-        events: What the guard did (``optimizer.guard_events``); drawn as crosses at the learning rate.
+        events: What the guard did (``optimizer.guard_events``); drawn at the learning rate, a mark for each reason.
+        phases: Phases of a search (``scheduler.policy.phases``), to be named and shaded.
         window: Number of measurements in the averaged alpha; default: a fiftieth of them, 10 to 500.
         title: Title of the picture.
         axes: Three axes to draw into, top to bottom.
@@ -61,25 +74,21 @@ def plot_history(
     if axes is None:
         axes = _new_figure((8, 7)).subplots(3, 1, sharex=True)
     loss, alpha, rate = axes
-    iterations = [item.iteration for item in items]
-    loss.plot(iterations, [item.loss_start for item in items], color=COLOURS[0], lw=0.9, label="mini-batch loss")
+    iterations = np.array([item.iteration for item in items])
+    losses = np.array([item.loss_start for item in items])
+    at = extremes(losses)
+    loss.plot(iterations[at], losses[at], color=COLOURS[0], lw=0.9, label="mini-batch loss")
     loss.set_ylabel("loss")
     _draw_alpha(alpha, items, window or window_of(len(items)))
-    rates = [_rate(item) for item in items]
-    rate.semilogy(iterations, rates, color=COLOURS[2], lw=1.5, label="learning rate, first param group")
-    if events:
-        at = np.searchsorted(iterations, [event.iteration for event in events]).clip(0, len(items) - 1)
-        heights = [rates[place] for place in at]
-        rate.semilogy(
-            [event.iteration for event in events],
-            heights,
-            "x",
-            color=COLOURS[1],
-            ms=6,
-            label="guard went back or skipped",
-        )
+    rates = np.array([_rate(item) for item in items])
+    at = extremes(np.log(np.where(rates > 0, rates, np.nan)))
+    rate.semilogy(iterations[at], rates[at], color=COLOURS[2], lw=1.5, label="learning rate, first param group")
+    _draw_events(rate, events, iterations, rates)
+    if (rates > 0).any():
+        rate.set_ylim(bottom=max(rates[rates > 0].min(), LOWEST * rates.max()) / 2)
     rate.set_ylabel("learning rate")
     rate.set_xlabel("iteration")
+    _draw_phases(axes, phases, int(iterations[-1]))
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.legend(loc="best", fontsize=8, framealpha=0.6)
@@ -116,7 +125,7 @@ def plot_steps(history: AlphaHistory, *, title: str = "", ax: Axes | None = None
         highest = max(highest, float(counts.max(initial=0.0)))
     line = np.linspace(*VISIBLE, 200)
     ax.plot(line, line**2 * highest / 2, color=COLOURS[1], lw=2, label="loss along a step")
-    ax.set_xlabel(r"step length $\alpha$  (−1 start, 0 minimum, +1 as high as the start)")
+    ax.set_xlabel(r"step length $\alpha$  (−1 start, 0 minimum, +1 as high as the start; outer bars hold all beyond)")
     ax.set_ylabel("share of the steps, %")
     ax.grid(alpha=0.25)
     ax.legend(fontsize=8, framealpha=0.6)
@@ -143,9 +152,9 @@ def plot_alpha_against_rate(
     items = _items(history)
     ax = ax or _new_figure((6, 3.6)).subplots()
     middle, _ = _windows(items, window or window_of(len(items)))
-    points = ax.scatter(
-        [_rate(item) for item in items], middle, c=[item.iteration for item in items], cmap="cividis", s=8
-    )
+    at = extremes(middle)
+    rates, iterations = (np.array(values) for values in zip(*((_rate(m), m.iteration) for m in items), strict=True))
+    points = ax.scatter(rates[at], middle[at], c=iterations[at], cmap=_readable_colours(), s=8)
     ax.set_xscale("log")
     ax.axhline(0.0, color=SINGLE, lw=0.9)
     ax.set_xlabel("learning rate, first param group")
@@ -175,12 +184,23 @@ def compare(histories: Mapping[str, AlphaHistory], *, title: str = "", axes: Seq
         axes = _new_figure((8, 7)).subplots(3, 1, sharex=True)
     loss, alpha, rate = axes
     for place, (name, history) in enumerate(histories.items()):
-        items, colour = _items(history), COLOURS[place % len(COLOURS)]
-        iterations, size = [item.iteration for item in items], window_of(len(items))
-        losses = trailing_mean(np.array([item.loss_start for item in items]), size)
-        loss.plot(iterations, losses, color=colour, lw=1.3, label=name)
-        alpha.plot(iterations, _windows(items, size)[0], color=colour, lw=1.3, label=name)
-        rate.semilogy(iterations, [_rate(item) for item in items], color=colour, lw=1.3, label=name)
+        items, size = _items(history), window_of(len(history))
+        style: dict[str, Any] = {
+            "color": COLOURS[place % len(COLOURS)],
+            "ls": DASHES[place // len(COLOURS) % len(DASHES)],
+            "lw": 1.3,
+        }
+        iterations = np.array([item.iteration for item in items])
+        rates = np.array([_rate(item) for item in items])
+        curves = {
+            loss: trailing_mean(np.array([item.loss_start for item in items]), size),
+            alpha: _windows(items, size)[0],
+            rate: np.where(rates > 0, rates, np.nan),
+        }
+        for axis, values in curves.items():
+            at = extremes(values)
+            axis.plot(iterations[at], values[at], label=name, **style)
+    rate.set_yscale("log")
     alpha.axhline(0.0, color=SINGLE, lw=0.9)
     alpha.set_ylim(*VISIBLE)
     loss.set_ylabel("loss, averaged")
@@ -193,13 +213,16 @@ def compare(histories: Mapping[str, AlphaHistory], *, title: str = "", axes: Seq
     return _titled(loss, title)
 
 
-def plot_rates(history: AlphaHistory, suggested: float | None = None, *, title: str = "") -> Figure:
+def plot_rates(
+    history: AlphaHistory, suggested: float | None = None, *, title: str = "", axes: Sequence[Axes] | None = None
+) -> Figure:
     """Draw loss and alpha of a range test against the learning rate of the first param group.
 
     Args:
         history: Measurements of the test.
         suggested: A learning rate to mark, if there is one.
         title: Title of the picture.
+        axes: Two axes to draw into, top to bottom.
 
     Returns:
         A matplotlib figure; save it with ``figure.savefig(path)``.
@@ -210,8 +233,9 @@ def plot_rates(history: AlphaHistory, suggested: float | None = None, *, title: 
     items = [item for item in history if _rate(item) > 0.0]
     if not items:
         raise ValueError("the history has no measurements with a learning rate; a range test makes at least 40 steps")
-    figure = _new_figure((8, 5))
-    loss, alpha = figure.subplots(2, 1, sharex=True)
+    if axes is None:
+        axes = _new_figure((8, 5)).subplots(2, 1, sharex=True)
+    loss, alpha = axes
     rates = [_rate(item) for item in items]
     loss.semilogx(rates, [item.loss_start for item in items], color=COLOURS[0], lw=1.2, label="mini-batch loss")
     loss.set_ylabel("loss")
@@ -244,6 +268,12 @@ def _rate(item: AlphaMeasurement) -> float:
     return item.lr[0] if item.lr else float("nan")
 
 
+def _readable_colours() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("early to late", EARLY_TO_LATE)
+
+
 def _new_figure(size: tuple[float, float]) -> Any:
     from matplotlib.figure import Figure
 
@@ -259,20 +289,53 @@ def _titled(axis: Any, title: str) -> Figure:
 
 def _windows(items: Sequence[AlphaMeasurement], size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Alpha over the last ``size`` measurements at every measurement, and its standard error."""
-    windows = [window_alpha(items[max(0, k + 1 - size) : k + 1]) for k in range(len(items))]
-    return np.array([entry.alpha for entry in windows]), np.array([entry.alpha_std for entry in windows])
+    lengths = np.array([item.step_length for item in items])
+    with np.errstate(invalid="ignore", over="ignore"):
+        start = np.array([item.fitted_slope_start for item in items]) * lengths
+        end = np.array([item.fitted_slope_end for item in items]) * lengths
+    return windowed_alpha(start, end, size)
+
+
+def _draw_events(axis: Any, events: Sequence[GuardEvent], iterations: NDArray[Any], rates: NDArray[Any]) -> None:
+    """What the guard did, a mark for each reason, with how often it was."""
+    reasons = list(dict.fromkeys(event.reason for event in events))
+    for place, reason in enumerate(reasons):
+        where = [event.iteration for event in events if event.reason == reason]
+        at = np.searchsorted(iterations, where).clip(0, len(iterations) - 1)
+        label = f"guard, {len(where)}: {GuardReason(reason).explanation}"
+        marker = MARKS[place % len(MARKS)]
+        axis.semilogy(where, rates[at], marker, color=COLOURS[1], ms=6, label=label)
+
+
+def _draw_phases(axes: Sequence[Any], phases: Sequence[tuple[int, str]], last: int) -> None:
+    """Phases of a search, shaded, with their names on top of the first of the axes."""
+    for (begin, name), (end, _) in pairwise([*phases, (last, "")]):
+        if end <= begin:
+            continue
+        for axis in axes:
+            axis.axvspan(begin, end, color=SINGLE, alpha=SHADES.get(name, 0.0), lw=0)
+            axis.axvline(begin, color=SINGLE, lw=0.6, ls=":")
+        upright = end - begin < NARROW * last
+        axes[0].annotate(
+            name, (begin, 1.0), (1, 2), xycoords=axes[0].get_xaxis_transform(), textcoords="offset points",
+            fontsize=8, rotation=90 if upright else 0, va="bottom",
+        )  # fmt: skip
 
 
 def _draw_alpha(axis: Any, items: Sequence[AlphaMeasurement], window: int) -> None:
     """Single alphas as dots, the windowed one with its standard error as a band."""
-    iterations = [item.iteration for item in items]
+    iterations = np.array([item.iteration for item in items])
     alphas = np.clip([item.alpha for item in items], *VISIBLE)
-    axis.plot(iterations, alphas, ".", color=SINGLE, ms=2.5, label="one step")
+    at = extremes(alphas)
+    axis.plot(iterations[at], alphas[at], ".", color=SINGLE, ms=2.5, label="one step")
     middle, error = _windows(items, window)
-    axis.plot(iterations, middle, color=COLOURS[0], lw=1.4, label=f"{window} steps, ± standard error")
-    axis.fill_between(iterations, middle - error, middle + error, color=COLOURS[0], alpha=0.2, lw=0)
+    at = extremes(middle)
+    x, middle, error = iterations[at], middle[at], error[at]
+    axis.plot(x, middle, color=COLOURS[0], lw=1.4, label=f"{window} steps, ± standard error")
+    axis.fill_between(x, middle - error, middle + error, color=COLOURS[0], alpha=0.2, lw=0)
     axis.axhline(0.0, color=SINGLE, lw=0.9)
     axis.set_ylim(*VISIBLE)
     axis.set_ylabel(r"step length $\alpha$")
-    axis.text(0.5, 0.04, "short of the minimum", transform=axis.transAxes, ha="center", fontsize=8)
-    axis.text(0.5, 0.92, "beyond the minimum", transform=axis.transAxes, ha="center", fontsize=8)
+    for height, where in ((0.0, "bottom"), (1.0, "top")):
+        text = "short of the\nminimum" if where == "bottom" else "beyond the\nminimum"
+        axis.text(1.005, height, text, transform=axis.transAxes, va=where, rotation=90, fontsize=8)

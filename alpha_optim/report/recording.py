@@ -25,7 +25,7 @@ from alpha_optim.alpha.diagnosis import Diagnosis, diagnose
 from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.history_file import BAD, EVENT, NAMES, NOTE, check_header, from_row
 from alpha_optim.alpha.records import AlphaStatus, GuardEvent
-from alpha_optim.report.sampling import trailing_sums
+from alpha_optim.report.sampling import windowed_alpha
 
 RECENT = 20_000
 """So many measurements are kept as records, for the diagnosis."""
@@ -48,6 +48,7 @@ class Recording:
         name: The file's name.
         events: What the guard did, oldest first.
         notes: Pairs of an iteration and what the scheduler said then.
+        phases: Pairs of an iteration and the phase of the search that began then.
         dropped: Pairs of iterations that were not measured, by reason.
         unfinished: Whether the last line is not complete, as while it is being written.
     """
@@ -66,6 +67,7 @@ class Recording:
         self._diagnosis: Diagnosis | None = None  # of what was read so far
         self.events: list[GuardEvent] = []
         self.notes: list[tuple[int, str]] = []
+        self.phases: list[tuple[int, str]] = []
         self.dropped: dict[str, int] = {}
         self.unfinished = False
         self._columns = {name: array("d") for name in ("iteration", "alpha", "std", "loss", "rate", "start", "end")}
@@ -73,6 +75,7 @@ class Recording:
         self._recent: deque[tuple[int, Sequence[bytes]]] = deque()  # newest measurements: first line's number, lines
         self._recent_count = 0
         self._lines, self._offset, self._rest = 0, 0, b""
+        self._inode: int | None = None  # of the file that was read
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Recording:
@@ -98,7 +101,7 @@ class Recording:
         return recording
 
     def read_on(self) -> bool:
-        """Read what was added to the file since; from the beginning if it has become shorter.
+        """Read what was added to the file since; from the beginning if it has become shorter, or is another file.
 
         Returns:
             Whether anything was added.
@@ -108,8 +111,10 @@ class Recording:
         """
         try:
             with open(self.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < self._offset:
+                found = os.fstat(file.fileno())
+                if found.st_size < self._offset or found.st_ino != (self._inode or found.st_ino):
                     self._begin()
+                self._inode = found.st_ino
                 file.seek(self._offset)
                 added = False
                 while lines := file.readlines(BLOCK):
@@ -177,7 +182,9 @@ class Recording:
         elif EVENT in row:
             self.events.append(_event(row[EVENT]))
         elif NOTE in row:
-            self.notes.append((int(row[NOTE]["iteration"]), str(row[NOTE]["text"])))
+            note = row[NOTE]
+            told = self.phases if "phase" in note else self.notes
+            told.append((int(note["iteration"]), str(note.get("phase", note["text"]))))
         else:
             raise ValueError(f"fields missing or unknown: {', '.join(sorted(_NAMES ^ row.keys()))}")
 
@@ -209,6 +216,11 @@ class Recording:
         self._recent_count += len(lines)
         while self._recent_count - len(self._recent[0][1]) >= RECENT:
             self._recent_count -= len(self._recent.popleft()[1])
+
+    @property
+    def at_its_end(self) -> bool:
+        """Whether nothing stands in the file behind what was read, the line that was refused last among it."""
+        return os.path.getsize(self.path) <= self._offset
 
     # ---------------------------------------------------------------- reading
 
@@ -256,24 +268,7 @@ class Recording:
         Args:
             size: Length of the window, at least 1.
         """
-        start, end = self._column("start"), self._column("end")
-        usable = np.isfinite(start) & np.isfinite(end)
-        start, end = np.where(usable, start, 0.0), np.where(usable, end, 0.0)
-        total, ends, count = (
-            trailing_sums(start, size),
-            trailing_sums(end, size),
-            trailing_sums(usable.astype(float), size),
-        )
-        with np.errstate(divide="ignore", invalid="ignore"):
-            alpha = -ends / total
-            squares = (
-                trailing_sums(end * end, size)
-                + 2 * alpha * trailing_sums(start * end, size)
-                + alpha**2 * trailing_sums(start * start, size)
-            )
-            error = np.sqrt(np.maximum(squares, 0.0) * count / (count - 1)) / np.abs(total)
-        none = (count == 0) | ~np.isfinite(alpha)
-        return np.where(none, np.nan, alpha), np.where(none | (count < 2), np.nan, error)
+        return windowed_alpha(self._column("start"), self._column("end"), size)
 
     def diagnosis(self) -> Diagnosis:
         """What alpha says at the end of the run.

@@ -58,3 +58,34 @@ def trailing_mean(values: NDArray[np.float64], size: int) -> NDArray[np.float64]
     with np.errstate(divide="ignore", invalid="ignore"):
         mean: NDArray[np.float64] = sums / trailing_sums(known.astype(np.float64), size)
     return mean
+
+
+def windowed_alpha(
+    start: NDArray[np.float64], end: NDArray[np.float64], size: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Alpha over the last ``size`` measurements at every measurement, as a ratio of sums, and its standard error.
+
+    The same as `alpha_optim.alpha.window.window_alpha` of each, for all at once; the error of one measurement is nan.
+
+    Args:
+        start: Fitted slopes at the start of steps, times their lengths ``[K]``.
+        end: The same at their ends ``[K]``.
+        size: Length of the window, at least 1.
+    """
+    usable = np.isfinite(start) & np.isfinite(end)
+    start, end = np.where(usable, start, 0.0), np.where(usable, end, 0.0)
+    total, ends, count = (
+        trailing_sums(start, size),
+        trailing_sums(end, size),
+        trailing_sums(usable.astype(float), size),
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        alpha = -ends / total
+        squares = (
+            trailing_sums(end * end, size)
+            + 2 * alpha * trailing_sums(start * end, size)
+            + alpha**2 * trailing_sums(start * start, size)
+        )
+        error = np.sqrt(np.maximum(squares, 0.0) * count / (count - 1)) / np.abs(total)
+    none = (count == 0) | ~np.isfinite(alpha)
+    return np.where(none, np.nan, alpha), np.where(none | (count < 2), np.nan, error)

@@ -28,12 +28,14 @@ class Stretch(NamedTuple):
         last: Iteration of the last one.
         begin: Learning rate there, of the first param group.
         end: Learning rate at the last one.
+        middle: Median of its learning rates.
     """
 
     first: int
     last: int
     begin: float
     end: float
+    middle: float
 
     @property
     def direction(self) -> str:
@@ -44,7 +46,8 @@ class Stretch(NamedTuple):
 
     def joined(self, following: Stretch) -> Stretch:
         """This stretch and the one after it as one."""
-        return Stretch(self.first, following.last, self.begin, following.end)
+        longer = max(self, following, key=lambda part: part.last - part.first)
+        return Stretch(self.first, following.last, self.begin, following.end, longer.middle)
 
     @property
     def _ratio(self) -> float:
@@ -55,7 +58,7 @@ class Stretch(NamedTuple):
         """Say what the rate did."""
         where = f"Iterations {self.first}–{self.last}: " if self.last > self.first else f"Iteration {self.first}: "
         if self.direction == "held":
-            return f"{where}learning rate held near {self.end:.3g}"
+            return f"{where}learning rate held near {self.middle:.3g}"
         return f"{where}learning rate {self.direction} from {self.begin:.3g} to {self.end:.3g}"
 
 
@@ -73,7 +76,7 @@ def stretches(recording: Recording) -> list[Stretch]:
     found: list[Stretch] = []
     shortest = max(SHORTEST, len(rates) // 100)
     for a, b in pairwise(corners):
-        part = Stretch(int(iterations[a]), int(iterations[b]), float(rates[a]), float(rates[b]))
+        part = _stretch(iterations, rates, a, b)
         stair = part.direction == "held" and b - a < shortest
         if found and (stair or found[-1].direction == part.direction):
             found[-1] = found[-1].joined(part)
@@ -81,7 +84,13 @@ def stretches(recording: Recording) -> list[Stretch]:
             found.append(part)
     if len(found) > 1 and found[0].direction == "held" and found[0].last - found[0].first < shortest:
         found[:2] = [found[0].joined(found[1])]
-    return found or [Stretch(int(iterations[0]), int(iterations[-1]), float(rates[0]), float(rates[-1]))]
+    return found or [_stretch(iterations, rates, 0, len(rates) - 1)]
+
+
+def _stretch(iterations: np.ndarray, rates: np.ndarray, a: int, b: int) -> Stretch:
+    """The measurements from place ``a`` to place ``b``."""
+    middle = float(np.median(rates[a : b + 1]))
+    return Stretch(int(iterations[a]), int(iterations[b]), float(rates[a]), float(rates[b]), middle)
 
 
 def _corners(heights: np.ndarray) -> list[int]:
@@ -102,7 +111,9 @@ def _corners(heights: np.ndarray) -> list[int]:
 
 def told(recording: Recording) -> list[str]:
     """The story of a run, oldest first: what the rate did, what the scheduler said, what the guard did."""
-    parts = stretches(recording)
+    trials = _trials_of(recording)
+    # What the rate does within trials is told by the notes.
+    parts = [part for part in stretches(recording) if not trials[0] <= part.first < trials[1]]
     lines = [(part.first, 0, f"{part}.") for part in parts[:LONGEST]]
     if len(parts) > LONGEST:
         lines.append((parts[LONGEST].first, 0, f"... and {len(parts) - LONGEST} further turns of the learning rate."))
@@ -111,11 +122,33 @@ def told(recording: Recording) -> list[str]:
     lines += [(event.iteration, 2, _sentence(event)) for event in events[:LONGEST]]
     if len(events) > LONGEST:
         lines.append((events[LONGEST].iteration, 2, f"... and {len(events) - LONGEST} further events of the guard."))
-    story = [text for _, _, text in sorted(lines)]
+    story = [*_in_short(recording), *(text for _, _, text in sorted(lines))]
     if recording.dropped:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(recording.dropped.items()))
         story.append(f"Pairs of iterations without a measurement, when the file was begun: {counts}.")
     return story
+
+
+def _trials_of(recording: Recording) -> tuple[float, float]:
+    """First iteration of the trials of a search, and the first one after them."""
+    begin = next((first for first, name in recording.phases if name == "trials"), math.inf)
+    return begin, next((first for first, name in recording.phases if first > begin), math.inf)
+
+
+def _in_short(recording: Recording) -> list[str]:
+    """What became of the search, in a sentence; nothing where none was recorded."""
+    begins = {name: first for first, name in reversed(recording.phases)}
+    if "held" not in begins and "annealed" not in begins:
+        return ["A learning rate is still being searched."] if recording.phases else []
+    over = min(begins[name] for name in ("held", "annealed") if name in begins)
+    rates, iterations = recording.rates, recording.iterations
+    after = rates[iterations >= over]
+    if not len(after):
+        return []
+    text = f"In short: the search took {over:,} iterations; then the rate was at most {np.nanmax(after):.3g}"
+    if "annealed" in begins:
+        text += f", and was annealed from iteration {begins['annealed']:,} on"
+    return [f"{text}. It is {after[-1]:.3g} at iteration {iterations[-1]:,}."]
 
 
 def _sentence(event: GuardEvent) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
 import numpy as np
 
-from alpha_optim.report.plots import VISIBLE, window_of
+from alpha_optim.report.plots import LOWEST, VISIBLE, window_of
 from alpha_optim.report.recording import BadFileError, Recording
 from alpha_optim.report.sampling import extremes
 
@@ -41,20 +42,44 @@ def screen(recording: Recording, width: int, height: int) -> Any:
     size = window_of(len(recording))
     middle, errors = recording.windowed(size)
     x, rates = recording.iterations, recording.rates
+    decades = np.log10(np.where(rates > 0, rates, np.nan))
+    if np.isfinite(decades).any():  # as in the other pictures
+        decades = np.maximum(decades, np.nanmax(decades) + np.log10(LOWEST))
     plots = [
         _plot(x, recording.losses, "mini-batch loss", width, rows),
-        _plot(x, np.clip(middle, *VISIBLE), f"step length α over {size} steps (0: into the minimum)", width, rows),
-        _plot(x, np.log10(np.where(rates > 0, rates, np.nan)), "log10 of the learning rate", width, rows),
+        _plot(x, np.clip(middle, *VISIBLE), f"step length α over {size} steps (0: into the minimum)", width, rows, 0.0),
+        _plot(x, decades, "learning rate", width, rows, logarithmic=True),
     ]
     now = (
         f"iteration {x[-1]:,}   loss {recording.losses[-1]:.4g}   α {middle[-1]:+.2f} ± {errors[-1]:.2f}   "
         f"learning rate {rates[-1]:.3g}   guard events {len(recording.events)}"
     )
-    words = Text(f"{now}\n{recording.diagnosis()}")
+    phase = f"phase: {recording.phases[-1][1]}. " if recording.phases else ""
+    said = f"Iteration {recording.notes[-1][0]:,}: {recording.notes[-1][1]}." if recording.notes else ""
+    words = Text("\n".join(filter(None, (now, str(recording.diagnosis()), f"{phase}{said}"))))
     return Group(Panel(words, title=recording.name), *(Text.from_ansi(plot) for plot in plots))
 
 
-def _plot(x: np.ndarray, values: np.ndarray, title: str, width: int, height: int) -> str:
+def _plot(
+    x: np.ndarray,
+    values: np.ndarray,
+    title: str,
+    width: int,
+    height: int,
+    line: float | None = None,
+    logarithmic: bool = False,
+) -> str:
+    """A curve in characters.
+
+    Args:
+        x: Iterations.
+        values: What is drawn.
+        title: Above it.
+        width: Columns.
+        height: Lines.
+        line: Height of a line across.
+        logarithmic: Whether values are logarithms to base ten, and ticks what they are of.
+    """
     import plotext
 
     at = extremes(values, 2 * width)
@@ -65,6 +90,13 @@ def _plot(x: np.ndarray, values: np.ndarray, title: str, width: int, height: int
     plotext.title(title)
     if len(at):
         plotext.plot(x[at].tolist(), values[at].tolist(), marker="braille")
+        ticks = np.unique(np.linspace(x[at[0]], x[at[-1]], 5).astype(int)).tolist()
+        plotext.xticks(ticks, [f"{tick:,}" for tick in ticks])
+        if line is not None:
+            plotext.hline(line)
+        if logarithmic:
+            heights = np.linspace(values[at].min(), values[at].max(), 5).tolist()
+            plotext.yticks(heights, [f"{10.0**power:.1e}" for power in heights])
     text: str = plotext.build()
     return text
 
@@ -72,8 +104,8 @@ def _plot(x: np.ndarray, values: np.ndarray, title: str, width: int, height: int
 def watch(path: str, every: float = 1.0, once: bool = False) -> None:
     """Show a run, and again whenever its file has grown, until Ctrl-C.
 
-    A line that is not complete yet is waited for, and so is a file that is not there yet; a file that became shorter
-    is read from its beginning.
+    A line that is not complete yet is waited for, and so is a file that is not there yet, and one whose last line is
+    broken; a file that became shorter, or was replaced, is read from its beginning.
 
     Args:
         path: The file that the run writes.
@@ -81,12 +113,14 @@ def watch(path: str, every: float = 1.0, once: bool = False) -> None:
         once: Whether to look once only.
 
     Raises:
-        BadFileError: If a line does not belong there, or the file cannot be read at the first and only look.
+        BadFileError: If a line that does not belong there is followed by others, or the file cannot be read at the
+            first and only look.
         ImportError: If rich or plotext is not installed.
     """
     try:
         from rich.console import Console
         from rich.live import Live
+        from rich.panel import Panel
     except ImportError as error:
         raise ImportError(NEEDS) from error
     console, recording = Console(), Recording(path)
@@ -99,9 +133,26 @@ def watch(path: str, every: float = 1.0, once: bool = False) -> None:
             try:
                 grown = recording.read_on()
             except BadFileError as error:
-                if not isinstance(error.__cause__, FileNotFoundError):
+                if isinstance(error.__cause__, FileNotFoundError):
+                    grown = False
+                elif error.__cause__ is None or not recording.at_its_end:
                     raise
-                grown = False
+                else:  # perhaps whoever writes it mends it
+                    live.update(Panel(f"{error} Waiting.", title="alpha_optim"), refresh=True)
+                    grown, recording = False, _once_it_changes(path, every)
             if grown or not len(recording):
                 live.update(screen(recording, console.width, console.height), refresh=True)
             time.sleep(every)
+
+
+def _once_it_changes(path: str, every: float) -> Recording:
+    """Wait until a file is another one, and begin to read it."""
+    before = os.stat(path)
+    while True:
+        time.sleep(every)
+        try:
+            now = os.stat(path)
+        except OSError:
+            continue
+        if (now.st_size, now.st_mtime_ns, now.st_ino) != (before.st_size, before.st_mtime_ns, before.st_ino):
+            return Recording(path)

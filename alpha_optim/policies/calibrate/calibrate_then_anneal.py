@@ -204,9 +204,9 @@ class CalibrateThenAnneal:
         if after.found is None:
             self._tell(iteration, f"{after.text}: {KEPT}", logging.WARNING)
         else:
-            self._tell(iteration, after.text)
-            self._envelope.ramp_from(self._envelope.found_at)
             position = after.found + (BELOW_FOUND if self.anneal else 0.0)
+            self._tell(iteration, f"{after.text}; {{{position}}} is held" + ", two thirds of it" * self.anneal)
+            self._envelope.ramp_from(self._envelope.found_at)
         self._held.begin(position, level if after.corrected else None, after.highest)
         self._held.starts_after(iteration)
 

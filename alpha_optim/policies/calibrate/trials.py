@@ -147,7 +147,7 @@ class Trials:
         goes_on = min((where for where in (self.kept, self.position) if where in good), default=None)
         keep: Place | None = "best" if goes_on == self.position else None
         phase = replace(phase, kept=math.nan if goes_on is None else goes_on)
-        shown = f"{score:.4g} ± {error:.2g}" if math.isfinite(score) else "hopeless"
+        shown = f"it ends at a loss of {score:.4g} ± {error:.2g}" if math.isfinite(score) else "hopeless"
         text = f"trial of {self.made} steps at {{{self.position}}}: {shown}"
         following = phase._next()
         if following is not None:
