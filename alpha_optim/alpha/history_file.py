@@ -43,7 +43,7 @@ def from_row(row: dict[str, Any]) -> AlphaMeasurement:
         raise ValueError(f"fields missing or unknown: {', '.join(odd)}")
     rest = {name: _to_float(row[name], name) for name in NAMES if name not in _NOT_FLOAT}
     if not isinstance(row["lr"], (list, tuple)):
-        raise ValueError(f"lr must be a list of numbers, got {row['lr']!r}")
+        raise ValueError(f"lr must be a list of numbers, got {row['lr']!r:.100}")
     return AlphaMeasurement(
         iteration=whole(row["iteration"], "iteration"),
         status=AlphaStatus(row["status"]),
@@ -67,7 +67,7 @@ def check_header(row: dict[str, Any]) -> None:
     """
     if row.get("format") != FORMAT:
         raise ValueError(f"the header must say format={FORMAT!r}, it says {row.get('format')!r}")
-    if row["version"] > VERSION:
+    if whole(row["version"], "version") > VERSION:
         raise ValueError(
             f"written by a newer alpha_optim (format version {row['version']}, "
             f"this one reads up to {VERSION}): update the package"

@@ -20,7 +20,7 @@ import hypothesis
 import torch
 from hypothesis import HealthCheck, given, strategies
 
-from tests.trust import faults, growth, numbers
+from tests.trust import anywhere, faults, growth, numbers
 from tests.trust.cases import cases
 from tests.trust.test_fuzz import check_resumed, check_steered, check_watched
 
@@ -85,6 +85,13 @@ def main() -> int:
             ),
             "hostile numbers": lambda: all_of(numbers.checks()),
             "files cut off, changed or foreign": lambda: all_of(faults.file_checks(Path(folder))),
+            "Ctrl-C at any line of the package": lambda: all_of(anywhere.interrupt_checks(args.cases // 4, args.seed)),
+            "no memory at any operation of the package": lambda: all_of(
+                anywhere.starve_checks(args.cases // 4, args.seed)
+            ),
+            "histories of 1,000,000 measurements: memory": lambda: all_of(
+                [("history", functools.partial(growth.a_history_is_bounded, 1_000_000))]
+            ),
             f"runs of {args.steps:,} steps: what grows but the history": lambda: all_of(
                 [
                     (f"{name}, {steered}", functools.partial(growth.nothing_grows, args.steps, name, steered))

@@ -5,6 +5,7 @@ is not the user's own.
 """
 
 import contextlib
+import functools
 import random
 import signal
 import sys
@@ -125,24 +126,14 @@ def interrupted(kind, steered, target):
     return lines.count
 
 
-def interrupt_checks(count, seed):
-    """So many of them at random lines, as named checks."""
-    dice, checks = random.Random(seed), []
-    for number in range(count):
-        kind, steered, share = dice.choice(KINDS), dice.random() < 0.5, dice.random()
-        checks.append(
-            (f"Ctrl-C {number}: {kind}, {steered}, {share}", lambda k=kind, s=steered, x=share: _one(k, s, x))
-        )
-    return checks
+_COUNTS = {}
 
 
-_LINES = {}
-
-
-def _one(kind, steered, share):
-    if (kind, steered) not in _LINES:
-        _LINES[kind, steered] = interrupted(kind, steered, -1)
-    interrupted(kind, steered, 1 + int(share * (_LINES[kind, steered] - 1)))
+def _one(check, kind, steered, share):
+    """Make a check at a share of the lines or operations that there are."""
+    if (check, kind, steered) not in _COUNTS:
+        _COUNTS[check, kind, steered] = check(kind, steered, -1)
+    check(kind, steered, 1 + int(share * (_COUNTS[check, kind, steered] - 1)))
 
 
 class _Starving(TorchDispatchMode):
@@ -188,3 +179,22 @@ def starved(kind, steered, target):
     assert equal_states(bare.model.state_dict(), setup.model.state_dict()), starving.place
     setup.check_nothing_left()
     return starving.count
+
+
+def interrupt_checks(count, seed):
+    """So many of the one kind at random places, as named checks."""
+    return _checks(interrupted, count, seed)
+
+
+def starve_checks(count, seed):
+    """So many of the other."""
+    return _checks(starved, count, seed)
+
+
+def _checks(check, count, seed):
+    dice, made = random.Random(seed), []
+    for number in range(count):
+        kind, steered, share = dice.choice(KINDS), dice.random() < 0.5, dice.random()
+        name = f"{check.__name__} {number}: {kind}, {'steered' if steered else 'watched'}, at {share:.4f}"
+        made.append((name, functools.partial(_one, check, kind, steered, share)))
+    return made

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from alpha_optim import AlphaGuided, AlphaScheduler
+from alpha_optim import AlphaGuided, AlphaHistory, AlphaScheduler, Observation, measure_alpha
 
 BOUNDED = {"AlphaMeasurement"}
 """Kept in the history, which is bounded."""
@@ -49,6 +50,26 @@ def nothing_grows(steps, optimizer, steered):
     """Raise if anything does."""
     more = grown(steps, optimizer, steered)
     assert more == {}, more
+
+
+def memory():
+    """What this process holds, in bytes (Linux)."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
+
+
+def a_history_is_bounded(count, maxlen=100_000):
+    """So many measurements: memory stays as it was once the bound was reached, and what was dropped is counted."""
+    history, ends = AlphaHistory(maxlen), (Observation(8, -1.0, 0.1, 2.0, 0.5), Observation(8, 0.2, 0.1, 1.9, 0.5))
+    before = 0
+    for iteration in range(count):
+        history.append(measure_alpha(iteration, 0.1, *ends, (0.1,)))
+        if iteration == 2 * maxlen:
+            assert len(history) == maxlen  # reads what waits to be read
+            before = memory()
+    assert len(history) == maxlen
+    assert history.dropped == {"evicted": count - maxlen}
+    assert history[-1].iteration == count - 1
+    assert memory() - before < 0.1 * before, (before, memory())
 
 
 def count_of_hooks(model, loss_fn):

@@ -19,22 +19,25 @@ WHEN = {
     "every other": lambda n: n % 2 == 0, "once": lambda n: n == 5,
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHIFTED = {
+    "times 1": (1.0, 0.0), "plus 1e12": (1.0, 1e12), "minus 1e12": (1.0, -1e12), "constant": (0.0, 5.0),
+    "plus inf": (1.0, math.inf), "times 1e38": (1e38, 0.0), "times 1e-44": (1e-44, 0.0),
+}  # fmt: skip
 STEPS = 12
+ORDINARY = (AlphaStatus.MEASURED, AlphaStatus.ASCENT, AlphaStatus.CONCAVE)
 
 
-class Hostile(nn.Module):
-    """A squared error that is scaled, shifted or replaced when it is told to."""
+class Hostile(nn.MSELoss):
+    """A squared error that is multiplied and shifted when it is told to; by samples, too, so that the fit is full."""
 
-    def __init__(self):
-        super().__init__()
-        self.factor = None
+    factor, offset = None, 0.0
 
     def forward(self, output, target):
-        loss = ((output - target) ** 2).mean()
-        return loss if self.factor is None else loss * self.factor
+        loss = super().forward(output, target)
+        return loss if self.factor is None else loss * self.factor + self.offset
 
 
-def watch(dtype, value, when, optimizer, steered=False, size=4, scale=1.0):
+def watch(dtype, value, when, optimizer, steered=False, size=4, scale=1.0, offset=0.0, variance="sampled"):
     """A run in which the loss is now and then multiplied by a hostile number."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).to(dtype)
@@ -43,8 +46,9 @@ def watch(dtype, value, when, optimizer, steered=False, size=4, scale=1.0):
             p.mul_(scale)
     loss_fn = Hostile()
     base = getattr(torch.optim, optimizer)(model.parameters(), lr=1e-2)
-    guided = AlphaGuided(base, model, loss_fn)
+    guided = AlphaGuided(base, model, loss_fn, variance=variance)
     scheduler = AlphaScheduler(guided, CalibrateThenAnneal(150)) if steered else None
+    loss_fn.offset = offset
     generator = torch.Generator().manual_seed(0)
     for n in range(STEPS):
         x = torch.randn(size, 3, generator=generator).to(dtype)
@@ -55,12 +59,18 @@ def watch(dtype, value, when, optimizer, steered=False, size=4, scale=1.0):
         guided.step()
         if scheduler is not None:
             scheduler.step()
+    if scheduler is not None:
+        scheduler.finish()
     for m in guided.alpha_history:
         seen = (m.loss_start, m.loss_end, m.slope_start, m.slope_end)
         # Losses that are not seen are nan, and say nothing against the slopes.
         bad = any(math.isinf(value) for value in seen) or any(math.isnan(value) for value in seen[2:])
         assert not (bad and m.status is AlphaStatus.MEASURED), m
         assert math.isfinite(m.alpha) == (m.status not in (AlphaStatus.NOT_FINITE, AlphaStatus.DEGENERATE)), m
+    ordinary = value == 1.0 and offset == 0.0 and scale == 1.0 and size > 1 and not steered
+    if ordinary and dtype in (torch.float32, torch.float64):
+        assert guided.alpha_history[-1].information == "full"
+        assert all(m.status in ORDINARY for m in guided.alpha_history)
     if scheduler is not None:
         assert all(math.isfinite(rate) and rate >= 0.0 for rate in scheduler.get_last_lr())
         assert all(bool(torch.isfinite(p).all()) for p in model.parameters()), "a parameter is not finite"
@@ -87,6 +97,17 @@ def checks():
             (
                 f"loss times {name} {when}, {optimizer}, {'steered' if steered else 'watched'}",
                 functools.partial(watch, torch.float32, value, asked, optimizer, steered),
+            )
+        )
+    for (dtype, kind), (name, (factor, offset)), optimizer, steered, variance in itertools.product(
+        DTYPES.items(), SHIFTED.items(), ("SGD", "AdamW"), (False, True), ("sampled", "exact")
+    ):
+        made.append(
+            (
+                f"{dtype}, loss {name}, {optimizer}, {'steered' if steered else 'watched'}, {variance}",
+                functools.partial(
+                    watch, kind, factor, WHEN["every other"], optimizer, steered, 8, 1.0, offset, variance
+                ),
             )
         )
     for (dtype, kind), size, scale, optimizer in itertools.product(

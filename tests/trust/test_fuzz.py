@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import math
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -75,6 +77,7 @@ def check_watched(case):
         assert torch.equal(run(case, watched, guided, loss_fn, schedule_of(case, guided)), following)
     for ours, theirs in ((watched, model), (guided.optimizer, optimizer)):
         assert equal_states(ours.state_dict(), theirs.state_dict())
+    assert equal_states(dict(watched.named_buffers()), dict(model.named_buffers()))  # those that are not saved, too
     for m in guided.alpha_history:
         assert m.information in ("slopes", "slopes+variances", "full")
         finite = math.isfinite(m.alpha)
@@ -93,6 +96,8 @@ def check_watched(case):
 def check_numbers(case, guided):
     """Against one backward pass per sample."""
     model = case.model()
+
+    model = model.inner if case.loss == "returned" else model
 
     def mean_loss(output, y):
         return F.cross_entropy(output.transpose(1, -1), y)
@@ -131,10 +136,11 @@ def check_steered(case):
     """With a scheduler nothing crashes, and nothing but what the bare run has as well is not finite."""
     model, _, _ = bare(case)
     sane = all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    case = dataclasses.replace(case, sizes=LONGER * case.sizes, mistakes=LONGER * case.mistakes)
     for policy in (lambda: TargetAlpha(0.1), lambda: CalibrateThenAnneal(120)):
         steered, loss_fn = case.model(), loss_module(case)
         guided = wrap(case, steered, loss_fn, every=case.every)
-        scheduler = AlphaScheduler(guided, policy())
+        scheduler = AlphaScheduler(guided, policy(), schedule=schedule_of(case, guided) if case.schedule else None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run(case, steered, guided, loss_fn, scheduler)
@@ -194,17 +200,17 @@ def check_resumed(case, place):
         trained = build()
         model, loss_fn, guided, scheduler = trained
         run(case, model, guided, loss_fn, scheduler, last=saved)
-        states, random = (
-            copy.deepcopy([part.state_dict() for part in (model, guided, scheduler)]),
-            torch.get_rng_state(),
-        )
+        states = copy.deepcopy([part.state_dict() for part in (model, guided, scheduler)])
+        drawn = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
         base = copy.deepcopy(guided.optimizer.state_dict())
         ends = [end(*trained)]
         for parts in (build(), trained):
             model, _, guided, scheduler = parts
             for part, state in zip((model, guided, scheduler), copy.deepcopy(states), strict=True):
                 part.load_state_dict(state)
-            torch.set_rng_state(random)
+            torch.set_rng_state(drawn[0])
+            random.setstate(drawn[1])
+            np.random.set_state(drawn[2])  # noqa: NPY002
             if not equal_states(guided.optimizer.state_dict(), base):
                 return  # torch itself loads something else (ASGD in float64)
             ends.append(end(*parts))
