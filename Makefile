@@ -81,7 +81,7 @@ types: install  ## check the types
 doctest: install  ## run the examples in the docstrings alone
 	$(BIN)/python -m pytest alpha_optim $(ARGS)
 
-check: lint types test  ## everything CI runs: format, lint, types, tests, doctests
+check: lint types test docs audit  ## format, lint, types, tests, the site, known vulnerabilities
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build dist out site mutants *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

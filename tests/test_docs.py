@@ -12,6 +12,7 @@ from torch import nn
 import alpha_optim
 from alpha_optim import AlphaGuided, AlphaScheduler
 from tests import today
+from tests.browser import in_a_browser, photograph
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -111,15 +112,30 @@ def test_links_in_the_documents_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the site, built."""
     pytest.importorskip("mkdocs", reason="mkdocs is not installed")
+    folder = tmp_path_factory.mktemp("docs") / "site"
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")],
+        [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)],
         capture_output=True, text=True, cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "WARNING -" not in done.stderr
-    reference = (tmp_path / "site" / "api.html").read_text()
+    return folder
+
+
+@in_a_browser
+@pytest.mark.parametrize("page", ["index", "tutorial", "api"])
+def test_the_site_can_be_photographed(site, page, tmp_path):
+    pixels = photograph(site / f"{page}.html", tmp_path / f"{page}.png", 1200, 1000)
+    assert len({tuple(colour) for colour in (pixels[::7, ::7] * 255).astype(int).reshape(-1, 3)}) > 20
+    assert 0.01 < (pixels.min(axis=2) < 0.5).mean() < 0.5
+
+
+def test_the_site_loads_nothing_and_has_every_name(site):
+    reference = (site / "api.html").read_text()
     for name in alpha_optim.__all__:
         if not name.startswith("_"):
             assert f'id="alpha_optim.{name}"' in reference, name

@@ -1,11 +1,11 @@
 """The command line and what it draws: from files alone, and with bad ones refused by line."""
 
 import copy
+import io
 import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -29,14 +29,12 @@ from alpha_optim import (
 from alpha_optim.alpha.diagnosis import diagnose
 from alpha_optim.alpha.window import window_alpha
 from alpha_optim.integrations.loggers import record
-from alpha_optim.report import html_page, recording
+from alpha_optim.report import html_page, recording, terminal
 from alpha_optim.report.command_line import main
 from alpha_optim.report.recording import BadFileError, Recording
 from alpha_optim.report.sampling import extremes, trailing_mean
 from alpha_optim.report.story import stretches, told
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open a page with")
+from tests.browser import chromium, in_a_browser, photograph
 
 
 def measurement(n, rate, rng=None, alpha=0.2, loss=1.0):
@@ -384,14 +382,6 @@ def test_the_trailing_mean_is_that_of_the_values_known(size):
     assert trailing_mean(values, size) == pytest.approx(expected, nan_ok=True, abs=1e-12)
 
 
-def chromium(page, *flags):
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-unsafe-swiftshader", "--hide-scrollbars",
-        "--enable-logging=stderr", "--virtual-time-budget=20000", *flags, f"file://{page}",
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=180)
-
-
 HOVER = """<script>window.addEventListener("load", () => setTimeout(() => {
   const plot = document.querySelector(".js-plotly-plot");
   const curve = plot.data.findIndex(trace => trace.name === "α of one step");
@@ -439,15 +429,27 @@ def test_the_page_can_be_photographed(tmp_path):
     path, page, photo = tmp_path / "run.jsonl", tmp_path / "page.html", tmp_path / "page.png"
     run_file(path)
     main(["report", str(path), "-o", str(page)])
-    chromium(page, f"--screenshot={photo}", "--window-size=1100,2300")
-    from matplotlib.image import imread
-
-    pixels = imread(photo)[..., :3]
-    assert pixels.shape[:2] == (2300, 1100)
+    pixels = photograph(page, photo)
     # Curves are drawn: blue, green and grey beside black on white.
     blue = (pixels[..., 2] - pixels[..., 0] > 0.4).sum()
     green = (pixels[..., 1] - pixels[..., 0] > 0.4).sum()
     assert min(blue, green) > 500
+
+
+@in_a_browser
+def test_the_terminal_view_can_be_photographed(tmp_path):
+    pytest.importorskip("plotext", reason="plotext is not installed")
+    from rich.console import Console
+
+    path, page = tmp_path / "run.jsonl", tmp_path / "terminal.html"
+    run_file(path, np.geomspace(1e-5, 1.0, 300))
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(terminal.screen(Recording.read(path), 100, 50))
+    page.write_text(console.export_html())
+    assert "learning rate" in page.read_text()
+    pixels = photograph(page, tmp_path / "terminal.png", 1100, 1200)
+    inked = (pixels.min(axis=2) < 0.5).mean(axis=1)
+    assert (inked > 0.0).sum() > 600  # a panel and three curves, from top to bottom
 
 
 def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
