@@ -25,6 +25,10 @@ def parts(path):
     return [(title, "\n".join(code)) for title, code in found if code]
 
 
+PAGES = sorted(path.name for path in DOCS.glob("*.md") if parts(path.name) and path.name != "tutorial.md")
+"""All with code; the tutorial has a test of its own."""
+
+
 def make_model():
     return nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 3))
 
@@ -55,7 +59,8 @@ def surroundings(folder):
         "epochs": 6, "train": train, "device": "cpu", "folder": str(folder),
         "gpt": today.GPT(dropout=0.1), "tokens": [(batch[:, :-1], batch[:, 1:]) for batch in sequences],
         "vae": today.VAE(), "generator": nn.Linear(4, 10), "critic": nn.Linear(10, 1),
-        "ones": torch.ones(16, 1), "zeros": torch.zeros(16, 1),
+        "ones": torch.ones(16, 1), "zeros": torch.zeros(16, 1), "steps": 100,
+        "DistributedDataParallel": lambda model: model,  # a process alone
     }  # fmt: skip
 
 
@@ -72,11 +77,7 @@ def bert_and_sentences():
 
 @pytest.mark.parametrize(
     ("page", "title"),
-    [
-        pytest.param(page, title, id=f"{page}-{title}")
-        for page in ("recipes.md", "coming_from.md")
-        for title, _ in parts(page)
-    ],
+    [pytest.param(page, title, id=f"{page}-{title}") for page in PAGES for title, _ in parts(page)],
 )
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # the Trainer's, on a machine without a GPU
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -89,6 +90,9 @@ def test_the_code_on_a_page_runs_without_a_warning(page, title, tmp_path, monkey
     with torch.random.fork_rng():
         torch.manual_seed(0)
         names = surroundings(tmp_path)
+        if page == "reliability.md":
+            names["optimizer"] = AlphaGuided(torch.optim.SGD(names["model"].parameters(), lr=0.1), names["model"])
+            names["average"] = torch.optim.swa_utils.AveragedModel(names["model"])
         if "bert" in code:
             names |= bert_and_sentences()
         exec(code, names)
