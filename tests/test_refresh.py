@@ -1,0 +1,118 @@
+"""When variances are measured anew, and which stand in between."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from alpha_optim.measure.refresh import LONGEST, SHARE, Variances, interval
+
+
+@pytest.mark.parametrize("cost", [0.001, 0.01, 0.5, 2.6, 4.9])
+def test_the_share_of_the_training_time_is_kept(cost):
+    """In the long run; below a step in a hundred they may be measured always."""
+    gap = interval(cost)
+    assert cost / gap <= SHARE + 1e-12
+    assert gap == 1 or cost / (gap - 1) > SHARE
+    assert interval(1e9) == LONGEST
+
+
+def refreshed(variances, iterations, cost):
+    """Iterations at which an end is measured, each time it is due."""
+    found = []
+    for n in iterations:
+        if variances.due("start", n, cost):
+            variances.measured("start", n, 1.0, 64)
+            found.append(n)
+    return found
+
+
+def test_gaps_double_until_the_share_is_kept():
+    found = refreshed(Variances(sampled=True), range(3000), cost=2.0)
+    gaps = [b - a for a, b in itertools.pairwise(found)]
+    assert gaps[:8] == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert set(gaps[8:]) == {interval(2.0)} == {200}
+
+
+def test_with_all_samples_every_iteration_is_measured():
+    assert refreshed(Variances(sampled=False), range(20), cost=2.0) == list(range(20))
+
+
+def test_the_ends_are_measured_apart():
+    variances = Variances(sampled=True)
+    variances.measured("start", 0, 1.0, 64)
+    assert variances.due("end", 0, 2.0)
+    variances.measured("end", 1, 5.0, 64)
+    assert (variances.of_slope("start"), variances.of_slope("end")) == (1.0, 5.0)
+
+
+def test_going_back_in_iterations_measures_anew():
+    """As after a state of an earlier iteration was loaded by hand."""
+    variances = Variances(sampled=True)
+    refreshed(variances, range(500), cost=2.0)
+    assert not variances.due("start", 500, 2.0)
+    assert variances.due("start", 3, 2.0)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_variance_that_is_not_finite_does_not_stand_for_later_steps(bad, as_tensor):
+    value = torch.tensor(bad, dtype=torch.float64) if as_tensor else bad
+    variances = Variances(sampled=True)
+    variances.measured("start", 0, 3.0, 64)
+    variances.measured("start", 1, value, 64)
+    variances.saw_loss(2.0)
+    variances.saw_loss(value)
+    assert (float(variances.of_slope("start")), float(variances.of_loss)) == (3.0, 2.0)
+    first = Variances(sampled=True)
+    first.measured("start", 0, value, 64)
+    assert not math.isfinite(float(first.of_slope("start")))  # there is nothing better
+
+
+def test_what_could_not_be_had_is_not_what_was_had_before():
+    variances = Variances(sampled=True)
+    variances.measured("start", 0, 3.0, 64)
+    variances.measured("start", 1, None, 64)
+    assert variances.of_slope("start") is None
+    variances.saw_loss(2.0)
+    variances.saw_loss(None)
+    assert variances.of_loss is None
+
+
+def test_an_attempt_in_vain_is_made_again_at_once_and_what_is_known_stands():
+    variances = Variances(sampled=True)
+    refreshed(variances, range(100), cost=2.0)
+    variances.missed()
+    assert variances.due("start", 101, 2.0)
+    assert variances.due("end", 101, 2.0)
+    assert variances.of_slope("start") == 1.0
+    variances.measured("start", 101, 2.0, 64)
+    assert not variances.due("start", 102, 2.0)
+
+
+def test_a_step_that_moved_nothing_is_looked_at_again_only_while_nothing_is_known():
+    variances = Variances(sampled=True)
+    variances.looked("start", 0, 64)
+    variances.look_again("start")
+    assert variances.due("start", 1, 2.0)
+    variances.measured("start", 1, 3.0, 64)
+    variances.measured("start", 2, 3.0, 64)
+    variances.look_again("start")
+    assert not variances.due("start", 3, 2.0)
+
+
+def test_a_state_goes_on_where_it_was():
+    variances = Variances(sampled=True)
+    refreshed(variances, range(77), cost=2.0)
+    variances.saw_loss(torch.tensor(0.5))
+    variances.missed()
+    other = Variances(sampled=True)
+    other.load_state_dict(json.loads(json.dumps(variances.state_dict())))
+    assert other.state_dict() == variances.state_dict()
+    assert refreshed(other, range(77, 900), 2.0) == refreshed(variances, range(77, 900), 2.0)
+    assert other.of_loss == 0.5
+    variances.forget()
+    assert variances.of_loss is None
+    assert variances.due("start", 901, 2.0)
