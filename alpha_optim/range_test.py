@@ -303,9 +303,11 @@ def _left_as_found(model: nn.Module, optimizer: Optimizer, loader: Any, device: 
         for name, value in held.items():
             if not name.startswith("_") and not isinstance(value, Tensor):
                 snapshot.keep(value)
-    loader_state = _state_of(loader)
+    with untouched(device), other_random_numbers_untouched():  # it may draw some
+        loader_state = _state_of(loader)
+    of_loader = Snapshot(SMALL)
     for part in _parts_of(loader):
-        snapshot.keep_attributes(part, SMALL)
+        of_loader.keep_attributes(part)
     optimizer.state = type(state)(dict) if hasattr(state, "default_factory") else type(state)()
     for key, value in state.items():
         optimizer.state[key] = copy_of(value)
@@ -328,8 +330,10 @@ def _left_as_found(model: nn.Module, optimizer: Optimizer, loader: Any, device: 
         for group, kept in zip(optimizer.param_groups, groups, strict=False):
             group.clear()
             group.update(kept)
+        of_loader.restore()
         if loader_state is not None:
-            loader.load_state_dict(loader_state)
+            with untouched(device), other_random_numbers_untouched():
+                loader.load_state_dict(loader_state)
 
     try:
         with untouched(device), other_random_numbers_untouched():

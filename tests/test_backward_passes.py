@@ -157,7 +157,6 @@ def test_the_call_that_rows_of_losses_belong_to(forwards, rows, samples):
 
 def test_the_first_error_is_kept():
     watched = Watched()
-    first = ValueError("first")
-    watched.passes.failed(first)
+    watched.passes.failed(MemoryError("first"))
     watched.passes.failed(ValueError("second"))
-    assert watched.passes.error is first
+    assert watched.passes.trouble == ("MemoryError", "first", True, False)

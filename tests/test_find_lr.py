@@ -335,3 +335,56 @@ def test_batches_of_any_form_with_the_loss_said():
         find_lr(model, optimizer, batches, nn.CrossEntropyLoss())
     with pytest.raises(TypeError, match="LBFGS evaluates a closure several times"):
         find_lr(model, torch.optim.LBFGS(model.parameters()), batches, loss_of_batch=loss_of_batch)
+
+
+@pytest.mark.filterwarnings("ignore:no slopes of single samples:UserWarning")
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_a_loss_that_calls_parts_of_the_model_only(kind):
+    model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3))
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.1)
+
+    def loss_of_batch(model, batch):
+        return functional.cross_entropy(model[2](model[1](model[0](batch[0]))), batch[1])
+
+    assert len(find_lr(model, optimizer, make_loader(), loss_of_batch=loss_of_batch).history) > 20
+
+
+def test_data_are_not_copied(monkeypatch):
+    """What a data set holds in a dictionary or a list of arrays stays the one there is."""
+
+    class Shards(torch.utils.data.Dataset):
+        def __init__(self):
+            self.data = {"x": torch.randn(5000, 8)}
+            self.arrays = [np.random.default_rng(0).normal(size=(5000, 8))]
+
+        def __len__(self):
+            return 5000
+
+        def __getitem__(self, place):
+            return self.data["x"][place], place % 3
+
+    copied = []
+    original = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda t, *a, **k: copied.append(t.numel()) or original(t, *a, **k))
+    loader = torch.utils.data.DataLoader(torch.utils.data.ConcatDataset([Shards(), Shards()]), batch_size=32)
+    model = nn.Linear(8, 3)
+    find_lr(model, torch.optim.SGD(model.parameters(), lr=0.1), loader, nn.CrossEntropyLoss())
+    assert max(copied) < 5000
+
+
+class Drawing(Numbered):
+    """Asked where it is, it makes an iterator, and draws a seed for it, as torchdata's does."""
+
+    def state_dict(self):
+        torch.rand(1)
+        return super().state_dict()
+
+    def load_state_dict(self, state):
+        torch.rand(1)
+        super().load_state_dict(state)
+
+
+def test_a_loader_that_draws_when_it_is_asked_moves_no_random_number():
+    model, before = nn.Linear(8, 3), torch.get_rng_state()
+    find_lr(model, torch.optim.SGD(model.parameters(), lr=0.1), Drawing(), nn.CrossEntropyLoss())
+    assert torch.equal(torch.get_rng_state(), before)

@@ -12,6 +12,7 @@ from alpha_optim.alpha.records import GuardReason
 from alpha_optim.alpha.window import window_alpha
 from alpha_optim.report import plots
 from alpha_optim.report.plots import compare, plot_alpha_against_rate, plot_history, plot_steps
+from alpha_optim.report.sampling import trailing_sums
 from tests.test_diagnosis import history
 
 
@@ -107,3 +108,14 @@ def test_a_history_of_the_usual_bound_draws_few_points():
     assert all(len(line.get_xdata()) < 5000 for axis in figure.axes for line in axis.lines)
     assert max(figure.axes[0].lines[0].get_ydata()) == 50.0
     assert len(plot_alpha_against_rate(filled).axes[0].collections[0].get_offsets()) < 5000
+
+
+@pytest.mark.parametrize("size", [5, 64, 65, 100, 500])
+def test_an_outlier_spoils_the_windows_that_hold_it_only(size):
+    values = np.random.default_rng(0).normal(size=1700)
+    expected = trailing_sums(values, size)
+    values[300] += 1e14
+    found = trailing_sums(values, size)
+    outside = np.r_[:300, 300 + size : 1700]
+    assert np.allclose(found[outside], expected[outside], atol=1e-9)
+    assert np.allclose(trailing_sums(np.ones(1700), size), np.minimum(np.arange(1700) + 1, size))

@@ -11,6 +11,8 @@ from torch.optim import lr_scheduler as torch_schedules
 
 from alpha_optim import AlphaGuided, AlphaScheduler, CalibrateThenAnneal
 from alpha_optim.policies.base import Decision
+from alpha_optim.steer.point import all_finite
+from alpha_optim.steer.search import Search
 from tests.test_transparency import equal_states
 
 OPTIMIZERS = {
@@ -369,3 +371,22 @@ def test_a_first_step_that_breaks_the_parameters_is_no_point_to_search_from(wher
     assert optimizer.guard_counts["steps_taken_back"] > 1
     assert all(torch.isfinite(param).all() for param in model.parameters())
     assert "the rate given is kept" in str(scheduler)
+
+
+def test_a_point_that_is_not_finite_does_not_replace_the_best():
+    model, _, optimizer = make()
+    search = Search(model, optimizer)
+    assert search.keep("start", 0)
+    assert search.keep("best", 10)
+    kept = [param.detach().clone() for param in model.parameters()]
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    assert not search.keep("best", 20)
+    assert search.restore("best")
+    assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
+
+
+def test_parameters_of_eight_bits_can_be_looked_at():
+    frozen = nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False)
+    assert all_finite([frozen, nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.int8), False)])
+    assert not all_finite([nn.Parameter(torch.tensor([math.inf]))])

@@ -61,8 +61,11 @@ class AlphaLRFinder(Callback):
         trainer.fit_loop.setup_data()
 
         def loss_of_batch(_: Any, batch: Any) -> Tensor:
-            with trainer.strategy.precision_plugin.forward_context():
-                output: Any = pl_module.training_step(batch, 0)
+            # As Lightning's own loop has it.
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            output: Any = trainer.strategy.training_step(batch, 0)
             loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
             return loss
 
@@ -74,7 +77,11 @@ class AlphaLRFinder(Callback):
                 # A training step often calls parts of the module only; slopes of the gradients are enough here.
                 warnings.filterwarnings("ignore", message="no slopes of single samples")
                 self.finding = find_lr(
-                    pl_module, trainer.optimizers[0], loader, steps=self.steps, loss_of_batch=loss_of_batch
+                    trainer.strategy.model or pl_module,
+                    trainer.optimizers[0],
+                    loader,
+                    steps=self.steps,
+                    loss_of_batch=loss_of_batch,
                 )
         finally:
             for name in quiet:

@@ -55,7 +55,7 @@ class Exchange:
         """
         if ranks.size >= RANKS:
             raise ValueError(f"alpha can be measured over fewer than {RANKS} ranks, there are {ranks.size}")
-        self.ranks, self._variances, self._on_doubt = ranks, variances, on_doubt
+        self.ranks, self._variances, self.on_doubt = ranks, variances, on_doubt
         self._centres: Centres | None = None
         self._unread: tuple[Task, Together, PairAcrossRanks | DropReason | None] | None = None
 
@@ -96,7 +96,7 @@ class Exchange:
                 saved(variances.of_slope("end")),
                 seen.start.lr,
                 tolerance_of(iteration.params),
-                self._on_doubt,
+                self.on_doubt,
             )
         self._unread = (iteration.task, together, pair)
         if read_now or iteration.task.due:  # else ranks add up while the next forward pass runs

@@ -98,6 +98,13 @@ class Pairing:
     def _new(self, task: Task, params: list[Tensor]) -> Iteration:
         return Iteration(task, params, Gradients(self.habits, self._buffer), self._some_elements)
 
+    def go_on_from(self, before: Pairing) -> None:
+        """Take over from another one, that was interrupted, what is known and whom it talks to: ranks stay in step."""
+        self.variances, self.habits = before.variances, before.habits
+        if before.exchange is not None:
+            self.exchange = before.exchange
+            self.exchange.on_doubt = self._doubt
+
     # ---------------------------------------------------------------- hooks
 
     def begin(
@@ -199,7 +206,7 @@ class Pairing:
         """Put the loss of the iteration together, with the variance as it was the last time if not seen now."""
         iteration = self.iteration
         try:
-            if iteration.passes.error is None:  # else nothing is known
+            if iteration.passes.trouble is None:  # else nothing is known
                 iteration.loss = self._loss(fallback if isinstance(fallback, (Tensor, float, int)) else None)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -363,8 +370,9 @@ class Pairing:
     def _obstacle(self) -> DropReason | None:
         """Say why nothing was observed in this iteration, or None."""
         iteration = self.iteration
-        if iteration.passes.error is not None:
-            return DropReason.OUT_OF_MEMORY if is_out_of_memory(iteration.passes.error) else DropReason.EXCEPTION
+        trouble = iteration.passes.trouble
+        if trouble is not None:
+            return DropReason.OUT_OF_MEMORY if trouble.out_of_memory else DropReason.EXCEPTION
         if iteration.passes.skipped:
             return DropReason.STEP_SKIPPED
         seen = iteration.gradients.any_seen or self.gradient_hooks.fresh(iteration.params)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from alpha_optim.observe.memory import Trouble
 from alpha_optim.observe.model_calls import ModelCall
 
 
@@ -130,7 +131,7 @@ class BackwardPasses:
         """Whether passes with finite gradients were thrown away: those of another network, a generator's through a
         critic."""
         self.muted = False  # while we walk a graph ourselves
-        self.error: BaseException | None = None
+        self.trouble: Trouble | None = None
         """What was raised first while something was seen: then none of it is used."""
 
     @property
@@ -150,7 +151,7 @@ class BackwardPasses:
 
     def failed(self, error: BaseException) -> None:
         """Something was raised while these were looked at."""
-        self.error = self.error or error
+        self.trouble = self.trouble or Trouble.of(error)
 
     def forward_started(self, samples: int | None = None) -> None:
         """A forward pass ends the reach of the last anchor (not: a recomputation in backward)."""

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from alpha_optim.distributed import local
 from alpha_optim.observe.hooks import harmless, weakly
+from alpha_optim.observe.memory import goes_on
 from alpha_optim.observe.numbers import Truth
 from alpha_optim.observe.some_elements import factor_between, stays_view, together, view_of
 from alpha_optim.observe.step_direction import copied, same_tensors
@@ -268,7 +269,7 @@ class GradientHooks:
             self._note(param)
         except BaseException as error:
             self._failed(error)
-            if isinstance(error, Warning) or not isinstance(error, Exception):
+            if goes_on(error):
                 raise
 
     def _note(self, param: Tensor) -> None:

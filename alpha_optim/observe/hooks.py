@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alpha_optim.observe.interrupts import uninterrupted
+from alpha_optim.observe.memory import goes_on
 
 
 def inert(*_args: Any, **_kwargs: Any) -> None:
@@ -39,14 +40,14 @@ def harmless(call: Callable[..., Any], failed: Failed) -> Callable[..., Any]:
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            with uninterrupted():
+        with uninterrupted():
+            try:
                 return call(*args, **kwargs)
-        except BaseException as error:
-            failed(error)
-            if isinstance(error, Warning) or not isinstance(error, Exception):
-                raise
-            return None
+            except BaseException as error:
+                failed(error)
+                if goes_on(error):
+                    raise
+                return None
 
     return run
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 
+from alpha_optim.observe.interrupts import of_a_signal
 from alpha_optim.user_warning import Once, warn_user
 
 PATIENT = 3
@@ -20,6 +22,14 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
+
+
+def goes_on(error: BaseException) -> bool:
+    """Whether what was raised while something was looked at is not about that.
+
+    Ctrl-C, warnings that are to be errors, and what the user's own handler of a signal has raised just then.
+    """
+    return isinstance(error, Warning) or not isinstance(error, Exception) or of_a_signal(error)
 
 
 class sparing:  # noqa: N801 - a context manager, named like those of contextlib
@@ -46,6 +56,27 @@ class sparing:  # noqa: N801 - a context manager, named like those of contextlib
         return True
 
 
+class Trouble(NamedTuple):
+    """What was raised while a batch was looked at; not the error itself, whose frames hold tensors.
+
+    Attributes:
+        kind: Name of its class.
+        text: What it says.
+        out_of_memory: Whether memory ran out.
+        told: Whether it went on to the user, who knows of it then.
+    """
+
+    kind: str
+    text: str
+    out_of_memory: bool
+    told: bool
+
+    @classmethod
+    def of(cls, error: BaseException) -> Trouble:
+        """What there is to say of an error."""
+        return cls(type(error).__name__, str(error)[:200], is_out_of_memory(error), goes_on(error))
+
+
 class Shortage:
     """Counts how often memory ran out, and says so once; so it does of other errors."""
 
@@ -54,14 +85,16 @@ class Shortage:
         self._times = 0
         self._once = Once()
 
-    def noticed(self, error: BaseException | None) -> None:
-        """Something was raised while a batch was looked at; Ctrl-C went on, all else is to be told of."""
-        if is_out_of_memory(error):
+    def noticed(self, trouble: Trouble | None) -> None:
+        """Something was raised while a batch was looked at, or nothing."""
+        if trouble is None or trouble.told:
+            return
+        if trouble.out_of_memory:
             self.occurred()
-        elif isinstance(error, Exception) and not isinstance(error, Warning):
+        else:
             self._once.say(
-                f"alpha of a step is not measured, since {type(error).__name__} was raised while it was looked at "
-                f"({str(error)[:200]}); training goes on. Please report it, with what model and loss look like."
+                f"alpha of a step is not measured, since {trouble.kind} was raised while it was looked at "
+                f"({trouble.text}); training goes on. Please report it, with what model and loss look like."
             )
 
     def occurred(self) -> None:

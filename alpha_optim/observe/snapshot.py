@@ -6,6 +6,7 @@ them, random generators of their own, values on the classes of modules; and Pyth
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections import deque
@@ -24,8 +25,13 @@ _FOREIGN = ("torch", "numpy", "builtins", "collections", "typing", "functools", 
 class Snapshot:
     """The state reachable from some objects."""
 
-    def __init__(self) -> None:
-        """Start with nothing kept."""
+    def __init__(self, most: float = math.inf) -> None:
+        """Start with nothing kept.
+
+        Args:
+            most: Tensors and arrays of more elements are data, which nobody changes.
+        """
+        self._most = most
         self._undo: list[Callable[[], None]] = []
         self._seen: set[int] = set()
         self._alive: list[Any] = []  # so that no id is used twice
@@ -76,7 +82,7 @@ class Snapshot:
         return self._keep_object(entry)
 
     def _keep_tensor(self, tensor: Tensor) -> None:
-        if tensor.is_inference() or tensor.layout != torch.strided or tensor.is_nested:
+        if tensor.is_inference() or tensor.layout != torch.strided or tensor.is_nested or tensor.numel() > self._most:
             return
         copy = tensor.detach().clone()
 
@@ -91,6 +97,8 @@ class Snapshot:
     def _keep_object(self, entry: Any) -> list[Any]:
         numpy = sys.modules.get("numpy")
         if numpy is not None and isinstance(entry, numpy.ndarray):
+            if entry.size > self._most:
+                return []
             copy = entry.copy()
             self._undo.append(lambda: numpy.copyto(entry, copy) if entry.flags.writeable else None)
             return []
@@ -139,13 +147,8 @@ class Snapshot:
         for base in kind.__bases__:
             self.keep_class(base)
 
-    def keep_attributes(self, entry: Any, most: int) -> None:
-        """Keep the attributes of an object, and of what they hold random generators and what is small.
-
-        Args:
-            entry: The object; it may hold a whole data set.
-            most: Containers, tensors and arrays of more elements are data, which nobody changes.
-        """
+    def keep_attributes(self, entry: Any) -> None:
+        """Keep the attributes of an object that may hold data, and of what they hold generators and what is small."""
         held = getattr(entry, "__dict__", None)
         if not isinstance(held, dict) or id(entry) in self._seen:
             return
@@ -154,7 +157,7 @@ class Snapshot:
         values = dict(held)
         self._undo.append(lambda: put_back(held, values))
         for value in values.values():
-            if _is_small_state(value, most):
+            if _is_small_state(value, self._most):
                 self.keep(value)
 
     def restore(self) -> None:
@@ -163,14 +166,10 @@ class Snapshot:
             undo()
 
 
-def _is_small_state(value: Any, most: int) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() <= most
-    if isinstance(value, (torch.Generator, random.Random)) or type(value).__module__.startswith("numpy.random"):
+def _is_small_state(value: Any, most: float) -> bool:
+    kind = type(value).__module__
+    if isinstance(value, (Tensor, torch.Generator, random.Random)) or kind.startswith("numpy"):
         return True
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.ndarray):
-        return int(value.size) <= most
     return isinstance(value, (list, dict, set, deque)) and len(value) <= most
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 POINTS = 4000
 """More than a wide screen has columns, twice over."""
 SHORT = 64
-"""Longer windows would cost more than their rounding is worth."""
+"""Longer windows are summed in another way."""
 
 
 def extremes(values: NDArray[np.float64], points: int = POINTS) -> NDArray[np.int64]:
@@ -37,17 +37,24 @@ def extremes(values: NDArray[np.float64], points: int = POINTS) -> NDArray[np.in
 
 
 def trailing_sums(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """Sums of the last ``size`` values at every place, fewer at the beginning.
+    """Sums of the last ``size`` values at every place, fewer at the beginning; nothing outside of a window enters.
 
-    Short windows are summed one by one; long ones are differences of running sums, and carry their rounding.
+    Short windows are summed one by one. A long one is the end of one block of ``size`` values and the beginning of the
+    next (van Herk's way with maxima).
     """
     size = min(size, len(values))
     if size <= SHORT:
         padded = np.concatenate([np.zeros(size - 1), values])
         sums: NDArray[np.float64] = np.lib.stride_tricks.sliding_window_view(padded, size).sum(axis=1)
         return sums
-    running = np.concatenate([np.zeros(size), np.cumsum(values)])
-    trailing: NDArray[np.float64] = running[size:] - running[:-size]
+    count = len(values)
+    blocks = np.concatenate([values, np.zeros(-count % size)]).reshape(-1, size)
+    heads = np.cumsum(blocks, axis=1).ravel()
+    tails = np.cumsum(blocks[:, ::-1], axis=1)[:, ::-1].ravel()
+    begins = np.arange(count) - size + 1
+    trailing: NDArray[np.float64] = heads[:count].copy()
+    split = (begins > 0) & (begins % size != 0)
+    trailing[split] += tails[begins[split]]
     return trailing
 
 

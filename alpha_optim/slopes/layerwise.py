@@ -48,6 +48,7 @@ class LayerwiseBackend:
         self._check = Verification(model, sample_dim)
         self._rules_fit = sample_dim == 0 and innermost(model) is model and model._compiled_call_impl is None
         self._by_rules = not sampled and self._rules_fit and self._layers_have_rules(set(names))
+        self._rules_wanted = False
         self._passes: BackwardPasses | None = None
         self._params: Sequence[Tensor] = ()
         self.unaccounted = Unaccounted()
@@ -74,6 +75,7 @@ class LayerwiseBackend:
     def begin(self, passes: BackwardPasses, end_of: Direction | None, start: bool, params: Sequence[Tensor]) -> None:
         """Hook the layers, if they are what is contracted."""
         self._passes, self._params = passes, params
+        self._by_rules, self._rules_wanted = self._by_rules or self._rules_wanted, False
         if self._by_rules:
             self._rules.begin(passes, end_of, start, params)
 
@@ -146,7 +148,7 @@ class LayerwiseBackend:
         wanted = set(map(id, self._params))
         tried = bool(self._rules.unaccounted.reasons)
         if not tried and self._rules_fit and self._layers_have_rules(wanted):
-            self._by_rules = True
+            self._rules_wanted = True  # in this iteration nothing was seen of the layers
         else:
             self.unaccounted.add(
                 ["all parameters"],
@@ -166,7 +168,7 @@ class LayerwiseBackend:
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned about the model."""
         return {
-            "by_rules": self._by_rules,
+            "by_rules": self._by_rules or self._rules_wanted,
             "forward": self._forward.state_dict(),
             "check": self._check.state_dict(),
         }

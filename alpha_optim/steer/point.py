@@ -178,6 +178,14 @@ def put_back(now: Any, kept: Any, param: Any) -> Any:
     return kept
 
 
+def all_finite(params: Sequence[Tensor]) -> bool:
+    """Whether all parameters are; those that are spread over ranks are not looked at, for ranks could disagree."""
+    whole = [param.detach() for param in params if not is_sharded(param)]
+    # Of 8 bits there are kinds for which torch has no such question.
+    wide = [param.float() if param.is_floating_point() and param.element_size() == 1 else param for param in whole]
+    return all(bool(torch.isfinite(param).all()) for param in wide)
+
+
 class Point:
     """Copies of what belongs to a point; empty at first."""
 
@@ -290,12 +298,6 @@ class Point:
         if self._state is not None:
             self._state.restore()
         return True
-
-    @property
-    def finite(self) -> bool:
-        """Whether all parameters are; those that are spread over ranks are not looked at, for ranks could disagree."""
-        whole = [kept for param, kept in zip(self._params, self.params, strict=True) if not is_sharded(param)]
-        return all(bool(torch.isfinite(kept).all()) for kept in whole)
 
     @property
     def of_this_rank(self) -> bool:

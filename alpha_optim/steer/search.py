@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from alpha_optim.observe.step_direction import parameters_of
 from alpha_optim.policies.base import Place
-from alpha_optim.steer.point import Point
+from alpha_optim.steer.point import Point, all_finite
 
 LOG = logging.getLogger(__name__)
 Span = tuple[int, int]
@@ -60,16 +60,17 @@ class Search:
         Returns:
             Whether it is kept; not if there is no memory for it, or if a parameter is not finite there.
         """
+        broken = not all_finite(parameters_of(self._optimizer))
         if place == "start":
             self.forget()
+        if broken:  # the last step has just made it so, and the guard has not seen it yet
+            return False
+        if place == "start":
             LOG.info(
                 "a search keeps up to two copies of parameters, buffers and optimizer state in the memory of the CPU"
             )
         point = self._points.setdefault(place, Point(on_host=True, whole=True))
         point.keep(parameters_of(self._optimizer), self._model, self._optimizer)
-        if not point.finite:  # the last step has just made it so, and the guard has not seen it yet
-            del self._points[place]
-            return False
         if place == "best":
             self._best = (self._begin, iteration - 1)
         else:

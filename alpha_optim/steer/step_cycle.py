@@ -250,8 +250,9 @@ class Session:
             return self._step(closure, kwargs)
         except Exception:
             raise
-        except BaseException:
-            self._start_over()
+        except BaseException as error:
+            if uninterrupted.cut_short or not isinstance(error, KeyboardInterrupt):  # else nothing is half done
+                self._start_over()
             raise
         finally:
             self._accepted = None
@@ -355,7 +356,7 @@ class Session:
         iteration.in_step = True
         if iteration.task.in_pair or guard is not None:
             pairing.see_loss(closure_loss)
-        self._shortage.noticed(iteration.passes.error)
+        self._shortage.noticed(iteration.passes.trouble)
         if iteration.passes.discarded:
             self.supervision.reached_by_others()
         seen: EndSeen | DropReason | None = DropReason.OUT_OF_MEMORY
@@ -380,8 +381,11 @@ class Session:
         if guard is not None:  # else nobody waits for what other ranks say
             used = self._judge_skipped_passes(together)
         if used:
+            judged = False
             with sparing(self._unjudged) if ranks is None else nullcontext():  # ranks have to decide together
                 event, used = self.supervision.judge(self.iteration, self.pairing.iteration.loss, together)
+                judged = True
+            used = used if judged else self._looks_finite(params)
         self._record(outcome, event)
         if not used:
             pairing.pending = None
@@ -475,6 +479,14 @@ class Session:
             self.plan.saw_step(len(iteration.passes.reached), pairing.habits.keep_copies)
             self.plan.warn_unaccounted()
 
+    def _looks_finite(self, params: list[Tensor]) -> bool:
+        """Whether loss and gradients are finite, as far as that can be told number by number."""
+        loss = self.pairing.iteration.loss.mean
+        values = [] if loss is None else [loss]
+        with suppress(Exception):
+            values += [param.grad.norm() for param in params if param.grad is not None and not param.grad.is_sparse]
+        return all(math.isfinite(value) for value in map(float, values))
+
     def _unjudged(self) -> None:
         """There was no memory to judge the point, which is accepted and not gone back to."""
         if self.supervision.guard is not None:
@@ -512,12 +524,16 @@ class Session:
     @uninterrupted()
     def _start_over(self) -> None:
         """Something of ours was interrupted in the middle: nothing of it is kept."""
+        uninterrupted.cut_short = False
+        before = self.pairing
+        if before.pending is not None:
+            self.history.drop(DropReason.EXCEPTION)
         with suppress(Exception):
-            self.pairing.close()
+            before.close()
         self._reset()
+        self.pairing.go_on_from(before)
         if self.supervision.guard is not None:
             self.supervision.guard.forget()
-        self._started_before = False
         self.begin()
 
     @uninterrupted()

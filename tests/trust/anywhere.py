@@ -109,6 +109,7 @@ def interrupted(kind, steered, target):
     setup = Setup(kind, CalibrateThenAnneal(300) if steered else None)
     for _ in range(WARM_UP):
         setup.iteration()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background begin with it ignored
     lines, before, hits = _Lines(target), settings_of_the_process(), 0
     for _ in range(WARM_UP, STEPS):
         tracing = sys.gettrace()

@@ -1,15 +1,21 @@
 """Ctrl-C at any line, no memory at any operation, a fork at any moment."""
 
+import gc
 import os
 import random
+import signal
 import threading
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from alpha_optim import AlphaGuided
+from alpha_optim import AlphaGuided, Hold
+from alpha_optim.observe.backward_passes import BackwardPasses
+from alpha_optim.observe.hooks import harmless
 from alpha_optim.observe.interrupts import uninterrupted
+from alpha_optim.steer.readings import Readings
 from tests.trust import anywhere
 
 pytestmark = pytest.mark.filterwarnings("ignore:memory ran out:UserWarning")
@@ -92,3 +98,104 @@ def test_a_child_forked_while_another_thread_measures_can_measure():
     finally:
         stop.set()
         thread.join()
+
+
+class TimeLimitError(Exception):
+    """What the user's handler of a signal raises."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="this system has no SIGALRM")
+@pytest.mark.parametrize("number", ["SIGINT", "SIGALRM"])
+def test_what_the_users_own_handler_raises_is_not_taken_for_a_failed_measurement(number, monkeypatch):
+    number = getattr(signal, number)
+    before = signal.getsignal(number)
+
+    def handler(*_):
+        raise TimeLimitError
+
+    def slow(*args, **kwargs):
+        signal.raise_signal(number)
+        return None
+
+    setup = anywhere.Setup("AdamW")
+    setup.iteration()
+    signal.signal(number, handler)
+    try:
+        monkeypatch.setattr(type(setup.optimizer._session.pairing.losses), "_seen", slow)
+        setup.optimizer._session.pairing.losses.detach()
+        setup.optimizer._session.pairing.losses.attach()
+        with pytest.raises(TimeLimitError):
+            setup.iteration()
+    finally:
+        signal.signal(number, before)
+    monkeypatch.undo()
+    setup.optimizer._session.pairing.losses.detach()
+    setup.optimizer._session.pairing.losses.attach()
+    for _ in range(4):
+        setup.iteration()
+    assert len(setup.optimizer.alpha_history) > 1
+
+
+def test_a_handler_that_is_set_within_a_block_stays():
+    before = signal.getsignal(signal.SIGINT)
+
+    def mine(*_):
+        """Does nothing."""
+
+    try:
+        with uninterrupted():
+            signal.signal(signal.SIGINT, mine)
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_that_is_forked_within_a_block_hears_of_ctrl_c():
+    with uninterrupted():
+        child = os.fork()
+        if child == 0:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                os._exit(1)
+            except KeyboardInterrupt:
+                os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_what_a_hook_raised_is_not_kept():
+    """Its frames hold tensors of the hook and of the user."""
+    passes = BackwardPasses(lambda: False, lambda: False, lambda: None)
+
+    def look():
+        tensor = torch.zeros(3)
+        kept.append(weakref.ref(tensor))
+        raise RuntimeError("a bug")
+
+    kept = []
+    gc.disable()
+    try:
+        harmless(look, passes.failed)()
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+    assert (passes.trouble.kind, passes.trouble.text) == ("RuntimeError", "a bug")
+
+
+def test_a_batch_that_is_not_finite_is_not_used_where_there_is_no_memory_to_judge_it(monkeypatch):
+    setup = anywhere.Setup("AdamW", Hold())
+    for _ in range(3):
+        setup.iteration()
+    before = [param.detach().clone() for param in setup.model.parameters()]
+
+    def hungry(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+    monkeypatch.setattr(Readings, "read", hungry)
+    setup.optimizer.zero_grad()
+    (setup.loss_fn(setup.model(torch.randn(8, 6)), torch.zeros(8, dtype=torch.long)) * float("nan")).backward()
+    setup.optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, setup.model.parameters(), strict=True))
+    setup.iteration()  # one that is finite is used
+    assert not all(torch.equal(a, b) for a, b in zip(before, setup.model.parameters(), strict=True))
