@@ -153,11 +153,16 @@ class AlphaGuided(Optimizer):
         Raises:
             ValueError: If its parameters do not belong to the model.
         """
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        bare = [entry[1] if isinstance(entry, tuple) else entry for entry in params]
-        check_membership(bare, self._session.plan.model, self._session.plan.loss_fn, "the new group")
-        self.optimizer.add_param_group({**param_group, "params": params})
+        params = param_group.get("params") if isinstance(param_group, dict) else None
+        if params is not None and not isinstance(params, (Tensor, set)):
+            params = list(params)  # it may be a generator
+            param_group = {**param_group, "params": params}
+        entries = [params] if isinstance(params, Tensor) else list(params or ())
+        named = [entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry for entry in entries]
+        # What torch refuses, it refuses below, in its own words.
+        fit = [entry for entry in named if isinstance(entry, Tensor) and entry.is_leaf]
+        check_membership(fit, self._session.plan.model, self._session.plan.loss_fn, "the new group")
+        self.optimizer.add_param_group(param_group)
         self._session.begin()
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
