@@ -47,19 +47,20 @@ def main() -> None:
         with_alpha = run(data, lr, steps, guided=True)
         optimizer = with_alpha.optimizer
         assert isinstance(optimizer, AlphaGuided)
-        shown = shown or (lr, optimizer)
+        shown = shown or (lr, optimizer, with_alpha.phases)
         found = max(m.lr[0] for m in optimizer.alpha_history[steps // 4 :])
         taken_back = sum(event.restored for event in optimizer.guard_events)
         print(f"{lr:12g} {bare.accuracy:8.1%} {with_alpha.accuracy:11.1%} {found:11.2g} {taken_back:11d}")
     assert shown is not None
-    lr, optimizer = shown
+    lr, optimizer, phases = shown
     history = optimizer.alpha_history
     first, half = 30, len(history) // 2
     print(f"\nWhat alpha said in the run from {lr:g}:")
     print(f"  {np.nanmean(history.alphas[:first]):+.2f} over the first {first} steps")
     print(f"  {history.windowed(half).alpha:+.2f} over the second half of the run")
     print(f"  at the end {optimizer.diagnose()}")
-    figure = plot_history(history, optimizer.guard_events, title=f"{data.name}, initial learning rate {lr:g}")
+    title = f"{data.name}, initial learning rate {lr:g}"
+    figure = plot_history(history, optimizer.guard_events, phases=phases, title=title)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=120)
     print(f"\nPicture: {args.out}")

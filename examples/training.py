@@ -19,11 +19,13 @@ class Run(NamedTuple):
         accuracy: Test accuracy, from 0 to 1.
         rates: Learning rate after every step.
         optimizer: The optimizer.
+        phases: Iterations at which the phases of the search for the rate began, with their names.
     """
 
     accuracy: float
     rates: list[float]
     optimizer: torch.optim.Optimizer
+    phases: tuple[tuple[int, str], ...]
 
 
 def train(data: Data, model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, steps: int, guided: bool) -> Run:
@@ -54,4 +56,5 @@ def train(data: Data, model: nn.Module, optimizer: torch.optim.Optimizer, batch:
         rates.append(float(optimizer.param_groups[0]["lr"]))
     with torch.no_grad():
         accuracy = float((model(data.x_test).argmax(1) == data.y_test).float().mean())
-    return Run(accuracy, rates, optimizer)
+    phases = scheduler.policy.phases if isinstance(scheduler, AlphaScheduler) else ()  # type: ignore[attr-defined] # - it searches
+    return Run(accuracy, rates, optimizer, phases)
