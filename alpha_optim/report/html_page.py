@@ -29,7 +29,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var
 h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.2rem; margin-top: 2.2rem; }} h3 {{ font-size: 1rem; }}
 p.note {{ color: var(--soft); font-size: .92rem; }}
 .verdict {{ background: var(--box); border-left: 4px solid #0072b2; padding: .7rem 1rem; border-radius: 4px; }}
-ul.story {{ padding-left: 1.2rem; max-height: 14rem; overflow: auto; }}
+ul.story {{ padding-left: 1.2rem; max-height: 34rem; overflow: auto; }}
 table {{ border-collapse: collapse; }} td, th {{ padding: .2rem .8rem; text-align: right; }}
 td:first-child, th:first-child {{ text-align: left; }} tr + tr td {{ border-top: 1px solid var(--box); }}
 .js-plotly-plot text {{ fill: var(--ink) !important; }}

@@ -218,6 +218,9 @@ class CalibrateThenAnneal:
     def _hold(self, iteration: int, loss: float) -> None:
         if iteration >= self._since:
             self._held.after_step(iteration, loss)
+            said, self._held.said = self._held.said, []
+            for text in said:
+                self._tell(iteration, text)
 
     # ---------------------------------------------------------------- what is decided
 

@@ -7,7 +7,6 @@ back.
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -16,7 +15,6 @@ from alpha_optim.policies.calibrate.high_loss import HighLoss, Remedy
 from alpha_optim.policies.calibrate.loss_watch import LossWatch, Seen
 from alpha_optim.policies.calibrate.usual_batch import UsualBatch
 
-LOG = logging.getLogger(__name__)
 REGROWS = 0.25
 """Change of the log rate per step on the way back to the one held."""
 LOWERED = math.log(0.5)
@@ -46,6 +44,7 @@ class HeldRate:
         self.stands_from = int(STANDS_BY * total_steps)  # iteration from which the loss no longer falls
         self._watch = LossWatch(total_steps)
         self._lowered = False
+        self.said: list[str] = []  # what was done and is not told yet, rates as in `After.text`
         self._high_loss = HighLoss()
         self.batch = UsualBatch()
         self._taken_back = -CALM - 1  # iteration at which a step was taken back last
@@ -112,19 +111,16 @@ class HeldRate:
             and self.position < self.highest
         ):
             self.position = min(self.position + GROWTH, self.highest)
-            LOG.info(
-                "the loss falls fast: learning rate held times %.3g of the one found",
-                math.exp(self.position - self.found),
-            )
+            self.said.append(f"the loss falls fast: the rate held is raised to {{{self.position}}}")
 
     def _do(self, remedy: Remedy) -> None:
         """Lower the rate where the loss stays higher than it was, and give it back where that has no effect."""
         if remedy is Remedy.GIVE_BACK:
             self.position = self._high_loss.given_back(self.position)
-            LOG.info("the loss stays as high at lower learning rates: the one from before is held again")
+            self.said.append(f"the loss stays as high at lower rates: {{{self.position}}} from before is held again")
         elif remedy is Remedy.LOWER:
             self._lower()
-            LOG.info("the loss is higher than it was: learning rate times %.3g", math.exp(LOWERED))
+            self.said.append(f"the loss is higher than it was: the rate held is lowered to {{{self.position}}}")
 
     def _lower(self) -> None:
         """The rate was too high."""
