@@ -121,6 +121,8 @@ class CalibrateThenAnneal:
             if self._held.position != self._held.found:
                 word = "lowered" if self._held.position < self._held.found else "raised"
                 state += f", {word} to {self._shown(self._held.position)}"
+            if self._phases and self._phases[-1][1] == "annealed":
+                state += f", annealed since step {self._phases[-1][0] + self._envelope.skipped}"
             state += f" ({self._story[-1][1]})" if self._story else ""
         return f"CalibrateThenAnneal({self.total_steps} steps: {state})"
 
