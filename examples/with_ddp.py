@@ -43,8 +43,7 @@ def say_rates_and_leave(scheduler: AlphaScheduler) -> None:
     rates: list[float] = [0.0] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(rates, scheduler.get_last_lr()[0])
     print(f"rank {rank}: last rate {rates[rank]:.6g}, the same on all ranks: {len(set(rates)) == 1}")
-    for _ in range(2):  # who has left the first must not take the connections away while another is still in it
-        torch.distributed.barrier()
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -64,10 +64,14 @@ def test_two_processes(name, tmp_path):
 )
 def test_the_examples(name, said):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-m", *TORCHRUN, "-m", f"examples.{name}", "--steps", "40"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False,
-    )  # fmt: skip
+    for _ in range(4):
+        result = subprocess.run(
+            [sys.executable, "-m", *TORCHRUN, "-m", f"examples.{name}", "--steps", "40"],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False,
+        )  # fmt: skip
+        # On a busy machine gloo's threads abort one exit in ten, after everything is done, those of bare torch as well.
+        if "terminate called without an active exception" not in result.stderr:
+            break
     assert result.returncode == 0, result.stderr[-3000:]
     assert said in result.stdout
     assert result.stdout.count("the same on all ranks: True") == 2
