@@ -161,3 +161,13 @@ print("torch" in sys.modules, status)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False 0", done
+
+
+def test_oracles_do_not_import_the_package():
+    for path in (pathlib.Path(__file__).parent / "reference").glob("*.py"):
+        assert not [name for name in imported(path) if name.split(".")[0] == "alpha_optim"], path
+
+
+def test_the_changelog_knows_the_version():
+    changelog = (pathlib.Path(__file__).parent.parent / "CHANGELOG.md").read_text()
+    assert f"## {alpha_optim.__version__}" in changelog

@@ -81,7 +81,7 @@ def bert_and_sentences():
 )
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # the Trainer's, on a machine without a GPU
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_the_code_on_a_page_runs_without_a_warning(page, title, tmp_path, monkeypatch):
+def test_the_code_on_a_page_runs_without_a_warning(page, title, tmp_path, monkeypatch, capsys):
     code = dict(parts(page))[title]
     for package in ("transformers", "schedulefree"):
         if package in code:
@@ -100,6 +100,7 @@ def test_the_code_on_a_page_runs_without_a_warning(page, title, tmp_path, monkey
         if optimizer is not None and len(optimizer.alpha_history):
             assert optimizer.alpha_history[-1].information in ("full", "slopes+variances")
         if "finding" in names:
+            assert capsys.readouterr().out.startswith("learning rate ")  # found by the first of them, which is printed
             assert len(names["finding"].history) > 20  # the last of them: a small BERT that hardly learns in a test
 
 

@@ -68,7 +68,7 @@ def test_the_tutorial_runs_as_it_stands(capsys, tmp_path, monkeypatch):
     ends = [float(value) for value in re.findall(r"from .*: accuracy (\S+) %", printed)]
     assert len(ends) == 3
     assert min(ends) > 88.0
-    assert max(ends) - min(ends) < 5.0  # 1 to 3, with the kernels of the CPU
+    assert max(ends) - min(ends) < 5.0  # each is uncertain by 1.3 points, on 397 test samples
     assert re.search(r"AlphaScheduler\(.* CalibrateThenAnneal\(600 steps: holds \S+ since step", printed)
     assert re.search(r"iteration \d+: the rate climbed to \S+, the loss was lowest at \S+", printed)
     assert len(re.findall(r"iteration \d+: trial of \d+ steps at", printed)) >= 2
