@@ -321,15 +321,12 @@ def _left_as_found(model: nn.Module, optimizer: Optimizer, loader: Any, device: 
             leaf.grad = gradient
         for module, held, (parameters, buffers) in zip(modules, attributes, containers, strict=True):
             put_back(module.__dict__, held)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            put_back(module._parameters, parameters)
+            put_back(module._buffers, buffers)
         snapshot.restore()
         optimizer.state = state
         for group, kept in zip(optimizer.param_groups, groups, strict=False):
-            group.clear()
-            group.update(kept)
+            put_back(group, kept)
         of_loader.restore()
         if loader_state is not None:
             with untouched(device), other_random_numbers_untouched():

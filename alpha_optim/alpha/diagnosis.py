@@ -89,11 +89,10 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
     verdict, cause = ("diverging", diverges) if diverges else _verdict(history, recent, window)
     if before:
         first, last = (f"{item.lr[0]:.2g}" for item in (recent[0], recent[-1]))
+        rates = f"a learning rate of {first}" if first == last else f"learning rates from {first} to {last}"
         cause = (
-            f"{f'At a learning rate of {first}' if first == last else f'At learning rates from {first} to {last}'}, "
-            f"up to iteration "
-            f"{recent[-1].iteration}: {cause[0].lower()}{cause[1:]} Since then the rate was lowered further, which "
-            "makes steps fall short."
+            f"At {rates}, up to iteration {recent[-1].iteration}: {cause[0].lower()}{cause[1:]} Since then the rate "
+            "was lowered further, which makes steps fall short."
         )
     suggested = rate_from_climbs(history)
     if suggested is not None and not _agrees(verdict, suggested, recent):

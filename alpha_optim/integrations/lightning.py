@@ -52,8 +52,8 @@ class AlphaLRFinder(Callback):
         Raises:
             ValueError: If there are several optimizers, or the module has no such attribute.
         """
-        if len(trainer.optimizers) != 1:
-            count = len(trainer.optimizers)
+        count = len(trainer.optimizers)
+        if count != 1:
             raise ValueError(f"a range test needs one optimizer, configure_optimizers returned {count}")
         holders = [holder for holder in (pl_module, pl_module.hparams) if self._has(holder)]
         if self.attribute is not None and not holders:

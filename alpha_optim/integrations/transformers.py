@@ -43,14 +43,7 @@ class AlphaCallback(TrainerCallback):
         """
         self._step_forward(sys._getframe(1))
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Step in front of the reporters, if it was added later.
-
-        Args:
-            *args: Not used.
-            **kwargs: Not used.
-        """
-        self._step_forward(sys._getframe(1))
+    on_train_begin = on_init_end  # for one that was added later
 
     def _step_forward(self, frame: FrameType | None) -> None:
         """Be called first: what is added to the logs has to be there when reporters read them.

@@ -384,11 +384,16 @@ def _same(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bo
             if one is not other:
                 return False
             continue
-        size = torch.maximum(one.abs().max(), other.abs().max())
-        half = one.dtype in (torch.float16, torch.bfloat16)
-        if read([(one - other).abs().max() > (3e-2 if half else 1e-3) * size])[0]:  # nan says nothing
+        if _differ(one, other):
             return False
     return True
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether two gradients differ by more than rounding; nan says nothing."""
+    size = torch.maximum(one.abs().max(), other.abs().max())
+    tolerance = 3e-2 if one.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    return bool(read([(one - other).abs().max() > tolerance * size])[0])
 
 
 def _only_at(gradients: Sequence[Tensor | None], chosen: Tensor, sample_dim: int) -> bool:
@@ -422,9 +427,7 @@ def matches_loss(entry: BackwardPass, calls: list[ModelCall]) -> bool:
             assert loss.gamma is not None
             if key in loss.seen_at_output:
                 expected = expected + loss.seen_at_output[key] * loss.gamma
-        size = torch.maximum(gradient.abs().max(), expected.abs().max())
-        tolerance = 3e-2 if gradient.dtype in (torch.float16, torch.bfloat16) else 1e-3
-        if read([(gradient - expected).abs().max() > tolerance * size])[0]:
+        if _differ(gradient, expected):
             return False
     return True
 

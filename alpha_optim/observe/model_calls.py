@@ -285,15 +285,16 @@ class _CompiledCall:
     """Stands in for the compiled call of a model that was compiled in place, and sees it from outside."""
 
     def __init__(self, hooks: ModelHooks, model: nn.Module, call: Callable[..., Any]) -> None:
-        self._hooks, self._model, self._call = hooks, model, call
+        self._model, self._call = model, call
+        self._starts = harmless(hooks._starts, hooks._failed)
+        self._called = harmless(hooks._called, hooks._failed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        aside = torch.compiler.is_compiling() or inside_functorch()
-        if not aside:
-            harmless(self._hooks._starts, self._hooks._failed)(self._model, args, kwargs)
+        if torch.compiler.is_compiling() or inside_functorch():
+            return self._call(*args, **kwargs)
+        self._starts(self._model, args, kwargs)
         output = self._call(*args, **kwargs)
-        seen = harmless(self._hooks._called, self._hooks._failed)
-        replaced = None if aside else seen(self._model, args, kwargs, output)
+        replaced = self._called(self._model, args, kwargs, output)
         return output if replaced is None else replaced
 
 

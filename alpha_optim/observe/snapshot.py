@@ -120,7 +120,7 @@ class Snapshot:
         found: list[Any] = []
         if isinstance(held, dict):
             values = dict(held)
-            self._undo.append(lambda: _update(held, values))
+            self._undo.append(lambda: put_back(held, values))
             found += values.values()
         return found + self.keep_slots(entry)
 
@@ -174,7 +174,7 @@ def _is_small_state(value: Any, most: float) -> bool:
 
 
 def put_back(namespace: dict[str, Any], values: dict[str, Any]) -> None:
-    """Give a dictionary its entries again, in their order; it is never empty in between."""
+    """Give the attributes of an object, or a dictionary like them, back in their order; never empty in between."""
     namespace.update(values)
     for name in [name for name in namespace if name not in values]:
         del namespace[name]

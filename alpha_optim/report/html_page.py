@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from alpha_optim.alpha.records import GuardReason
-from alpha_optim.report.plots import COLOURS, EARLY_TO_LATE, LOWEST, NARROW, SHADES, VISIBLE, window_of
+from alpha_optim.report.plots import (
+    COLOURS,
+    EARLY_TO_LATE,
+    SHADES,
+    VISIBLE,
+    by_reason,
+    lowest_shown,
+    spans_of,
+    window_of,
+)
 from alpha_optim.report.recording import Recording
 from alpha_optim.report.sampling import extremes, trailing_mean
 from alpha_optim.report.story import told
@@ -159,11 +166,10 @@ def _over_the_run(recording: Recording) -> Any:
 
 def _decades(rates: Any) -> list[float] | None:
     """What of a logarithmic axis of learning rates is shown first: not the far too low ones a search begins with."""
-    there = rates[rates > 0]
-    if not len(there):
+    lowest = lowest_shown(rates)
+    if lowest is None:
         return None
-    lowest = max(float(there.min()), LOWEST * float(there.max()))
-    return [float(np.log10(lowest)) - 0.3, float(np.log10(there.max())) + 0.3]
+    return [float(np.log10(lowest)) - 0.3, float(np.log10(np.nanmax(rates))) + 0.3]
 
 
 def _add_alpha(figure: Any, recording: Recording) -> None:
@@ -201,32 +207,25 @@ def _add_alpha(figure: Any, recording: Recording) -> None:
 def _add_events(figure: Any, recording: Recording) -> None:
     """What the guard did, at the learning rate's curve, a mark for each reason."""
     x, rates = recording.iterations, recording.rates
-    events = recording.events[-2000:]
-    reasons = list(dict.fromkeys(event.reason for event in events))
-    for reason, symbol in zip(reasons, _SYMBOLS, strict=False):
-        chosen = [event for event in events if event.reason == reason]
-        places = np.searchsorted(x, [event.iteration for event in chosen]).clip(0, len(x) - 1)
+    for (label, group), symbol in zip(by_reason(recording.events[-2000:]).items(), _SYMBOLS, strict=False):
+        where = [event.iteration for event in group]
+        places = np.searchsorted(x, where).clip(0, len(x) - 1)
         figure.add_scatter(
-            x=[event.iteration for event in chosen], y=rates[places], mode="markers",
-            name=f"guard, {len(chosen)}: {GuardReason(reason).explanation}",
-            marker={"color": COLOURS[1], "symbol": symbol, "size": 9}, text=[str(event) for event in chosen],
+            x=where, y=rates[places], mode="markers", name=label,
+            marker={"color": COLOURS[1], "symbol": symbol, "size": 9}, text=[str(event) for event in group],
             hovertemplate="%{text}<extra></extra>", row=3, col=1,
         )  # fmt: skip
 
 
 def _add_phases(figure: Any, recording: Recording) -> None:
     """Phases of a search, shaded, with their names."""
-    last = int(recording.iterations[-1])
-    for (begin, name), (end, _) in pairwise([*recording.phases, (last, "")]):
-        if end <= begin:
-            continue
-        figure.add_vrect(
-            x0=begin, x1=end, fillcolor=_SINGLE, opacity=SHADES.get(name, 0.0), line_width=0, row="all", col=1
-        )
-        figure.add_vline(x=begin, line={"color": _SINGLE, "width": 1, "dash": "dot"}, row="all", col=1)
+    for span in spans_of(recording.phases, int(recording.iterations[-1])):
+        shade = SHADES.get(span.name, 0.0)
+        figure.add_vrect(x0=span.begin, x1=span.end, fillcolor=_SINGLE, opacity=shade, line_width=0, row="all", col=1)
+        figure.add_vline(x=span.begin, line={"color": _SINGLE, "width": 1, "dash": "dot"}, row="all", col=1)
         figure.add_annotation(
-            x=begin, y=1.0, xref="x", yref="y domain", text=name, showarrow=False, xanchor="left", yanchor="bottom",
-            textangle=0 if end - begin > NARROW * last else -90, font={"size": 11},
+            x=span.begin, y=1.0, xref="x", yref="y domain", text=span.name, showarrow=False, xanchor="left",
+            yanchor="bottom", textangle=-90 if span.narrow else 0, font={"size": 11},
         )  # fmt: skip
 
 

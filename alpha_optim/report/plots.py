@@ -7,9 +7,9 @@ their colours from the style in use, so ``plt.style.context("dark_background")``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,43 @@ VISIBLE = (-1.2, 1.7)
 def window_of(count: int) -> int:
     """Steps over which alpha is averaged in a picture of so many measurements."""
     return min(500, max(10, count // 50))
+
+
+def lowest_shown(rates: NDArray[np.float64]) -> float | None:
+    """Learning rate down to which rates are drawn; None if none is above 0."""
+    there = rates[rates > 0]
+    return max(float(there.min()), LOWEST * float(there.max())) if len(there) else None
+
+
+class Span(NamedTuple):
+    """A phase of a search in a picture.
+
+    Attributes:
+        begin: Its first iteration.
+        end: The first one after it.
+        name: Its name.
+        narrow: Whether the name has to stand upright.
+    """
+
+    begin: int
+    end: int
+    name: str
+    narrow: bool
+
+
+def spans_of(phases: Sequence[tuple[int, str]], last: int) -> Iterator[Span]:
+    """Phases that are to be seen, up to the ``last`` iteration."""
+    for (begin, name), (end, _) in pairwise([*phases, (last, "")]):
+        if end > begin:
+            yield Span(begin, end, name, end - begin <= NARROW * last)
+
+
+def by_reason(events: Sequence[GuardEvent]) -> dict[str, list[GuardEvent]]:
+    """What the guard did, by the words of the legend for each reason."""
+    groups: dict[str, list[GuardEvent]] = {}
+    for event in events:
+        groups.setdefault(event.reason, []).append(event)
+    return {f"guard, {len(group)}: {GuardReason(reason).explanation}": group for reason, group in groups.items()}
 
 
 def plot_history(
@@ -84,8 +121,9 @@ def plot_history(
     at = extremes(np.log(np.where(rates > 0, rates, np.nan)))
     rate.semilogy(iterations[at], rates[at], color=COLOURS[2], lw=1.5, label="learning rate, first param group")
     _draw_events(rate, events, iterations, rates)
-    if (rates > 0).any():
-        rate.set_ylim(bottom=max(rates[rates > 0].min(), LOWEST * rates.max()) / 2)
+    lowest = lowest_shown(rates)
+    if lowest is not None:
+        rate.set_ylim(bottom=lowest / 2)
     rate.set_ylabel("learning rate")
     rate.set_xlabel("iteration")
     _draw_phases(axes, phases, int(iterations[-1]))
@@ -298,27 +336,21 @@ def _windows(items: Sequence[AlphaMeasurement], size: int) -> tuple[NDArray[np.f
 
 def _draw_events(axis: Any, events: Sequence[GuardEvent], iterations: NDArray[Any], rates: NDArray[Any]) -> None:
     """What the guard did, a mark for each reason, with how often it was."""
-    reasons = list(dict.fromkeys(event.reason for event in events))
-    for place, reason in enumerate(reasons):
-        where = [event.iteration for event in events if event.reason == reason]
+    for (label, group), marker in zip(by_reason(events).items(), MARKS, strict=False):
+        where = [event.iteration for event in group]
         at = np.searchsorted(iterations, where).clip(0, len(iterations) - 1)
-        label = f"guard, {len(where)}: {GuardReason(reason).explanation}"
-        marker = MARKS[place % len(MARKS)]
         axis.semilogy(where, rates[at], marker, color=COLOURS[1], ms=6, label=label)
 
 
 def _draw_phases(axes: Sequence[Any], phases: Sequence[tuple[int, str]], last: int) -> None:
     """Phases of a search, shaded, with their names on top of the first of the axes."""
-    for (begin, name), (end, _) in pairwise([*phases, (last, "")]):
-        if end <= begin:
-            continue
+    for span in spans_of(phases, last):
         for axis in axes:
-            axis.axvspan(begin, end, color=SINGLE, alpha=SHADES.get(name, 0.0), lw=0)
-            axis.axvline(begin, color=SINGLE, lw=0.6, ls=":")
-        upright = end - begin < NARROW * last
+            axis.axvspan(span.begin, span.end, color=SINGLE, alpha=SHADES.get(span.name, 0.0), lw=0)
+            axis.axvline(span.begin, color=SINGLE, lw=0.6, ls=":")
         axes[0].annotate(
-            name, (begin, 1.0), (1, 2), xycoords=axes[0].get_xaxis_transform(), textcoords="offset points",
-            fontsize=8, rotation=90 if upright else 0, va="bottom",
+            span.name, (span.begin, 1.0), (1, 2), xycoords=axes[0].get_xaxis_transform(), textcoords="offset points",
+            fontsize=8, rotation=90 if span.narrow else 0, va="bottom",
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from alpha_optim.report.plots import LOWEST, VISIBLE, window_of
+from alpha_optim.report.plots import VISIBLE, lowest_shown, window_of
 from alpha_optim.report.recording import BadFileError, Recording
 from alpha_optim.report.sampling import extremes
 
@@ -42,9 +42,7 @@ def screen(recording: Recording, width: int, height: int) -> Any:
     size = window_of(len(recording))
     middle, errors = recording.windowed(size)
     x, rates = recording.iterations, recording.rates
-    decades = np.log10(np.where(rates > 0, rates, np.nan))
-    if np.isfinite(decades).any():  # as in the other pictures
-        decades = np.maximum(decades, np.nanmax(decades) + np.log10(LOWEST))
+    decades = np.log10(np.maximum(np.where(rates > 0, rates, np.nan), lowest_shown(rates) or np.nan))
     plots = [
         _plot(x, recording.losses, "mini-batch loss", width, rows),
         _plot(x, np.clip(middle, *VISIBLE), f"step length α over {size} steps (0: into the minimum)", width, rows, 0.0),

@@ -28,9 +28,8 @@ from alpha_optim.observe.snapshot import Snapshot, other_random_numbers_untouche
 
 PROCESS_WIDE = threading.RLock()
 """Kernel flags, global hooks and the dual level are process-wide."""
-if hasattr(
-    os, "register_at_fork"
-):  # else a child inherits what another thread has set, and a lock that nobody releases
+if hasattr(os, "register_at_fork"):
+    # Else a child inherits what another thread has set, and a lock that nobody releases.
     os.register_at_fork(
         before=PROCESS_WIDE.acquire, after_in_parent=PROCESS_WIDE.release, after_in_child=PROCESS_WIDE.release
     )

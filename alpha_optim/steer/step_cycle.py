@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -299,10 +299,10 @@ class Session:
         self._tell_accepted()
         with self.supervision.around_step():
             result = self.optimizer.step(**_with(closure, kwargs))
-        with uninterrupted():
-            self._after_unwatched()
+        self._after_unwatched()
         return result
 
+    @uninterrupted()
     def _after_unwatched(self) -> None:
         self.iteration += 1
         self._started_before = False
@@ -373,19 +373,17 @@ class Session:
             together, outcome = self._exchange(ranks, seen)
         else:
             pairing.talk_to(None)  # that others train models of their own may have been found just now
-            outcome = seen if not isinstance(seen, EndSeen) else DropReason.OUT_OF_MEMORY
             if isinstance(seen, EndSeen):
+                outcome = DropReason.OUT_OF_MEMORY
                 with sparing(self._shortage.occurred):
                     outcome = pairing.paired(seen)
+            else:
+                outcome = seen
         event, used = None, True
         if guard is not None:  # else nobody waits for what other ranks say
             used = self._judge_skipped_passes(together)
         if used:
-            judged = False
-            with sparing(self._unjudged) if ranks is None else nullcontext():  # ranks have to decide together
-                event, used = self.supervision.judge(self.iteration, self.pairing.iteration.loss, together)
-                judged = True
-            used = used if judged else self._looks_finite(params)
+            event, used = self._judge(together, params)
         self._record(outcome, event)
         if not used:
             pairing.pending = None
@@ -404,6 +402,15 @@ class Session:
                     kept = None if guard is None else guard.kept_parameters(params)
                     kept = kept if entry is None else entry.params
                     pairing.before_step(self.optimizer, kept, rates_of(self.optimizer))
+
+    def _judge(self, together: Together | None, params: list[Tensor]) -> tuple[GuardEvent | None, bool]:
+        """Let the guard judge the point reached; returns what it did, and whether the step is made."""
+        loss = self.pairing.iteration.loss
+        if together is not None:  # ranks have to decide together
+            return self.supervision.judge(self.iteration, loss, together)
+        with sparing(self._unjudged):
+            return self.supervision.judge(self.iteration, loss, None)
+        return None, self._looks_finite(params)
 
     def _exchange(
         self, ranks: Ranks, seen: EndSeen | DropReason | None

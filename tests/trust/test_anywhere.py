@@ -21,22 +21,24 @@ from tests.trust import anywhere
 pytestmark = pytest.mark.filterwarnings("ignore:memory ran out:UserWarning")
 
 
+def at_some_places(check, kind, steered, at_least):
+    """Make a check at a few of its places, of which there are more than so many."""
+    dice, places = random.Random(f"{kind} {steered}"), check(kind, steered, -1)
+    assert places > at_least
+    for _ in range(8):
+        check(kind, steered, dice.randrange(1, places))
+
+
 @pytest.mark.parametrize("steered", [False, True])
 @pytest.mark.parametrize("kind", anywhere.KINDS)
 def test_a_run_goes_on_after_ctrl_c_at_any_line(kind, steered):
-    dice, lines = random.Random(f"{kind} {steered}"), anywhere.interrupted(kind, steered, -1)
-    assert lines > 5000
-    for _ in range(8):
-        anywhere.interrupted(kind, steered, dice.randrange(1, lines))
+    at_some_places(anywhere.interrupted, kind, steered, 5000)
 
 
 @pytest.mark.parametrize("steered", [False, True])
 @pytest.mark.parametrize("kind", anywhere.KINDS)
 def test_memory_that_runs_out_at_any_operation_costs_measurements_only(kind, steered):
-    dice, operations = random.Random(f"{kind} {steered}"), anywhere.starved(kind, steered, -1)
-    assert operations > 300
-    for _ in range(8):
-        anywhere.starved(kind, steered, dice.randrange(1, operations))
+    at_some_places(anywhere.starved, kind, steered, 300)
 
 
 def test_ctrl_c_waits_once():

@@ -114,8 +114,7 @@ class CalibrateThenAnneal:
     def __repr__(self) -> str:
         """Say where it is; rates are those of the first param group before any schedule."""
         if self._phase is not None:
-            name = type(self._phase).__name__.lower()
-            state = f"searching the learning rate ({name}), at {self._shown(self._phase.position)}"
+            state = f"searching the learning rate ({_name_of(self._phase)}), at {self._shown(self._phase.position)}"
         else:
             state = f"holds {self._shown(self._held.found)} since step {self._envelope.found_at}"
             if self._held.position != self._held.found:
@@ -207,7 +206,8 @@ class CalibrateThenAnneal:
             self._tell(iteration, f"{after.text}: {KEPT}", logging.WARNING)
         else:
             position = after.found + (BELOW_FOUND if self.anneal else 0.0)
-            self._tell(iteration, f"{after.text}; {{{position}}} is held" + ", two thirds of it" * self.anneal)
+            share = ", two thirds of it" if self.anneal else ""
+            self._tell(iteration, f"{after.text}; {{{position}}} is held{share}")
             self._envelope.ramp_from(self._envelope.found_at)
         self._held.begin(position, level if after.corrected else None, after.highest)
         self._held.starts_after(iteration)
