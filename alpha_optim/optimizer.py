@@ -36,6 +36,21 @@ class AlphaGuided(Optimizer):
     above 0 beyond it. What it is computed from depends on what is given: the optimizer alone gives the
     ratio of two slopes, the model adds their noise, the loss function makes the fit complete.
 
+    Args:
+        optimizer: Any `torch.optim.Optimizer`, or a list of several of one model (Muon for matrices and
+            AdamW for the rest): a step is all their steps.
+        model: The model it trains; gives slopes of single samples.
+        loss_fn: The loss function as a module; its own calls give the losses of single samples.
+            Functional losses go through `backward` or `record_losses`.
+        every: Measure the steps n with ``n % every == 0``, or those for which ``every(n)`` is true;
+            None: the scheduler's policy decides.
+        backend: How slopes of single samples are computed: ``"auto"`` or a name from
+            `alpha_optim.slopes.choose.BACKENDS`.
+        variance: ``"sampled"``: variances of the slopes from a bounded number of samples;
+            ``"exact"``: from all of them. Means always use all samples.
+        sample_dim: Dimension along which samples lie in the first tensor the model is called with: 0, or 1
+            for models that are fed time first.
+
     Attributes:
         optimizer: The wrapped optimizer; ``param_groups``, ``state`` and ``defaults`` are its own.
 
@@ -66,21 +81,6 @@ class AlphaGuided(Optimizer):
         sample_dim: int = 0,
     ) -> None:
         """Wrap ``optimizer``.
-
-        Args:
-            optimizer: Any `torch.optim.Optimizer`, or a list of several of one model (Muon for matrices and
-                AdamW for the rest): a step is all their steps.
-            model: The model it trains; gives slopes of single samples.
-            loss_fn: The loss function as a module; its own calls give the losses of single samples.
-                Functional losses go through `backward` or `record_losses`.
-            every: Measure the steps n with ``n % every == 0``, or those for which ``every(n)`` is true;
-                None: the scheduler's policy decides.
-            backend: How slopes of single samples are computed: ``"auto"`` or a name from
-                `alpha_optim.slopes.choose.BACKENDS`.
-            variance: ``"sampled"``: variances of the slopes from a bounded number of samples;
-                ``"exact"``: from all of them. Means always use all samples.
-            sample_dim: Dimension along which samples lie in the first tensor the model is called with: 0, or 1
-                for models that are fed time first.
 
         Raises:
             TypeError: If an argument has the wrong type.

@@ -50,6 +50,19 @@ RECOVERY = 1.3
 class AlphaScheduler(LRScheduler):
     """Sets learning rates from measured alphas; stepped once per optimizer step.
 
+    Args:
+        optimizer: The wrapped optimizer.
+        policy: Callable, measurement -> factor of the scale. Default: `CalibrateThenAnneal` if
+            ``total_steps`` is given (without annealing if ``schedule`` is), else `TargetAlpha`.
+        total_steps: Number of optimizer steps of the whole run.
+        schedule: A torch scheduler; AlphaScheduler steps it, do not step it yourself. Until the rate is
+            found the highest rate of its param groups stands in for it.
+        min_lr: No rate falls below it; groups keep their ratios.
+        max_lr: No rate rises above it; wins over ``min_lr``.
+        guard: Skip batches that are not finite, and take back steps after which the loss is not finite
+            or rose far beyond what losses of this run differ by; ``"cpu"``: and keep the copies that this
+            needs in the memory of the CPU.
+
     Examples:
         >>> import torch
         >>> from alpha_optim import AlphaGuided
@@ -72,19 +85,6 @@ class AlphaScheduler(LRScheduler):
         guard: bool | str = True,
     ) -> None:
         """Take over the learning rates of ``optimizer``.
-
-        Args:
-            optimizer: The wrapped optimizer.
-            policy: Callable, measurement -> factor of the scale. Default: `CalibrateThenAnneal` if
-                ``total_steps`` is given (without annealing if ``schedule`` is), else `TargetAlpha`.
-            total_steps: Number of optimizer steps of the whole run.
-            schedule: A torch scheduler; AlphaScheduler steps it, do not step it yourself. Until the rate is
-                found the highest rate of its param groups stands in for it.
-            min_lr: No rate falls below it; groups keep their ratios.
-            max_lr: No rate rises above it; wins over ``min_lr``.
-            guard: Skip batches that are not finite, and take back steps after which the loss is not finite
-                or rose far beyond what losses of this run differ by; ``"cpu"``: and keep the copies that this
-                needs in the memory of the CPU.
 
         Raises:
             TypeError: If an argument has the wrong type.
@@ -136,7 +136,7 @@ class AlphaScheduler(LRScheduler):
         """Say what the rates are and what the policy is doing."""
         rates = ", ".join(f"{rate:.3g}" for rate in self._rates.written)
         owner = "" if self._cut is None else ", written by the training loop"
-        return f"AlphaScheduler(learning rate {rates}{owner}, {self.policy!r})"
+        return f"AlphaScheduler(learning rate {rates}{owner}, {base.shown(self.policy)})"
 
     def _initial_step(self) -> None:
         """Write the first effective rates; torch's constructor calls this."""

@@ -72,6 +72,25 @@ def test_a_loss_that_has_not_fallen_is_not_called_balanced():
     assert diagnose(history(0.3, count=200, losses=lambda n: 2.3 - 0.005 * n)).verdict == "balanced"
 
 
+def test_a_loss_that_rises_at_last_is_not_called_falling_though_it_lies_below_where_the_window_began():
+    """A rate that was raised too far: the second half of the window is lower than the first, and goes up."""
+    rng = np.random.default_rng(0)
+    noise = 0.02 * rng.normal(size=200)
+    bent = [3.0 - 0.02 * min(n, 170) + 0.03 * max(0, n - 170) for n in range(200)]
+    assert np.mean(bent[150:]) < np.mean(bent[100:150])
+    said = diagnose(history(0.3, count=200, losses=lambda n: bent[n] + noise[n]))
+    assert (said.verdict, "rises again" in str(said), "falls" in str(said)) == ("unknown", True, False)
+
+
+def test_few_steps_say_nothing_about_a_loss_that_scatters():
+    rng = np.random.default_rng(0)
+    scatter = rng.normal(size=40)
+    said = diagnose(history(0.3, count=40, losses=lambda n: 2.3 + 0.1 * scatter[n]))
+    assert (said.verdict, "too few steps" in str(said), "and the loss falls" in str(said)) == ("balanced", True, False)
+    falls = diagnose(history(0.3, count=40, losses=lambda n: 2.3 - 0.05 * n + 0.1 * scatter[n]))
+    assert "and the loss falls." in str(falls)
+
+
 def test_nothing_measured_is_said_so():
     said = str(diagnose(AlphaHistory()))
     assert said.startswith("unknown: Nothing has been measured yet")

@@ -13,6 +13,7 @@ from alpha_optim import (
     AlphaScheduler,
     Bounded,
     CalibrateThenAnneal,
+    GuardEvent,
     Hold,
     OvershootBackoff,
     TargetAlpha,
@@ -167,3 +168,30 @@ def test_what_was_found_survives_a_resume():
     assert other.calibrated
     assert (other._held.found, other._held.position) == (math.log(0.5), math.log(0.25))
     assert repr(other) == repr(policy)
+
+
+def test_a_policy_without_words_of_its_own_is_shown_by_its_name():
+    def shy(measurement):
+        return 1.0
+
+    class Quiet:
+        def __call__(self, measurement):
+            return 1.0
+
+    def wrapped():
+        return AlphaGuided(torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1))
+
+    for policy, name in ((shy, "shy"), (lambda m: 1.0, "<lambda>"), (Quiet(), "Quiet"), (Hold(), "Hold()")):
+        assert repr(AlphaScheduler(wrapped(), policy)) == f"AlphaScheduler(learning rate 0.1, {name})"
+        assert repr(AlphaScheduler(wrapped(), Bounded(policy))).endswith(f"Bounded({name}, 0.1, 10.0))")
+        assert repr(AlphaScheduler(wrapped(), WithWarmup(policy, 5))).endswith(f"WithWarmup({name}, 5))")
+
+
+def test_a_second_broken_batch_is_told_as_the_next_one_of_two():
+    first = GuardEvent(4, "loss_not_finite", 1.0, math.nan, restored=False)
+    second = GuardEvent(5, "loss_not_finite", 1.0, math.nan, restored=True, scale_factor=0.5)
+    exploded = GuardEvent(9, "loss_rose", 1.0, 1e9, restored=True, scale_factor=0.5, skipped=False)
+    assert "batch skipped" in str(first)
+    assert "again, so the step before was taken back, learning rate times 0.5" in str(second)
+    assert "again" not in str(exploded)
+    assert "the step was taken back" in str(exploded)

@@ -554,6 +554,25 @@ def test_a_file_that_is_none_raises_an_error_of_its_own(tmp_path):
         Recording.read(tmp_path / "none.jsonl")
 
 
+@pytest.mark.parametrize("value", [-1, 1 << 60, 3.5, True, None])
+def test_an_iteration_that_is_none_is_refused_by_the_report_as_by_the_history(tmp_path, value):
+    path = tmp_path / "run.jsonl"
+    run_file(path, count=30)
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    row = json.loads(lines[11])
+    row["iteration"] = value
+    lines[11] = json.dumps(row) + "\n"
+    path.write_text("".join(lines))
+    for read in (Recording.read, AlphaHistory.load):
+        with pytest.raises(ValueError, match="iteration must be a whole number of at least 0"):
+            read(path)
+    for other in ({"event": {"iteration": value, "reason": "loss_rose"}}, {"note": {"iteration": value, "text": "x"}}):
+        path.write_text(whole + json.dumps(other) + "\n")
+        with pytest.raises(BadFileError, match="iteration must be a whole number of at least 0"):
+            Recording.read(path)
+
+
 def test_after_a_bad_line_that_was_caught_reading_goes_on_behind_it(tmp_path):
     """Nothing is left out, and the next bad line is named rightly."""
     path = tmp_path / "run.jsonl"

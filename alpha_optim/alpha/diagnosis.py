@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import pairwise
 
 import numpy as np
@@ -24,6 +25,9 @@ WINDOW = 100
 FEWEST = 20
 CERTAIN = 2.0
 """How many standard errors make a difference."""
+RISES = 3.0
+"""Standard errors by which the last quarter of a window lies above the one before, if the loss rises: once in a
+thousand by chance, since every run is asked, most of them many times."""
 SHORT = -0.1
 FAR = 0.8
 LARGE = 32
@@ -129,12 +133,21 @@ def _verdict(
         )  # fmt: skip
     if _is_where_it_began(history, recent):
         return "unknown", "The loss is no lower than at the beginning: the learning rate may be far too high."
-    if _stands(recent):
+    balanced = "Steps end near or a little beyond the minimum along their direction"
+    trend = _trend(recent)
+    if trend is _Trend.RISES_AGAIN:
+        return "unknown", (
+            "The loss fell and rises again since: the learning rate may have become too high, which alpha does not "
+            "show. Lower it to find out."
+        )
+    if trend is _Trend.STANDS:
         return "unknown", (
             "The loss no longer falls: training is done at this learning rate, or the rate is too high, which alpha "
             "does not show. Lower it to find out."
         )
-    return "balanced", "Steps end near or a little beyond the minimum along their direction, and the loss falls."
+    if trend is _Trend.NOT_KNOWN:
+        return "balanced", f"{balanced}; these are too few steps to tell whether the loss falls."
+    return "balanced", f"{balanced}, and the loss falls."
 
 
 def _may_fall_short_on_purpose(recent: Sequence[AlphaMeasurement], window: WindowAlpha) -> bool:
@@ -172,13 +185,27 @@ def _halves(losses: np.ndarray) -> tuple[float, float]:
     return float(late.mean() - early.mean()), noise
 
 
-def _stands(recent: Sequence[AlphaMeasurement]) -> bool:
-    """Whether the loss does not surely fall over a full window; False where no losses are known."""
+class _Trend(Enum):
+    """Where the losses of a window go."""
+
+    FALLS = "falls"
+    STANDS = "stands"
+    RISES_AGAIN = "rises again"
+    NOT_KNOWN = "not known"
+
+
+def _trend(recent: Sequence[AlphaMeasurement]) -> _Trend:
+    """Say where the loss goes; that it stands, or not yet, only a full window tells."""
     losses = np.array([item.loss_start for item in recent])
-    if len(losses) < WINDOW or not np.isfinite(losses).all():
-        return False
+    if len(losses) < FEWEST or not np.isfinite(losses).all():
+        return _Trend.NOT_KNOWN
+    rise, noise = _halves(losses[len(losses) // 2 :])
+    if rise > RISES * noise:
+        return _Trend.RISES_AGAIN
     rise, noise = _halves(losses)
-    return rise > -CERTAIN * noise
+    if rise <= -CERTAIN * noise:
+        return _Trend.FALLS
+    return _Trend.STANDS if len(losses) >= WINDOW else _Trend.NOT_KNOWN
 
 
 def _is_where_it_began(history: AlphaHistory, recent: Sequence[AlphaMeasurement]) -> bool:

@@ -49,6 +49,9 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
 
     Numbers may wait on the device until somebody reads; every reading method fetches them first.
 
+    Args:
+        maxlen: How many measurements are kept; older ones make room and are counted.
+
     Examples:
         >>> history = AlphaHistory(maxlen=1000)
         >>> len(history), history.windowed(10).count
@@ -57,9 +60,6 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
 
     def __init__(self, maxlen: int = 100_000) -> None:
         """Start an empty history.
-
-        Args:
-            maxlen: How many measurements are kept; older ones make room and are counted.
 
         Raises:
             ValueError: If ``maxlen`` is not a positive integer.

@@ -14,6 +14,8 @@ VERSION = 1
 NAMES = tuple(field.name for field in fields(AlphaMeasurement))
 BAD = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
 """What reading a line raises that is none of ours, however it was made."""
+LARGEST = 1 << 53
+"""Whole numbers up to here are floats as well, and are read alike by every reader of JSON."""
 EVENT, NOTE = "event", "note"
 """Keys of the other lines that a file may hold: something the guard did, and something the scheduler said."""
 
@@ -87,7 +89,7 @@ def whole(value: Any, name: str) -> int:
     Raises:
         ValueError: If it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 53:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST:
         raise ValueError(f"{name} must be a whole number of at least 0, got {value!r:.100}")
     return value
 

@@ -96,6 +96,9 @@ _REASONS = {
 }
 
 
+_BROKEN = (GuardReason.LOSS_NOT_FINITE, GuardReason.GRADIENT_NOT_FINITE)
+
+
 @dataclass(frozen=True)
 class Observation:
     """What one mini-batch says about one end of a step.
@@ -170,7 +173,8 @@ class GuardEvent:
         """Return one line: when, why, what was done."""
         losses = f"loss {self.loss_before:.4g} -> {self.loss_after:.4g}"
         if self.restored:
-            done = "went back"
+            # A first batch that is not finite is skipped, an event before this one; the next one is told of as such.
+            done = "again, so the step before was taken back" if self.reason in _BROKEN else "the step was taken back"
         elif self.skipped:
             done = "batch skipped"
         else:

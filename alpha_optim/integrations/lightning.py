@@ -26,19 +26,18 @@ class AlphaLRFinder(Callback):
 
     For a bare optimizer: what an `AlphaScheduler` steers needs no range test.
 
+    Args:
+        steps: Steps of the test, at least 40.
+        attribute: Attribute of the module, or of its ``hparams``, from which ``configure_optimizers`` takes the
+            learning rate: set to the one found, if there is one, and the optimizers are built anew. None: the rate
+            is only said.
+
     Attributes:
         finding: What was found, a `alpha_optim.Finding`; None before.
     """
 
     def __init__(self, steps: int = 100, attribute: str | None = None) -> None:
-        """Start with nothing found.
-
-        Args:
-            steps: Steps of the test, at least 40.
-            attribute: Attribute of the module, or of its ``hparams``, from which ``configure_optimizers`` takes the
-                learning rate: set to the one found, if there is one, and the optimizers are built anew. None: the rate
-                is only said.
-        """
+        """Start with nothing found."""
         self.steps, self.attribute = steps, attribute
         self.finding: Finding | None = None
 
@@ -110,13 +109,13 @@ class AlphaMonitor(Callback):
 
     Once the scheduler's guard has acted also ``batches_skipped`` and ``steps_taken_back``, counted so far, and once the
     learning rate is found ``found_lr``. Alpha is that of all steps since it was last logged.
+
+    Args:
+        every: Log at every so many optimizer steps, at least 1.
     """
 
     def __init__(self, every: int = 50) -> None:
         """Start with nothing logged.
-
-        Args:
-            every: Log at every so many optimizer steps, at least 1.
 
         Raises:
             ValueError: If ``every`` is less than 1.

@@ -23,14 +23,13 @@ class AlphaCallback(TrainerCallback):
     Once the scheduler's guard has acted also ``batches_skipped`` and ``steps_taken_back``, counted so far, and once the
     learning rate is found ``found_lr``. They appear on the console, in ``trainer.state.log_history`` and with every
     reporter (``report_to``).
+
+    Args:
+        optimizer: The optimizer that was given to the Trainer, which hands callbacks a wrapper of it.
     """
 
     def __init__(self, optimizer: AlphaGuided) -> None:
-        """Read from ``optimizer``.
-
-        Args:
-            optimizer: The optimizer that was given to the Trainer, which hands callbacks a wrapper of it.
-        """
+        """Read from ``optimizer``."""
         self._optimizer = optimizer
         self._logged = 0
 

@@ -105,6 +105,12 @@ def name_of(policy: Any) -> str:
     return str(getattr(policy, "__name__", type(policy).__name__))
 
 
+def shown(policy: Any) -> str:
+    """A policy as text: what it says of itself, or its name where that would be an address in memory."""
+    text = repr(policy)
+    return name_of(policy) if " at 0x" in text else text
+
+
 def _asked(policy: Any, name: str, otherwise: Any, *args: Any) -> Any:
     """What an optional method of a policy answers; ``otherwise`` if it has none."""
     method = getattr(policy, name, None)

@@ -13,16 +13,16 @@ class OvershootBackoff:
 
     For users who have a rate and a schedule and want a safety net. After each change the window starts
     anew, so one bad stretch is answered once.
+
+    Args:
+        limit: Alpha above which steps count as overshooting, a pure number > 0.
+        factor: What the rate is multiplied by, in (0, 1).
+        window: Number of measurements in the average, at least 2.
+        certainty: How many standard errors alpha must lie above the limit, >= 0.
     """
 
     def __init__(self, limit: float = 0.7, factor: float = 0.7, *, window: int = 20, certainty: float = 2.0) -> None:
         """Set the limit.
-
-        Args:
-            limit: Alpha above which steps count as overshooting, a pure number > 0.
-            factor: What the rate is multiplied by, in (0, 1).
-            window: Number of measurements in the average, at least 2.
-            certainty: How many standard errors alpha must lie above the limit, >= 0.
 
         Raises:
             ValueError: If an argument is out of range.

@@ -15,15 +15,15 @@ class TargetAlpha:
     A target of 0 is greedy: it makes the next step as good as possible and shrinks the rate over a run
     (short-horizon bias, Wu et al. 2018, arXiv 1803.02021). Under momentum and Adam alpha saturates near
     0.2, so targets above that may never be reached; the change per measurement is bounded.
+
+    Args:
+        target: Alpha to steer to, a pure number; from -0.5 to 1.
+        gain: Change of the log rate per unit of alpha and measurement, > 0. Upwards half of it.
+        window: Number of measurements in the average.
     """
 
     def __init__(self, target: float = 0.1, gain: float = 0.1, *, window: int = 10) -> None:
         """Set the target.
-
-        Args:
-            target: Alpha to steer to, a pure number; from -0.5 to 1.
-            gain: Change of the log rate per unit of alpha and measurement, > 0. Upwards half of it.
-            window: Number of measurements in the average.
 
         Raises:
             ValueError: If an argument is out of range.

@@ -73,15 +73,16 @@ class _Around:
 
 
 class Bounded(_Around):
-    """Keeps the accumulated factor of another policy between two bounds."""
+    """Keeps the accumulated factor of another policy between two bounds.
+
+    Args:
+        policy: The policy.
+        lowest: Smallest product of all factors, > 0 and at most 1.
+        highest: Largest product, at least 1.
+    """
 
     def __init__(self, policy: base.Policy, lowest: float = 0.1, highest: float = 10.0) -> None:
         """Wrap a policy.
-
-        Args:
-            policy: The policy.
-            lowest: Smallest product of all factors, > 0 and at most 1.
-            highest: Largest product, at least 1.
 
         Raises:
             TypeError: If ``policy`` is not callable.
@@ -98,7 +99,7 @@ class Bounded(_Around):
 
     def __repr__(self) -> str:
         """Return the call that builds it."""
-        return f"Bounded({self.policy!r}, {self.lowest}, {self.highest})"
+        return f"Bounded({base.shown(self.policy)}, {self.lowest}, {self.highest})"
 
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the inner factor, cut so that the product stays within the bounds."""
@@ -138,14 +139,15 @@ class Bounded(_Around):
 
 
 class WithWarmup(_Around):
-    """Lets the rate of another policy grow linearly from 0 over the first steps."""
+    """Lets the rate of another policy grow linearly from 0 over the first steps.
+
+    Args:
+        policy: The policy.
+        steps: Length of the warm-up in optimizer steps, at least 1.
+    """
 
     def __init__(self, policy: base.Policy, steps: int) -> None:
         """Wrap a policy.
-
-        Args:
-            policy: The policy.
-            steps: Length of the warm-up in optimizer steps, at least 1.
 
         Raises:
             TypeError: If ``policy`` is not callable.
@@ -158,7 +160,7 @@ class WithWarmup(_Around):
 
     def __repr__(self) -> str:
         """Return the call that builds it."""
-        return f"WithWarmup({self.policy!r}, {self.steps})"
+        return f"WithWarmup({base.shown(self.policy)}, {self.steps})"
 
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Return the inner factor once the warm-up is over, 1 before."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from alpha_optim.alpha.diagnosis import Diagnosis, diagnose
 from alpha_optim.alpha.history import AlphaHistory
-from alpha_optim.alpha.history_file import BAD, EVENT, NAMES, NOTE, check_header, from_row
+from alpha_optim.alpha.history_file import BAD, EVENT, LARGEST, NAMES, NOTE, check_header, from_row, whole
 from alpha_optim.alpha.records import AlphaStatus, GuardEvent
 from alpha_optim.report.sampling import windowed_alpha
 
@@ -178,13 +178,13 @@ class Recording:
         elif self._lines == 1 or "format" in row:
             check_header(row)
             for reason, count in row.get("dropped", {}).items():
-                self.dropped[str(reason)] = self.dropped.get(str(reason), 0) + int(count)
+                self.dropped[str(reason)] = self.dropped.get(str(reason), 0) + whole(count, "dropped")
         elif EVENT in row:
             self.events.append(_event(row[EVENT]))
         elif NOTE in row:
             note = row[NOTE]
             told = self.phases if "phase" in note else self.notes
-            told.append((int(note["iteration"]), str(note.get("phase", note["text"]))))
+            told.append((whole(note["iteration"], "a note's iteration"), str(note.get("phase", note["text"]))))
         else:
             raise ValueError(f"fields missing or unknown: {', '.join(sorted(_NAMES ^ row.keys()))}")
 
@@ -200,9 +200,9 @@ class Recording:
             ValueError: If an iteration is none; others if another value is none.
         """
         iterations = [row.iteration for row in rows]
-        if set(map(type, iterations)) != {int}:
-            wrong = next(value for value in iterations if type(value) is not int)
-            raise ValueError(f"iteration must be a whole number, got {wrong!r}")
+        if set(map(type, iterations)) != {int} or not 0 <= min(iterations) <= max(iterations) < LARGEST:
+            for value in iterations:
+                whole(value, "iteration")
         status = array("b", [_STATUSES[row.status] for row in rows])
         rate = _numbers([row.lr[0] if row.lr else math.nan for row in rows])
         alpha, std, loss, length, start, end = (_numbers(list(map(attrgetter(name), rows))) for name in _DRAWN)
@@ -349,8 +349,7 @@ def _event(row: dict[str, Any]) -> GuardEvent:
     """
     numbers, answers = ("loss_before", "loss_after", "scale_factor"), ("restored", "skipped")
     event = {name: _number(value) if name in numbers else value for name, value in row.items()}
-    if type(event["iteration"]) is not int:
-        raise ValueError(f"an event's iteration must be a whole number, got {event['iteration']!r}")
+    whole(event["iteration"], "an event's iteration")
     for name, kind in (*((name, float) for name in numbers), *((name, bool) for name in answers)):
         if name in event and type(event[name]) is not kind:
             raise ValueError(f"an event's {name} must be a {kind.__name__}, got {event[name]!r}")

@@ -37,20 +37,21 @@ _RATE = re.compile(r"\{([^}]*)\}")
 
 
 class CalibrateThenAnneal:
-    """Finds a rate by short trials that leave nothing behind, holds it and anneals it linearly to 0."""
+    """Finds a rate by short trials that leave nothing behind, holds it and anneals it linearly to 0.
+
+    Args:
+        total_steps: Number of optimizer steps of the whole run, those of the search among them.
+        anneal: Whether to anneal linearly to 0 once the loss no longer falls, from the middle of the run on at the
+            latest (not if a schedule does).
+        around: Whether to look only within a factor of ten of the rate given.
+        trial_steps: Steps of a trial, at least 10; default: 4 % of runs of up to 2,500 steps, but at least 24 or
+            6 %, whichever are fewer; less of longer ones.
+    """
 
     def __init__(
         self, total_steps: int, *, anneal: bool = True, around: bool = False, trial_steps: int | None = None
     ) -> None:
         """Set the horizon.
-
-        Args:
-            total_steps: Number of optimizer steps of the whole run, those of the search among them.
-            anneal: Whether to anneal linearly to 0 once the loss no longer falls, from the middle of the run on at the
-                latest (not if a schedule does).
-            around: Whether to look only within a factor of ten of the rate given.
-            trial_steps: Steps of a trial, at least 10; default: 4 % of runs of up to 2,500 steps, but at least 24 or
-                6 %, whichever are fewer; less of longer ones.
 
         Raises:
             ValueError: If an argument is out of range.
