@@ -210,7 +210,8 @@ class CalibrateThenAnneal:
             share = ", two thirds of it" if self.anneal else ""
             self._tell(iteration, f"{after.text}; {{{position}}} is held{share}")
             self._envelope.ramp_from(self._envelope.found_at)
-        self._held.begin(position, level if after.corrected else None, after.highest)
+        ended = after.ended if after.corrected else None
+        self._held.begin(position, level if after.corrected else None, after.highest, ended)
         self._held.starts_after(iteration)
 
     def _level(self) -> Level:

@@ -1,8 +1,8 @@
 """The rate after the calibration: held, and corrected by what steps and their losses say.
 
-Up while windows of the loss (`loss_watch`) fall fast, which they can only do at a rate that is not too high;
-down by half where they stay above what the calibration had reached, and for a while after a step was taken
-back.
+Up while windows of the loss (`loss_watch`) fall fast, which they can only do at a rate that is not too high, and where
+they rest on a `plateau` from the beginning; down by half where they stay above what the calibration had reached, and
+for a while after a step was taken back.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 from alpha_optim.alpha.loss_level import Level
 from alpha_optim.policies.calibrate.high_loss import HighLoss, Remedy
 from alpha_optim.policies.calibrate.loss_watch import LossWatch, Seen
+from alpha_optim.policies.calibrate.phase import Ended
+from alpha_optim.policies.calibrate.plateau import Plateau
 from alpha_optim.policies.calibrate.usual_batch import UsualBatch
 
 REGROWS = 0.25
@@ -46,22 +48,25 @@ class HeldRate:
         self._lowered = False
         self.said: list[str] = []  # what was done and is not told yet, rates as in `After.text`
         self._high_loss = HighLoss()
+        self._plateau = Plateau()
         self.batch = UsualBatch()
         self._taken_back = -CALM - 1  # iteration at which a step was taken back last
         self._newest = -1  # iteration of the newest step seen
 
-    def begin(self, found: float, level: Level | None, highest: float) -> None:
+    def begin(self, found: float, level: Level | None, highest: float, ended: Ended | None = None) -> None:
         """Hold what was found.
 
         Args:
             found: The log rate.
             level: The losses must not rise above it; None: they are not looked at.
             highest: How high the log rate may be raised.
+            ended: How the best trial of the search ended; None if there was none.
         """
         self.found = self.position = self.now = min(found, self.limit)
         self.highest = max(self.found, min(highest, self.limit))
         self.batch.rate_found()
         self._watch.level = level
+        self._plateau.begin(ended)
 
     def plan_anew(self, before: int) -> None:
         """The run has another length than the ``before`` it was planned for."""
@@ -100,16 +105,17 @@ class HeldRate:
         """Change the rate by what a window of losses said; it acts from this iteration on."""
         if not math.isnan(seen.mean):
             self._do(self._high_loss.judge(seen, self.position))
-        grows_until = min(self.stands_from, GROWS * self.total_steps)
-        if seen.stands:
+        grows = iteration < min(self.stands_from, GROWS * self.total_steps)
+        grows = grows and not self._lowered and not self._high_loss.gave_up
+        higher = self._plateau.higher(seen, self.position) if grows else None
+        if higher is not None:
+            self.position = min(higher, self.limit)
+            self.said.append(
+                f"the loss rests where the best trial ended: the rate held is raised to {{{self.position}}}"
+            )
+        elif seen.stands:
             self.stands_from = min(self.stands_from, iteration)
-        elif (
-            seen.falls
-            and not self._lowered
-            and not self._high_loss.gave_up
-            and iteration < grows_until
-            and self.position < self.highest
-        ):
+        elif grows and seen.falls and self.position < self.highest:
             self.position = min(self.position + GROWTH, self.highest)
             self.said.append(f"the loss falls fast: the rate held is raised to {{{self.position}}}")
 
@@ -123,8 +129,9 @@ class HeldRate:
             self.said.append(f"the loss is higher than it was: the rate held is lowered to {{{self.position}}}")
 
     def _lower(self) -> None:
-        """The rate was too high."""
-        self.position += LOWERED
+        """The rate was too high: lower it, or take back what it was raised by on a plateau."""
+        before, self._plateau.before = self._plateau.before, None
+        self.position = self.position + LOWERED if before is None else before
         self._lowered = True
 
     def level_accepted(self) -> None:
@@ -137,6 +144,8 @@ class HeldRate:
         """A step was taken back and the log rate changed by ``cut``: it was too high, once per bad stretch."""
         self.now += cut
         if iteration - self._taken_back > CALM:
+            if self._plateau.before is not None:  # the loss of these steps says nothing about the rate from before
+                self._watch.settle()
             self._lower()
         self._taken_back = iteration
 
@@ -151,6 +160,7 @@ class HeldRate:
             "watch": self._watch.state_dict(),
             "lowered": self._lowered,
             **self._high_loss.state_dict(),
+            **self._plateau.state_dict(),
             **self.batch.state_dict(),
             "taken_back": self._taken_back,
             "newest": self._newest,
@@ -165,4 +175,5 @@ class HeldRate:
         self._lowered, self._taken_back = bool(state["lowered"]), int(state["taken_back"])
         self._newest = int(state["newest"])
         self._high_loss.load_state_dict(state)
+        self._plateau.load_state_dict(state)
         self.batch.load_state_dict(state)

@@ -81,6 +81,10 @@ class LossWatch:
         self.level = None if self.level is None else UNKNOWN
         self._losses, self._begin, self._windows = [], None, 0
 
+    def settle(self) -> None:
+        """Leave out the window under way and judge none before the next but one: the rate is another."""
+        self._losses, self._begin, self._windows = [], None, 0
+
     def _too_high(self, level: Level, best: Level) -> bool:
         """Whether a window surely lies above the best level."""
         self._windows += 1

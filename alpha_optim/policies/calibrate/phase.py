@@ -39,6 +39,23 @@ class Phase(Protocol):
         """Two batches in a row were not finite, or the loss exploded."""
 
 
+class Ended(NamedTuple):
+    """How the best trial of a search ended.
+
+    Attributes:
+        start: Mean of the losses at the point that it started from.
+        mean: Mean of its last losses, the score.
+        error: Standard error of that.
+        worse_from: The lowest log rate above that of trials as good as the best at which one was worse; infinite if
+            there was none.
+    """
+
+    start: float
+    mean: float
+    error: float
+    worse_from: float
+
+
 class After(NamedTuple):
     """What follows from something heard.
 
@@ -48,6 +65,7 @@ class After(NamedTuple):
         restore: The point to go on from.
         found: Once the search is over: the log rate; None: the rate given is kept, and the text says why.
         highest: Once the search is over: how high the log rate may be raised.
+        ended: Once the search is over: how its best trial ended; None if there was none.
         corrected: Once the search is over: whether losses correct the rate held.
         text: Something worth telling, in absolute rates where ``{...}`` stands around a log rate; empty if nothing.
     """
@@ -57,5 +75,6 @@ class After(NamedTuple):
     restore: Place | None = None
     found: float | None = None
     highest: float = 0.0
+    ended: Ended | None = None
     corrected: bool = True
     text: str = ""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from alpha_optim.alpha.loss_level import Level, level_of, surely_above
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.policies.base import Place
-from alpha_optim.policies.calibrate.phase import After
+from alpha_optim.policies.calibrate.phase import After, Ended
 from alpha_optim.policies.calibrate.settings import Settings
 
 STEP = math.log(10.0) / 2
@@ -157,7 +157,7 @@ class Trials:
             return After(None, restore="start", text=f"{text}; {why}")
         found, highest = phase.found()
         text += f"; the best rate is {{{found}}}"
-        return After(None, None, None if keep == "best" else "best", found, highest, text=text)
+        return After(None, None, None if keep == "best" else "best", found, highest, phase._ended(), text=text)
 
     def _fell(self) -> bool:
         """Whether climb or trials surely lowered the loss; True where it is not known where that began."""
@@ -183,6 +183,14 @@ class Trials:
         if math.isinf(lowest):
             return []
         return [where for where, score, own in self.scores if score <= lowest + EQUAL * math.hypot(error, own)]
+
+    def _ended(self) -> Ended | None:
+        """How the best trial ended; None where it is not known where it began."""
+        if self.level.count < 2:
+            return None
+        good = self._good()
+        worse = [where for where, _, _ in self.scores if where > max(good)]
+        return Ended(self.level.mean, *self._lowest[1:], min(worse, default=math.inf))
 
     def _next(self) -> float | None:
         """Log rate of the next trial; None if there is none."""

@@ -1,0 +1,75 @@
+"""A loss that rests as soon as the search is over: is the rate too low to leave a plateau?
+
+Short trials that all end on a plateau say nothing about the rate that leaves it, and of equal rates the lower one is
+held. (A language model soon knows how often letters are, and may need hundreds of steps to learn anything of their
+order.) Such a run can be told: at the rate held the loss does not fall, and it does not lie above where the best trial
+ended, whose rate had fallen to 0; so it is not the noise of the steps that keeps it up. Then higher rates are tried,
+in place, as long as the loss does not surely rise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from alpha_optim.policies.calibrate.loss_watch import Seen
+from alpha_optim.policies.calibrate.phase import Ended
+from alpha_optim.policies.calibrate.trials import EQUAL, STEP
+
+RESOLVED = 0.05
+"""A loss is only said to rest where a fall by this share of all progress so far would be seen, since slow progress of
+small batches cannot be told from none, and where it is larger than that, since one near 0 has nowhere to fall."""
+
+
+class Plateau:
+    """Whether the loss rests where the best trial ended, and the rates that are tried against that.
+
+    Attributes:
+        before: The log rate held before it was raised last; None if it was not, or is no longer of interest.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is known of a trial."""
+        self.before: float | None = None
+        self._ended: Ended | None = None
+        self._last: float | None = None  # mean of the window before
+
+    def begin(self, ended: Ended | None) -> None:
+        """A search is over.
+
+        Args:
+            ended: How its best trial ended; None if there was none.
+        """
+        self.before, self._ended, self._last = None, ended, None
+
+    def higher(self, seen: Seen, position: float) -> float | None:
+        """The log rate to try; None: go on with the one held.
+
+        Args:
+            seen: What a window of losses said.
+            position: The log rate held.
+        """
+        last, self._last = self._last, None if math.isnan(seen.mean) else seen.mean
+        ended = self._ended
+        if ended is None or last is None or self._last is None:
+            return None
+        noise = math.hypot(ended.error, seen.error)
+        visible = RESOLVED * (ended.start - seen.mean)
+        resolved = EQUAL * noise <= visible < abs(seen.mean)
+        rests = abs(seen.mean - ended.mean) <= EQUAL * noise and last - seen.mean <= EQUAL * math.sqrt(2.0) * seen.error
+        if not (resolved and rests and position + STEP < ended.worse_from - STEP / 2.0):
+            return None
+        self.before = position
+        return position + STEP
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        ended = None if self._ended is None else list(self._ended)
+        return {"plateau": {"ended": ended, "before": self.before, "last": self._last}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; versions before had none."""
+        saved = state.get("plateau") or {"ended": None, "before": None, "last": None}
+        self._ended = None if saved["ended"] is None else Ended(*map(float, saved["ended"]))
+        self.before, self._last = saved["before"], saved["last"]
