@@ -128,6 +128,8 @@ OPTIMIZERS = {
     "NAdam": ({"decoupled_weight_decay": (False, True)}, False),
     "Rprop": ({}, False),
     "ASGD": ({"weight_decay": (0.0, 0.1)}, False),
+    "LBFGS": ({"max_iter": (1, 3), "line_search_fn": (None, "strong_wolfe")}, False),
+    **({"Muon": ({"nesterov": (True, False)}, False)} if hasattr(torch.optim, "Muon") else {}),
     "pytorch_optimizer.Lion": ({"weight_decay": (0.0, 0.1)}, False),
     "pytorch_optimizer.AdaBelief": ({"rectify": (False, True)}, False),
     "pytorch_optimizer.ADOPT": ({}, False),
@@ -144,6 +146,10 @@ MISTAKES = (
     "micro-batches",
 )  # fmt: skip
 LOSSES = ("module", "sum", "functional", "handed over", "recorded", "closure", "returned")
+UNSCALED = ("handed over", "closure")
+"""Ways of writing the loss that a gradient scaler does not see."""
+NOT_WITH_SCALER = ("step twice", "backward twice", "closure", "raises in closure", "no backward")
+"""Mistakes at which a gradient scaler raises by itself, or has no part."""
 HALF = ("SGD", "Adam", "AdamW")
 """Optimizers that are tried with parameters of 16 bits."""
 
@@ -171,6 +177,7 @@ class Case:
         seed: Of weights and data.
         groups: Whether there are two param groups, at rates of their own.
         half: bfloat16 parameters.
+        scaled: Whether a `torch.amp.GradScaler` scales the loss and makes the steps.
     """
 
     family: str
@@ -191,6 +198,7 @@ class Case:
     seed: int
     groups: bool = False
     half: bool = False
+    scaled: bool = False
 
     @property
     def oracle(self):
@@ -198,6 +206,7 @@ class Case:
         plain = (
             set(self.mistakes) <= {"none", "evaluation", "state read"} and self.loss in self.seen and not self.schedule
         )
+        plain = plain and self.optimizer != "LBFGS"  # which evaluates the loss several times a step
         return plain and self.double and self.every == 1 and not self._random and not self._sparse
 
     @property
@@ -234,7 +243,9 @@ class Case:
         params = [p for p in model.parameters() if frozen or p.requires_grad]
         module, _, name = self.optimizer.rpartition(".")
         kind = getattr(importlib.import_module(module or "torch.optim"), name)
-        if self.groups and len(params) > 1 and name != "Prodigy":  # which wants one rate
+        if name == "Muon":  # which takes matrices only
+            params = [p for p in params if p.dim() == 2]
+        if self.groups and len(params) > 1 and name not in ("Prodigy", "LBFGS"):  # which want one
             one = next(p for p in params if p.requires_grad)
             params = [{"params": [one]}, {"params": [p for p in params if p is not one], "lr": self.lr / 2}]
         optimizer = kind(params, lr=self.lr, **dict(self.settings))
@@ -278,20 +289,25 @@ def cases(draw):
     if sound and draw(flag):
         sizes = (draw(st.sampled_from((2, 3, 5, 20, 33))),) * len(sizes)
     wrong = st.just("none") if sound else st.one_of(st.just("none"), st.sampled_from(MISTAKES))
-    loss = draw(st.sampled_from(LOSSES))
+    loss = "closure" if name == "LBFGS" else draw(st.sampled_from(LOSSES))
     double = draw(flag) or sound
     autocast = "" if double else draw(st.sampled_from(("", *AUTOCAST)))
     autocast = "" if autocast == "fp16" and options[:1] == ("lstm",) else autocast  # torch has none on the CPU
+    scaled = not double and loss not in UNSCALED and draw(flag)
+    mistakes = draw(st.lists(wrong, min_size=len(sizes), max_size=len(sizes)))
+    if scaled:
+        mistakes = ["none" if mistake in NOT_WITH_SCALER else mistake for mistake in mistakes]
     return Case(
         family, options, name, settings, 10.0 ** draw(st.floats(-6, 1)), sizes,
-        tuple(draw(st.lists(wrong, min_size=len(sizes), max_size=len(sizes)))), loss,
+        tuple(mistakes), loss,
         1 if sound else draw(st.sampled_from((1, 1, 2, 3))),
         draw(st.sampled_from(("auto", "auto", "auto", "backpack", "layerwise", "gradients", "cached"))),
         draw(st.sampled_from(("sampled", "exact"))), double, autocast, draw(flag) and not sound,
         2 if sound else draw(st.sampled_from((0, 1, 2, 2))),
         draw(st.integers(0, 10**6)),
         draw(flag),
-        not double and not autocast and family in ("mlp", "conv") and name in HALF and draw(flag),
+        not double and not autocast and not scaled and family in ("mlp", "conv") and name in HALF and draw(flag),
+        scaled,
     )  # fmt: skip
 
 
@@ -326,8 +342,12 @@ def run(case, model, optimizer, loss_fn, schedule, first=0, last=None):
             optimizer.record_losses(losses.detach())
         return losses
 
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=2, enabled=case.scaled)
+
     def backward(loss, **options):
-        if loss.dim() == 0:
+        if case.scaled:
+            scaler.scale(loss.mean()).backward(**options)
+        elif loss.dim() == 0:
             loss.backward(**options)
         elif wrapped and case.loss == "handed over" and not options:
             optimizer.backward(loss)
@@ -338,13 +358,17 @@ def run(case, model, optimizer, loss_fn, schedule, first=0, last=None):
         if wrong != "no zero_grad":
             optimizer.zero_grad()
         with contextlib.suppress(Wrong, KeyboardInterrupt):
-            one_iteration(wrong, case, model, optimizer, x, y, loss_of, backward)
+            one_iteration(wrong, case, model, optimizer, x, y, loss_of, backward, scaler)
         if schedule is not None:
             schedule.step()
     return torch.tensor([*torch.rand(2).tolist(), random.random(), np.random.rand()])  # noqa: NPY002
 
 
-def one_iteration(wrong, case, model, optimizer, x, y, loss_of, backward):
+def one_iteration(wrong, case, model, optimizer, x, y, loss_of, backward, scaler):
+    def make_step():
+        scaler.step(optimizer)  # without scaling it is the optimizer's own
+        scaler.update()
+
     if wrong == "evaluation":
         model.eval()
         with torch.no_grad():
@@ -362,7 +386,7 @@ def one_iteration(wrong, case, model, optimizer, x, y, loss_of, backward):
     if wrong == "micro-batches" and len(x) > 3:
         for part in (slice(None, 2), slice(2, None)):
             backward(loss_of(x[part], y[part]) / 2)
-        optimizer.step()
+        make_step()
         return
     loss = loss_of(x, y)
     if wrong == "not finite":  # drawn by no strategy: only where a guard has to answer
@@ -376,13 +400,14 @@ def one_iteration(wrong, case, model, optimizer, x, y, loss_of, backward):
     if wrong == "backward twice":
         backward(loss)
     if wrong == "clipped":
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_value_([p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse], 0.01)
     if wrong == "exchanged gradient":
         for p in model.parameters():
             p.grad = None if p.grad is None else p.grad.clone()
     if wrong == "state read":
         optimizer.state_dict()
-    optimizer.step()
+    make_step()
     if wrong == "step twice":
         optimizer.step()
 

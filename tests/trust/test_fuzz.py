@@ -181,7 +181,7 @@ def check_resumed(case, place):
         begin = max(0, saved - case.seed % 4)
         for at in range(begin, min(len(mistakes), begin + 1 + case.seed % 5 // 2)):
             mistakes[at] = "not finite"
-    case = dataclasses.replace(case, sizes=LONGER * case.sizes, mistakes=tuple(mistakes))
+    case = dataclasses.replace(case, sizes=LONGER * case.sizes, mistakes=tuple(mistakes), scaled=False)
     if case.mistakes[saved : saved + 1] == ("no zero_grad",):
         return  # gradients are in no checkpoint
 
