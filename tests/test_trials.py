@@ -187,7 +187,7 @@ def test_the_guard_ends_a_trial_and_scale_and_count_of_returns_stay(bad):
     run = guided(Listens({1: ("start", None)}))
     train(*run, batches(20))
     model, loss_fn, optimizer, scheduler = run
-    helpless = optimizer._session.supervision.guard._helpless
+    helpless = optimizer._session.supervision.guard._risen._helpless
     for x, y in list(batches(2, seed=3)):
         optimizer.zero_grad()
         if bad == "nan":
@@ -199,7 +199,7 @@ def test_the_guard_ends_a_trial_and_scale_and_count_of_returns_stay(bad):
     assert [restored for restored, _ in exploded] == [False, True]
     assert {factor for _, factor in exploded} == {1.0}
     assert scheduler.scale == 0.5
-    assert optimizer._session.supervision.guard._helpless == helpless
+    assert optimizer._session.supervision.guard._risen._helpless == helpless
 
 
 def test_a_point_that_is_gone_ends_the_search_and_changes_nothing():

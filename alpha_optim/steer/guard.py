@@ -28,8 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from alpha_optim.alpha.loss_level import LossScatter
-from alpha_optim.alpha.records import Code, GuardEvent, GuardReason
+from alpha_optim.alpha.records import GuardEvent, GuardReason
 from alpha_optim.measure.across_ranks import Report, Together
 from alpha_optim.measure.step_ends import BatchLoss
 from alpha_optim.observe.numbers import read
@@ -37,11 +36,9 @@ from alpha_optim.observe.step_direction import versions_of
 from alpha_optim.steer.broken_batches import BrokenBatches
 from alpha_optim.steer.point import Point, inner_optimizers, keeps_own_weights
 from alpha_optim.steer.readings import UNSEEN, Reading, Readings
+from alpha_optim.steer.risen_loss import PATIENCE, RisenLoss
 from alpha_optim.user_warning import Once
 
-PATIENCE = 3
-"""After so many returns in a row that did not help rises of the loss are no longer judged; a buffer that is not
-finite so many batches in a row is meant to be."""
 KEPT = 1000
 """So many losses wait to be told to a policy, if its scheduler is stepped now and then only."""
 
@@ -51,14 +48,6 @@ class Judgement(NamedTuple):
 
     event: GuardEvent | None
     step: bool
-
-
-class _Stage(Code):
-    """Where the question stands whether a step was an explosion."""
-
-    CALM = "calm"
-    DOUBTED = "doubted"  # one batch at this point looked like one
-    TAKEN_BACK = "taken_back"  # the next batch tells whether that helped
 
 
 class Guard:
@@ -78,11 +67,8 @@ class Guard:
         self.on_host = on_host
         self._last = Point(on_host)
         self._before = UNSEEN  # the last step
-        self._scatter = LossScatter()
-        self._stage = _Stage.CALM
-        self._doubted_rise = 0.0  # of the loss, that made the stage DOUBTED
+        self._risen = RisenLoss()
         self._broken = BrokenBatches()
-        self._helpless = 0  # returns in a row that did not help
         self._once = Once()
         self._versions: list[int] = []  # of the parameters after the last step
         self._readings = Readings(model)
@@ -114,7 +100,8 @@ class Guard:
 
     def _forget_points(self) -> None:
         self._last.forget()
-        self._stage, self.stepped = _Stage.CALM, False
+        self._risen.forget()
+        self.stepped = False
 
     def step_made(self, params: Sequence[Tensor]) -> None:
         """A step was made from the point kept last."""
@@ -129,16 +116,16 @@ class Guard:
 
     def moved(self, params: Sequence[Tensor]) -> None:
         """A search has put another point back: it is the one to go on from."""
-        self._stage, self.stepped, self._before = _Stage.CALM, False, UNSEEN
+        self.stepped, self._before = False, UNSEEN
         self._broken.forget()
-        self._scatter.moved()
+        self._risen.moved()
         self._last.keep(params, self._model, self._optimizer)
 
     def _forget_for_an_edit(self) -> None:
         """The parameters are others than the last step left."""
         self._forget_points()
         self._before = UNSEEN
-        self._scatter.level_unknown()
+        self._risen.level_unknown()
 
     def _edited_elsewhere(self, together: Together) -> bool:
         """Whether some ranks have forgotten their point, and some have not: then all do."""
@@ -146,7 +133,7 @@ class Guard:
 
     def came_from_data(self, rise: float) -> None:
         """A rise that was confirmed as an explosion turned out to be the data's: do not look at the next such."""
-        self._scatter.note_harmless(rise)
+        self._risen.came_from_data(rise)
 
     @property
     def lacks_buffers(self) -> bool:
@@ -180,17 +167,16 @@ class Guard:
             return self._not_usable(iteration, GuardReason.LOSS_NOT_FINITE, now, params)
         if not now.gradient:
             return self._not_usable(iteration, GuardReason.GRADIENT_NOT_FINITE, now, params)
-        if now.buffers_broke and self._broken.in_a_row < PATIENCE - 1:  # after that it seems to be meant
+        if now.buffers_broke and self._broken.in_a_row < PATIENCE - 1:  # so many in a row seem to be meant
             self._broken.in_a_row += 1
             return self._skip(iteration, GuardReason.STATE_NOT_FINITE, now)
-        rose = self._rose(now)
-        if self._stage is _Stage.CALM and rose:
-            self._stage = _Stage.DOUBTED
-            return self._skip(iteration, GuardReason.LOSS_ROSE, now)
-        if self._stage is _Stage.DOUBTED and rose:
+        rose = self._risen.seen(now, self._before, self.stepped)
+        if rose and self._risen.confirmed:
             judgement = self._take_back(iteration, GuardReason.LOSS_ROSE, now, params)
-            self._stage = _Stage.TAKEN_BACK if judgement.event is not None and judgement.event.restored else _Stage.CALM
+            self._risen.step_taken_back(judgement.event is not None and judgement.event.restored)
             return judgement
+        if rose and self._risen.first_seen(_or_nan(now.loss) - _or_nan(self._before.loss)):
+            return self._skip(iteration, GuardReason.LOSS_ROSE, now)
         event = self._settle(iteration, rose, now)
         self._broken.over()
         self._accept(iteration, now, params)
@@ -237,7 +223,7 @@ class Guard:
             mean = None if loss is None else torch.tensor(loss)
             now = self._readings.read(BatchLoss(mean, None, 0), params, gradients=False)
         broke = now.params_broke or (loss is not None and not math.isfinite(loss))
-        if broke or self._rose(now):
+        if broke or self._risen.seen(now, self._before, self.stepped):
             reason = GuardReason.STATE_NOT_FINITE if broke else GuardReason.LOSS_ROSE
             return self._take_back(iteration, reason, now, params).event
         if now.buffers_broke:
@@ -256,20 +242,6 @@ class Guard:
         no_return = not (self.stepped and self._last.fits(params))
         return self._readings.report(replace(report, no_return=no_return, pass_broke=pass_broke), params, gradients)
 
-    def _rose(self, now: Reading) -> bool:
-        """Whether the loss rose beyond its noise."""
-        before = self._before
-        judged = self.stepped or self._stage is not _Stage.CALM
-        if now.loss is None or before.loss is None or not judged or self._helpless >= PATIENCE:
-            return False
-        # The scatter over samples at the point before: at one that exploded it is as large as the loss.
-        scatter = now.variance if before.variance is None else before.variance
-        samples = (before.samples, now.samples)
-        known = scatter is not None and min(samples) > 0
-        noise = math.sqrt(scatter / samples[0] + scatter / samples[1]) if known and scatter is not None else math.nan
-        freedom = samples[0] + samples[1] - 2
-        return now.loss - before.loss > self._scatter.limit(before.loss, noise, freedom)
-
     # ---------------------------------------------------------------- what is done
 
     def _accept(self, iteration: int, now: Reading, params: Sequence[Tensor]) -> None:
@@ -278,22 +250,15 @@ class Guard:
         self._readings.accepted()
         self.stepped = False
         if now.loss is not None:
-            self._scatter.note(now.loss)
+            self._risen.used(now.loss)
             self._losses.append((iteration, now.loss))
         self._before = now
 
     def _settle(self, iteration: int, rose: bool, now: Reading) -> GuardEvent | None:
         """Answer the question that an earlier batch has raised."""
-        stage, self._stage = self._stage, _Stage.CALM
-        if stage is _Stage.DOUBTED:
-            self._scatter.note_harmless(self._doubted_rise)
-        if stage is not _Stage.TAKEN_BACK:
+        if not self._risen.settled(rose):
             return None
-        if not rose:
-            self._helpless = 0
-            return None
-        self._helpless += 1
-        if self._helpless >= PATIENCE:
+        if self._risen.gave_up:
             self._once.say(
                 f"{PATIENCE} times in a row the loss rose and going back did not help: the loss grows by design (a new "
                 "task, a growing term, other batches). From here on only losses that are not finite are judged; "
@@ -306,9 +271,7 @@ class Guard:
     def _skip(self, iteration: int, reason: GuardReason, now: Reading) -> Judgement:
         """Do not use the batch; buffers as before it."""
         self._last.restore_buffers(self._model)
-        before, after = (math.nan if loss is None else loss for loss in (self._before.loss, now.loss))
-        if reason is GuardReason.LOSS_ROSE:
-            self._doubted_rise = after - before
+        before, after = _or_nan(self._before.loss), _or_nan(now.loss)
         return Judgement(GuardEvent(iteration, reason, before, after, restored=False), False)
 
     def _not_usable(self, iteration: int, reason: GuardReason, now: Reading, params: Sequence[Tensor]) -> Judgement:
@@ -332,7 +295,7 @@ class Guard:
     def _take_back(self, iteration: int, reason: GuardReason, now: Reading, params: Sequence[Tensor]) -> Judgement:
         """Put the point before the last step back."""
         restored = self.stepped and now.can_return and self._last.restore(params, self._model)
-        before, after = (math.nan if loss is None else loss for loss in (self._before.loss, now.loss))
+        before, after = _or_nan(self._before.loss), _or_nan(now.loss)
         self.stepped = False
         return Judgement(GuardEvent(iteration, reason, before, after, restored), False)
 
@@ -344,11 +307,8 @@ class Guard:
             "last": self._last.state_dict() if self._last else None,
             "finite": self._readings.state_dict(),
             "before": list(self._before[:3]),
-            "scatter": self._scatter.state_dict(),
-            "stage": self._stage.value,
-            "doubted_rise": self._doubted_rise,
+            **self._risen.state_dict(),
             **self._broken.state_dict(),
-            "helpless": self._helpless,
             "losses": [list(entry) for entry in self._losses],
             "stepped": self.stepped,
         }
@@ -362,11 +322,12 @@ class Guard:
         )
         self.stepped = bool(state["stepped"]) and fits
         self._versions = versions_of(params)
-        self._stage = _Stage(state["stage"]) if fits else _Stage.CALM
         self._readings.load_state_dict(state["finite"] if fits else None)
         self._before = Reading(*state["before"])
-        self._scatter.load_state_dict(state["scatter"])
-        self._doubted_rise = float(state["doubted_rise"])
+        self._risen.load_state_dict(state, fits)
         self._broken.load_state_dict(state)
-        self._helpless = int(state["helpless"])
         self._losses = deque(((int(n), float(loss)) for n, loss in state["losses"]), maxlen=KEPT)
+
+
+def _or_nan(loss: float | None) -> float:
+    return math.nan if loss is None else loss
