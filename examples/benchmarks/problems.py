@@ -142,7 +142,7 @@ def friedman() -> Split:
     x = torch.rand(6000, 10, generator=generator)
     y = 10 * torch.sin(torch.pi * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2 + 10 * x[:, 3] + 5 * x[:, 4]
     y = (y + torch.randn(len(y), generator=generator) - y.mean()) / y.std()
-    return _in_three(x, y.unsqueeze(1), 1000)
+    return in_three(x, y.unsqueeze(1), 1000)
 
 
 @lru_cache(maxsize=1)
@@ -153,7 +153,7 @@ def ill_conditioned() -> Split:
     x = torch.randn(8000, 100, generator=generator) * scales
     weight = torch.randn(100, 1, generator=generator) / scales.sqrt().unsqueeze(1)
     y = x @ weight + torch.randn(8000, 1, generator=generator)
-    return _in_three(x, y, 2000)
+    return in_three(x, y, 2000)
 
 
 @lru_cache(maxsize=1)
@@ -170,10 +170,10 @@ def text(length: int) -> Split:
         values[1 : count * length + 1].reshape(count, length),
     )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    return _in_three(x[order], y[order], count // 10)
+    return in_three(x[order], y[order], count // 10)
 
 
-def _in_three(x: Tensor, y: Tensor, kept: int) -> Split:
+def in_three(x: Tensor, y: Tensor, kept: int) -> Split:
     """The last samples for testing, those before them for choosing rates."""
     first, second = len(x) - 2 * kept, len(x) - kept
     return Split((x[:first], y[:first]), (x[first:second], y[first:second]), (x[second:], y[second:]))

@@ -12,6 +12,7 @@ whenever you like.
     python -m examples.benchmarks.rate_free --further   # and tuned rates on 15 seeds instead of three
     python -m examples.benchmarks.rate_free --unseen    # three problems on which hardly anything was tuned
     python -m examples.benchmarks.rate_free --held-out  # five on which nothing was: VAE, ResNet, graph, GPT, ViT
+    python -m examples.benchmarks.rate_free --later    # four that people asked about: two GPTs, an LSTM, a table
     python -m examples.benchmarks.rate_free --short     # runs of 300 and 400 steps; a quarter of an hour on 2 cores
     python -m examples.benchmarks.report                # docs/benchmarks.md from what was kept
 
@@ -37,14 +38,14 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from tqdm import tqdm
 
 from alpha_optim import AlphaGuided, AlphaScheduler, CalibrateThenAnneal
-from examples.benchmarks.held_out import HELD_OUT
+from examples.benchmarks.held_out import HELD_OUT, LATER
 from examples.benchmarks.peers import PEERS, Setting, package
 from examples.benchmarks.problems import PROBLEMS, SHORT, UNSEEN, Problem
 
 RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
 STUDIED = {**PROBLEMS, **UNSEEN}
 """Problems that are run with an open end and timed as well."""
-ALL = {**STUDIED, **HELD_OUT, **SHORT}
+ALL = {**STUDIED, **HELD_OUT, **LATER, **SHORT}
 INITIAL = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
 SEEDS, FRESH, GRID_SEED = (0, 1, 2), (20, 21, 22), 10
 FURTHER = tuple(range(23, 35))
@@ -359,6 +360,7 @@ def main() -> None:
     size.add_argument("--core", action="store_true", help="all problems, most bases, one seed for each initial rate")
     size.add_argument("--unseen", action="store_true", help="three problems on which hardly anything was tuned")
     size.add_argument("--held-out", action="store_true", help="five problems on which nothing was tuned")
+    size.add_argument("--later", action="store_true", help="four problems that people asked about")
     size.add_argument("--short", action="store_true", help="runs of 300 and 400 steps, without other methods")
     parser.add_argument("--problems", nargs="+", choices=list(ALL), help="only these")
     parser.add_argument("--bases", nargs="+", choices=list(BASES), help="only these")
@@ -368,8 +370,8 @@ def main() -> None:
     problems, bases, initial, seeds = list(PROBLEMS), list(BASES), INITIAL, SEEDS
     if args.unseen or args.held_out:
         problems = list(UNSEEN if args.unseen else HELD_OUT)
-    if args.short:
-        problems = list(SHORT)
+    if args.later or args.short:
+        problems = list(LATER if args.later else SHORT)
     if args.quick:
         problems, bases = ["digits MLP", "regression", "noisy quadratic"], ["SGD", "momentum", "Adam"]
         initial, seeds = (1e-6, 1e-2, 100.0), (0,)
@@ -377,7 +379,8 @@ def main() -> None:
         bases = ["SGD", "momentum", "AdamW", "Schedule-Free AdamW"]
     problems, bases = args.problems or problems, args.bases or bases
     rows = [] if args.quick else kept()
-    one_seed, peers = args.core or args.unseen or args.held_out or args.short, not (args.quick or args.short)
+    one_seed = args.core or args.unseen or args.held_out or args.later or args.short
+    peers = not (args.quick or args.short)
     work(first_cases(problems, bases, initial, seeds, peers, one_seed), args.jobs, not args.quick, rows)
     work(second_cases(problems, bases, rows, args.further), args.jobs, not args.quick, rows)
     from examples.benchmarks.rate_report import summary

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from examples.benchmarks.held_out import FEW_PEERS, HELD_OUT
+from examples.benchmarks.held_out import FEW_PEERS, HELD_OUT, LATER
 from examples.benchmarks.peers import PEERS
 from examples.benchmarks.problems import PROBLEMS, SHORT, UNSEEN
 from examples.benchmarks.rate_free import ALL, BASES, FRESH, OPEN
@@ -255,6 +255,17 @@ optimizers wrapped as one.
 
 """
 
+LATER_TEXT = """
+### Asked about later
+
+`--later`: what people asked about when the problems above had been looked at. A GPT over 2,000 steps and an LSTM on
+text, gradients clipped; a table of 20,000 rows with numbers and categories, BatchNorm and dropout; and a GPT whose
+positions begin fifty times larger than its tokens: it rests for hundreds of steps where it knows how often letters
+are. The last one was found by a user, and the rise of rates on a [plateau](policy.md#held-and-corrected) was made for
+it; nothing was chosen on the others.
+
+"""
+
 SHORT_TEXT = """
 ### Short runs
 
@@ -301,6 +312,11 @@ def section(rows: list[Row], picture_path: Path) -> str:
         parts.append(shortfall_table(rows, held_out) + "\n" + peer_table(rows, held_out))
         ranked = [name for name in held_out if HELD_OUT[name].peers == FEW_PEERS]
         parts.append("\nRanks, where more than two other methods were run:\n\n" + rank_table(rows, ranked))
+    later = [name for name in LATER if select(rows, problem=name, method="tuned")]
+    if later:
+        parts.append(LATER_TEXT + alpha_table(rows, later) + "\nShortfalls as above:\n\n")
+        parts.append(shortfall_table(rows, later) + "\n" + peer_table(rows, later))
+        parts.append("\nRanks:\n\n" + rank_table(rows, later))
     short = [name for name in SHORT if select(rows, problem=name, method="tuned")]
     if short:
         parts.append(
