@@ -46,6 +46,16 @@ def test_others_do_not(why, means):
     assert asked(*means) == [None, None], why
 
 
+def test_a_fall_counts_from_two_standard_errors_of_the_difference_on():
+    surely = 2.0 * math.sqrt(2.0) * 0.01
+    assert asked(LEVEL + 0.9 * surely, LEVEL) == [None, STEP]
+    assert asked(LEVEL + 1.1 * surely, LEVEL) == [None, None]
+
+
+def test_a_window_that_was_not_judged_is_none_to_compare_with():
+    assert asked(LEVEL, math.nan, LEVEL, LEVEL) == [None, None, None, STEP]
+
+
 def test_a_loss_near_0_is_at_an_end_and_not_on_a_plateau():
     assert asked(0.1, 0.1, ended=ENDED._replace(mean=0.1)) == [None, None]
     assert asked(0.5, 0.5, ended=ENDED._replace(mean=0.5)) == [None, STEP]
@@ -111,12 +121,17 @@ def test_an_explosion_at_a_higher_rate_costs_that_rate_and_no_more():
     assert rates[-1] == pytest.approx(math.exp(STEP) * found)
 
 
-def test_it_goes_on_from_a_state():
-    one, two = resting(), resting()
-    one.feed(1.0, 1.0, 1.0)
+@pytest.mark.parametrize("windows", [1, 2, 3, 4])
+@pytest.mark.parametrize("level", [1.0, 9.0])
+def test_it_goes_on_from_a_state(windows, level):
+    one, two = resting(), Held()
+    one.feed(*[1.0] * windows)
     two.policy.load_state_dict(json.loads(json.dumps(one.policy.state_dict())))
     two.n = one.n
-    assert one.feed(9.0, 1.0, 1.0, 1.0) == two.feed(9.0, 1.0, 1.0, 1.0)
+    two.decide()
+    rates = one.feed(level, 1.0, 1.0, 1.0)
+    assert rates == two.feed(level, 1.0, 1.0, 1.0)
+    assert max(rates) > 1.9 * min(rates)  # something was raised or lowered
 
 
 def test_states_of_before_hold_what_was_found():
