@@ -1,5 +1,6 @@
 """The documentation: its code runs, its links lead somewhere, the site builds without a warning."""
 
+import inspect
 import pathlib
 import re
 import subprocess
@@ -146,3 +147,9 @@ def test_the_site_loads_nothing_and_has_every_name(site):
             assert f'id="alpha_optim.{name}"' in reference, name
     loaded = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', reference)
     assert loaded == [], "the pages load something from elsewhere"
+
+
+def test_the_reference_lists_every_name_with_the_words_of_its_docstring():
+    listed = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", (DOCS / "api.md").read_text(), re.M))
+    names = [name for name in alpha_optim.__all__ if not name.startswith("__")]
+    assert listed == {n: inspect.getdoc(getattr(alpha_optim, n)).splitlines()[0].replace("``", "`") for n in names}
