@@ -53,7 +53,8 @@ class AlphaScheduler(LRScheduler):
     Args:
         optimizer: The wrapped optimizer.
         policy: Callable, measurement -> factor of the scale. Default: `CalibrateThenAnneal` if
-            ``total_steps`` is given (without annealing if ``schedule`` is), else `TargetAlpha`.
+            ``total_steps`` is given (without annealing if ``schedule`` is), else `TargetAlpha`, which searches no
+            rate. For a run whose length is not known: ``CalibrateThenAnneal(1000, anneal=False)`` and `cool_down`.
         total_steps: Number of optimizer steps of the whole run.
         schedule: A torch scheduler; AlphaScheduler steps it, do not step it yourself. Until the rate is
             found the highest rate of its param groups stands in for it.
@@ -97,6 +98,13 @@ class AlphaScheduler(LRScheduler):
             )
         check_scheduling(optimizer, policy, total_steps, schedule, (min_lr, max_lr), guard)
         optimizer._session.check_unsteered()
+        if policy is None and total_steps is None:
+            LOG.warning(
+                "AlphaScheduler was given neither total_steps nor a policy: TargetAlpha keeps steps near the minimum "
+                "along their direction, which over a whole run is a learning rate too low. It is searched with "
+                "total_steps=...; where the length is not known with CalibrateThenAnneal(1000, anneal=False), and "
+                "cool_down() in the end."
+            )
         if policy is None:
             policy = TargetAlpha() if total_steps is None else CalibrateThenAnneal(
                 total_steps, anneal=schedule is None
@@ -190,14 +198,20 @@ class AlphaScheduler(LRScheduler):
     def finish(self, loss: float | Tensor | None = None) -> None:
         """Judge the point that the last step reached, which no batch follows; call it once, after the last step.
 
+        A run that was stopped while its learning rate was still searched ends where the best trial did, or where they
+        all began.
+
         Args:
             loss: A loss at that point, of a batch as those of training; None: only whether everything is
                 finite is looked at.
         """
         self._session.finish(None if loss is None else float(loss))
+        self._cut_short()
 
     def cool_down(self, steps: int) -> None:
         """Anneal the rates linearly to 0 over the coming steps, whatever the policy says; for runs without a horizon.
+
+        A search that is still under way ends, with the best trial so far or where they all began.
 
         Args:
             steps: Number of optimizer steps until 0, at least 1.
@@ -208,8 +222,17 @@ class AlphaScheduler(LRScheduler):
         if steps < 1:
             raise ValueError(f"cool_down needs at least 1 step to anneal over, got {steps}")
         self._take_over_foreign_rates()
+        self._cut_short()
         self._cooling = (self._session.progress, int(steps))
         self._write()
+
+    def _cut_short(self) -> None:
+        """End a search with what it has found so far."""
+        if self._decision.searching and self._cut is None:
+            base.cut_short(self.policy, self._session.iteration)
+            self._decide(self._session.iteration)
+            self._tell_session()
+            self._write()
 
     def _cooled(self) -> float:
         """What `cool_down` multiplies the rates by."""

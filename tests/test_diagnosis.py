@@ -91,6 +91,42 @@ def test_few_steps_say_nothing_about_a_loss_that_scatters():
     assert "and the loss falls." in str(falls)
 
 
+def test_without_losses_nothing_is_said_of_them():
+    said = str(diagnose(history(0.2)))
+    assert "no losses are known" in said
+    assert "falls" not in said
+
+
+def test_what_a_window_before_the_decay_could_not_tell_the_loss_after_it_does():
+    """The loss stood at the rate held, and has come down with it since."""
+
+    def run(after):
+        filled = AlphaHistory()
+        rng = np.random.default_rng(0)
+        for n in range(400):
+            loss = (1.0 if n < 200 else after(n)) + 0.02 * rng.normal()
+            ends = Observation(64, -1.0, 1e-3, loss), Observation(64, 0.2 + 0.3 * rng.normal(), 1e-3, loss)
+            filled.append(measure_alpha(n, 1.0, *ends, (0.1 * min(1.0, (400 - n) / 200),)))
+        return diagnose(filled)
+
+    fell, stood = run(lambda n: 1.0 - 0.004 * (n - 200)), run(lambda n: 1.0)
+    assert (fell.verdict, "has fallen with the rate since" in str(fell)) == ("balanced", True)
+    assert stood.verdict == "unknown"
+    assert "no lower than at the beginning" in str(stood)
+
+
+def test_steps_well_beyond_the_minimum_are_not_called_near_it():
+    assert "near or a little beyond" in str(diagnose(history(0.2)))
+    assert "near" not in diagnose(history(0.6)).cause
+
+
+def test_the_climb_of_a_search_that_was_taken_back_suggests_nothing():
+    climbed, searched = climbing(10.0), climbing(10.0)
+    assert diagnose(climbed).suggested_lr is not None
+    searched.abandoned.append((0, 199))
+    assert diagnose(searched).suggested_lr is None
+
+
 def test_nothing_measured_is_said_so():
     said = str(diagnose(AlphaHistory()))
     assert said.startswith("unknown: Nothing has been measured yet")

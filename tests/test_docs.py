@@ -84,7 +84,7 @@ def bert_and_sentences():
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_the_code_on_a_page_runs_without_a_warning(page, title, tmp_path, monkeypatch, capsys):
     code = dict(parts(page))[title]
-    for package in ("transformers", "schedulefree"):
+    for package in ("transformers", "schedulefree", "lightning"):
         if package in code:
             pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)

@@ -170,6 +170,18 @@ def test_what_was_found_survives_a_resume():
     assert repr(other) == repr(policy)
 
 
+def test_a_scheduler_that_searches_nothing_says_so_once(caplog):
+    optimizer = AlphaGuided(torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1))
+    AlphaScheduler(optimizer, TargetAlpha())
+    assert not caplog.records
+    optimizer.detach()
+    AlphaScheduler(AlphaGuided(torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)))
+    (record,) = caplog.records
+    assert "total_steps" in record.getMessage()
+    assert "CalibrateThenAnneal" in record.getMessage()
+    assert len(record.getMessage()) < 500
+
+
 def test_a_policy_without_words_of_its_own_is_shown_by_its_name():
     def shy(measurement):
         return 1.0

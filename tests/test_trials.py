@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as torch_schedules
 
-from alpha_optim import AlphaGuided, AlphaScheduler, CalibrateThenAnneal
+from alpha_optim import AlphaGuided, AlphaScheduler, Bounded, CalibrateThenAnneal, TargetAlpha, WithWarmup
 from alpha_optim.policies.base import Decision
 from alpha_optim.steer.point import all_finite
 from alpha_optim.steer.search import Search
@@ -300,9 +300,9 @@ def test_without_losses_the_rate_given_is_kept_with_one_message(caplog):
             rates.append(base.param_groups[0]["lr"])
     assert scheduler.policy.calibrated
     assert rates[-1] == pytest.approx(1e-2)
-    assert [record.message for record in caplog.records if "no losses" in record.message] == [
-        "no losses were seen: the rate given is kept"
-    ]
+    (said,) = [record.message for record in caplog.records if "no losses" in record.message]
+    assert "optimizer.backward" in said
+    assert said.endswith("the rate given is kept")
 
 
 def test_without_a_guard_a_trial_that_is_not_finite_is_hopeless():
@@ -390,3 +390,97 @@ def test_parameters_of_eight_bits_can_be_looked_at():
     frozen = nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False)
     assert all_finite([frozen, nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.int8), False)])
     assert not all_finite([nn.Parameter(torch.tensor([math.inf]))])
+
+
+STOPS = [("Jump", 0), ("Climb", 0), ("Trials", 0), ("Trials", 1)]
+"""Phases of a search, and how many trials are over."""
+
+
+def searched_until(phase, over, further=3):
+    """A run that is stopped in its search, and what it looked like after every step."""
+    run = guided(CalibrateThenAnneal(600, anneal=False))
+    model, _, optimizer, scheduler = run
+    seen, left = {}, further
+    for batch in batches(300):
+        train(*run, [batch], lambda n: seen.update({n: everything(model, optimizer)}))
+        now = scheduler.policy._phase
+        left -= type(now).__name__ == phase and len(getattr(now, "scores", ())) == over
+        if left == 0:
+            return run, seen
+    raise AssertionError("it never came there")
+
+
+@pytest.mark.parametrize(("phase", "over"), STOPS)
+@pytest.mark.parametrize("end", ["cool_down", "finish"])
+def test_a_run_that_ends_in_its_search_ends_at_the_best_trial_so_far_or_where_they_begin(phase, over, end):
+    run, seen = searched_until(phase, over)
+    model, _, optimizer, scheduler = run
+    scheduler.cool_down(40) if end == "cool_down" else scheduler.finish()
+    assert scheduler.policy.calibrated
+    now, told = everything(model, optimizer), scheduler.policy.story[-1][1]
+    assert not equal_states(now, seen[optimizer.iteration])
+    if over:
+        assert "the best rate so far is" in told
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(scheduler.policy.found_lr)
+    else:
+        assert told == "the search was cut short: the rate given is kept"
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)
+        assert any(equal_states(now, seen[n]) for n in (1, 2, 3))  # where the search began
+
+
+@pytest.mark.parametrize(("phase", "over"), STOPS)
+def test_a_run_that_is_cooled_down_in_its_search_cools_at_once(phase, over):
+    run, _ = searched_until(phase, over)
+    optimizer, scheduler = run[2], run[3]
+    scheduler.cool_down(40)
+    rates = [optimizer.param_groups[0]["lr"]]
+    train(*run, batches(45, seed=1), lambda n: rates.append(optimizer.param_groups[0]["lr"]))
+    assert rates[:41] == pytest.approx([rates[0] * (1 - n / 40) for n in range(41)])
+    assert rates[41:] == [0.0] * 5
+    assert not scheduler._session.search._points  # the memory is free
+
+
+def test_a_run_that_is_cooled_down_before_its_first_step_keeps_the_rate_given():
+    run = guided(CalibrateThenAnneal(600, anneal=False))
+    before = everything(run[0], run[2])
+    run[3].cool_down(40)
+    assert run[3].policy.calibrated
+    assert equal_states(everything(run[0], run[2]), before)
+    assert run[2].param_groups[0]["lr"] == pytest.approx(1e-2)
+
+
+def test_the_best_trial_so_far_is_put_back_bit_for_bit():
+    """Against a copy made when it was kept."""
+    run = guided(CalibrateThenAnneal(600, anneal=False))
+    model, loss_fn, optimizer, scheduler = run
+    search, kept = scheduler._session.search, {}
+    keep = search.keep
+
+    def keeps(place, iteration):
+        kept[place] = everything(model, optimizer)
+        return keep(place, iteration)
+
+    search.keep = keeps
+    for x, y in batches(300):
+        train(model, loss_fn, optimizer, scheduler, [(x, y)])
+        if "best" in kept and search.trial and scheduler.policy._phase.made == 5:
+            break
+    assert not equal_states(everything(model, optimizer), kept["best"])
+    scheduler.finish()
+    assert equal_states(everything(model, optimizer), kept["best"])
+
+
+def test_wrapped_policies_are_cut_short_as_well():
+    run = guided(Bounded(WithWarmup(CalibrateThenAnneal(600), 3), 1e-9, 1e9))
+    train(*run, batches(30))
+    run[3].cool_down(10)
+    assert run[3].policy.policy.policy.calibrated
+
+
+def test_cutting_short_changes_nothing_where_nothing_is_searched():
+    run = guided(TargetAlpha(0.1))
+    train(*run, batches(10))
+    before = everything(run[0], run[2])
+    run[3].cool_down(10)
+    run[3].finish()
+    assert equal_states(everything(run[0], run[2]), before)

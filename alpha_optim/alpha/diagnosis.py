@@ -25,6 +25,8 @@ WINDOW = 100
 FEWEST = 20
 CERTAIN = 2.0
 """How many standard errors make a difference."""
+BEYOND = 0.3
+"""Above that most steps end beyond the minimum."""
 RISES = 3.0
 """Standard errors by which the last quarter of a window lies above the one before, if the loss rises: once in a
 thousand by chance, since every run is asked, most of them many times."""
@@ -54,8 +56,8 @@ class Diagnosis:
         cause: What led to the verdict and what to do, in a sentence or two.
         suggested_lr: A learning rate for the first param group to begin a decay with, or None when the data
             cannot tell or contradict the verdict. They can if losses were measured while the rate climbed until the
-            loss rose, as in the calibration of an `AlphaScheduler`, in a long warm-up, or in a trial run with a
-            growing rate.
+            loss rose, as in a long warm-up, or in a trial run with a growing rate; not in the search of an
+            `AlphaScheduler`, which has tried out more than its climb.
     """
 
     verdict: str
@@ -91,6 +93,8 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
         recent = before[-WINDOW:]
         window = window_alpha(recent)
     verdict, cause = ("diverging", diverges) if diverges else _verdict(history, recent, window)
+    if before and verdict == "unknown" and _fell_since(history, recent):
+        verdict, cause = "balanced", f"{_steps_end(window.alpha)}; the loss has fallen with the rate since."
     if before:
         first, last = (f"{item.lr[0]:.2g}" for item in (recent[0], recent[-1]))
         rates = f"a learning rate of {first}" if first == last else f"learning rates from {first} to {last}"
@@ -98,7 +102,7 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
             f"At {rates}, up to iteration {recent[-1].iteration}: {cause[0].lower()}{cause[1:]} Since then the rate "
             "was lowered further, which makes steps fall short."
         )
-    suggested = rate_from_climbs(history)
+    suggested = rate_from_climbs(history.lasting())  # a search that took its climb back has found a rate itself
     if suggested is not None and not _agrees(verdict, suggested, recent):
         suggested = None
     if verdict == "diverging":
@@ -133,7 +137,6 @@ def _verdict(
         )  # fmt: skip
     if _is_where_it_began(history, recent):
         return "unknown", "The loss is no lower than at the beginning: the learning rate may be far too high."
-    balanced = "Steps end near or a little beyond the minimum along their direction"
     trend = _trend(recent)
     if trend is _Trend.RISES_AGAIN:
         return "unknown", (
@@ -146,8 +149,10 @@ def _verdict(
             "does not show. Lower it to find out."
         )
     if trend is _Trend.NOT_KNOWN:
-        return "balanced", f"{balanced}; these are too few steps to tell whether the loss falls."
-    return "balanced", f"{balanced}, and the loss falls."
+        return "balanced", f"{_steps_end(alpha)}; these are too few steps to tell whether the loss falls."
+    if trend is _Trend.UNSEEN:
+        return "balanced", f"{_steps_end(alpha)}; no losses are known."
+    return "balanced", f"{_steps_end(alpha)}, and the loss falls."
 
 
 def _may_fall_short_on_purpose(recent: Sequence[AlphaMeasurement], window: WindowAlpha) -> bool:
@@ -185,6 +190,12 @@ def _halves(losses: np.ndarray) -> tuple[float, float]:
     return float(late.mean() - early.mean()), noise
 
 
+def _steps_end(alpha: float) -> str:
+    """Where steps end that are neither too short nor far too long."""
+    where = "near or a little beyond" if alpha <= BEYOND else "beyond, but not far beyond,"
+    return f"Steps end {where} the minimum along their direction"
+
+
 class _Trend(Enum):
     """Where the losses of a window go."""
 
@@ -192,13 +203,14 @@ class _Trend(Enum):
     STANDS = "stands"
     RISES_AGAIN = "rises again"
     NOT_KNOWN = "not known"
+    UNSEEN = "unseen"
 
 
 def _trend(recent: Sequence[AlphaMeasurement]) -> _Trend:
     """Say where the loss goes; that it stands, or not yet, only a full window tells."""
     losses = np.array([item.loss_start for item in recent])
-    if len(losses) < FEWEST or not np.isfinite(losses).all():
-        return _Trend.NOT_KNOWN
+    if not np.isfinite(losses).all():
+        return _Trend.UNSEEN
     rise, noise = _halves(losses[len(losses) // 2 :])
     if rise > RISES * noise:
         return _Trend.RISES_AGAIN
@@ -206,6 +218,16 @@ def _trend(recent: Sequence[AlphaMeasurement]) -> _Trend:
     if rise <= -CERTAIN * noise:
         return _Trend.FALLS
     return _Trend.STANDS if len(losses) >= WINDOW else _Trend.NOT_KNOWN
+
+
+def _fell_since(history: AlphaHistory, recent: Sequence[AlphaMeasurement]) -> bool:
+    """Whether the latest losses surely lie below those of an earlier window: what it could not tell is settled."""
+    early = np.array([item.loss_start for item in recent])
+    late = np.array([item.loss_start for item in history.lasting(WINDOW) if item.iteration > recent[-1].iteration])
+    if min(len(early), len(late)) < FEWEST or not (np.isfinite(early).all() and np.isfinite(late).all()):
+        return False
+    noise = math.sqrt(early.var(ddof=1) / len(early) + late.var(ddof=1) / len(late))
+    return bool(early.mean() - late.mean() > RISES * noise)
 
 
 def _is_where_it_began(history: AlphaHistory, recent: Sequence[AlphaMeasurement]) -> bool:

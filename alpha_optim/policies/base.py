@@ -13,6 +13,7 @@ inherited:
   param group at scale 1.
 - ``limit(scale)``: told before `decide`, of policies that have that, how high the scale may become.
 - ``give_up(iteration)``: told that the search cannot go on, or that its points are gone: the rate given is to be kept.
+- ``cut_short(iteration)``: told that the run is about to end while the search goes on: what was found so far is used.
 - ``state_dict() / load_state_dict(state)``: what it remembers, as plain values.
 
 For those who look: ``story`` (pairs of an iteration and what was seen and done then), ``phases`` (pairs of an iteration
@@ -176,6 +177,11 @@ def state_of(policy: Any) -> dict[str, Any]:
 def restore(policy: Any, state: dict[str, Any]) -> None:
     """Give a policy back what it remembered."""
     _asked(policy, "load_state_dict", None, state)
+
+
+def cut_short(policy: Any, iteration: int) -> None:
+    """Tell a policy to end its search with what was found so far, if it listens."""
+    _asked(policy, "cut_short", None, iteration)
 
 
 def give_up(policy: Any, iteration: int) -> None:

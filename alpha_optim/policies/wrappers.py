@@ -67,6 +67,10 @@ class _Around:
         found: float | None = getattr(self.policy, "found_lr", None)
         return found
 
+    def cut_short(self, iteration: int) -> None:
+        """Tell the inner policy."""
+        base.cut_short(self.policy, iteration)
+
     def give_up(self, iteration: int) -> None:
         """Tell the inner policy."""
         base.give_up(self.policy, iteration)

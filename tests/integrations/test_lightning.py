@@ -1,6 +1,8 @@
 """A real training run by Lightning, in every way its trainer steps an optimizer."""
 
 import logging
+import pathlib
+import re
 import warnings
 
 import pytest
@@ -297,3 +299,39 @@ def test_a_range_test_before_training(tmp_path):
     assert trainer.optimizers[0].param_groups[0]["lr"] == module.hparams.lr == finder.finding.lr
     with pytest.raises(ValueError, match="have an attribute 'rate'"):
         fit_plain(tmp_path, attribute="rate")
+
+
+class Validated(Module):
+    """Validated after every few steps, by a figure that is worse every time."""
+
+    def configure_optimizers(self):
+        optimizer = AlphaGuided(torch.optim.AdamW(self.parameters(), lr=1e-3), self.net, self.loss_fn)
+        scheduler = AlphaScheduler(optimizer, total_steps=300)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_epoch_start(self):
+        self.log("figure", float(self.trainer.global_step))
+
+    def validation_step(self, batch, index):
+        self.log("validated", float(self.trainer.global_step))
+
+
+@pytest.mark.parametrize("figure", ["figure", "validated"])
+def test_early_stopping_as_in_the_recipe_counts_from_the_end_of_the_search(tmp_path, figure):
+    """Whether it is asked after epochs or after validation."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "EarlyStoppingAfterSearch" in block]
+    names = {}
+    exec(code, names)
+    stopping = names["EarlyStoppingAfterSearch"](figure, patience=1, check_on_train_epoch_end=figure == "figure")
+    module = Validated()
+    data = torch.utils.data.DataLoader(batches(), batch_size=None)
+    trainer = lightning.Trainer(
+        max_steps=300, callbacks=[stopping], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, accelerator="cpu", default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, data, data)
+    begun = {name: n for n, name in module.lr_schedulers().policy.phases}
+    assert begun["held"] > 2 * BATCHES  # several epochs lie within the search, any two of which would have stopped it
+    assert begun["held"] < trainer.global_step <= begun["held"] + 3 * BATCHES
+    assert trainer.should_stop

@@ -13,6 +13,7 @@ from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, WithWarmup
 from alpha_optim.alpha.loss_level import Level, level_of, scatter_of, surely_above
 from alpha_optim.policies import base
 from alpha_optim.policies.calibrate.climb import Climb
+from alpha_optim.policies.calibrate.jump import NO_LOSSES
 from alpha_optim.policies.calibrate.phase import After
 from alpha_optim.policies.calibrate.settings import Settings, trial_length
 from alpha_optim.policies.calibrate.trials import STEP, Trials, _vertex
@@ -252,7 +253,7 @@ def test_without_losses_the_rate_given_is_kept():
             break
     assert policy.calibrated
     assert (decision.scale, decision.restore) == (1.0, "start")
-    assert [text for _, text in policy.story] == ["no losses were seen: the rate given is kept"]
+    assert [text for _, text in policy.story] == [f"{NO_LOSSES}: the rate given is kept"]
 
 
 def test_where_no_rate_makes_the_loss_fall_the_rate_given_is_kept():

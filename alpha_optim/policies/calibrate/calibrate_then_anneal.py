@@ -185,6 +185,19 @@ class CalibrateThenAnneal:
         if self._phase is not None:
             self._go_on(After(None, corrected=False, text="the search was given up"), iteration)
 
+    def cut_short(self, iteration: int) -> None:
+        """End the search, since the run is: with the best trial so far, or the start and the rate given."""
+        phase = self._phase
+        if phase is None:
+            return
+        after = After(None, restore="start", corrected=False, text="the search was cut short")
+        if isinstance(phase, Trials):
+            after = phase.cut_short()
+        if not self._begun or self._keep == "start":  # nothing was tried yet, and nothing is kept
+            after, self._begun, self._keep = after._replace(restore=None), True, None
+        self._go_on(after, iteration - 1)
+        self._envelope.ramp_from(None)
+
     def _go_on(self, after: After, iteration: int) -> None:
         """Take over what follows from something heard at an iteration."""
         if not self._begun:

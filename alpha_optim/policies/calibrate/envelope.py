@@ -34,8 +34,8 @@ class Envelope:
         """The search ended with an iteration."""
         self.found_at = iteration + 1 + self.skipped
 
-    def ramp_from(self, progress: int) -> None:
-        """Grow from a tenth, from there on."""
+    def ramp_from(self, progress: int | None) -> None:
+        """Grow from a tenth, from there on; None: not any more."""
         self._ramp_at = progress
 
     def falls_from(self, stands_from: int) -> int:

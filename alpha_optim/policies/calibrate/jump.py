@@ -30,6 +30,9 @@ NEAR = 1.0
 """The jump has arrived when the next one would be shorter than this."""
 
 
+NO_LOSSES = "no losses were seen (give AlphaGuided the loss_fn, or optimizer.backward the losses of the samples, [N])"
+
+
 @dataclass(frozen=True)
 class Jump:
     """Jumps until a step promises a small decrease.
@@ -57,7 +60,7 @@ class Jump:
             losses = (*losses, loss)
         if not losses:
             if self.blind >= BLIND:
-                return self._given_kept("no losses were seen")
+                return self._given_kept(NO_LOSSES)
             return After(replace(self, blind=self.blind + 1))
         rises = rises_of(measurement)
         if rises is None or rises[0] == 0.0:
@@ -76,7 +79,7 @@ class Jump:
         losses = (*self.losses, loss) if math.isfinite(loss) else self.losses
         settings = self.settings if not math.isfinite(loss) else replace(self.settings, by_steps=True)
         if self.steps >= settings.longest_climb:
-            return self._given_kept("too few steps were measured" if losses else "no losses were seen")
+            return self._given_kept("too few steps were measured" if losses else NO_LOSSES)
         return After(replace(self, settings=settings, losses=losses, steps=self.steps + 1))
 
     def _given_kept(self, why: str) -> After:

@@ -184,6 +184,14 @@ class Trials:
             return []
         return [where for where, score, own in self.scores if score <= lowest + EQUAL * math.hypot(error, own)]
 
+    def cut_short(self) -> After:
+        """Go on from the best trial so far, or from the start at the rate given: the run is about to end."""
+        if math.isnan(self.kept) or not self._fell():
+            return After(None, restore="start", corrected=False, text="the search was cut short")
+        found, highest = self.found()
+        text = f"the search was cut short; the best rate so far is {{{found}}}"
+        return After(None, None, "best", found, highest, self._ended(), text=text)
+
     def _ended(self) -> Ended | None:
         """How the best trial ended; None where it is not known where it began."""
         if self.level.count < 2:
