@@ -480,6 +480,21 @@ def test_phases_and_what_the_scheduler_said_are_shown(tmp_path, capsys, monkeypa
     assert all(f'"text":"{name}"' in page for name in ("jump", "climb", "trials", "held", "annealed"))
 
 
+def test_the_decay_is_a_stretch_of_its_own_and_events_come_in_their_order(tmp_path):
+    path = tmp_path / "run.jsonl"
+    run_file(path, rates=np.concatenate([np.full(150, 0.1), 0.1 * np.linspace(1.0, 0.7, 150)]))
+    add(path, {"note": {"iteration": 150, "text": "phase: annealed", "phase": "annealed"}})
+    for restored in (False, True):
+        row = {"iteration": 7, "reason": "loss_rose", "loss_before": 1.0, "loss_after": 9.0, "restored": restored,
+               "scale_factor": 1.0, "skipped": True}  # fmt: skip
+        add(path, {"event": row})
+    story = told(Recording.read(path))
+    assert any(line.startswith("Iterations 0–149: learning rate held near 0.1") for line in story)
+    assert any(line.startswith("Iterations 150–299") for line in story)
+    events = [line for line in story if line.startswith("Iteration 7")]
+    assert ["batch skipped" in line for line in events] == [True, False]
+
+
 def test_watch_shows_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     run_file(tmp_path / "run.jsonl")
@@ -489,6 +504,28 @@ def test_watch_shows_the_run(tmp_path, capsys, monkeypatch):
     assert "learning rate 0.1" in shown
     assert "mini-batch loss" in shown
     assert any("⠀" < letter <= "⣿" for letter in shown)
+
+
+@pytest.mark.parametrize("height", range(8, 16))
+def test_learning_rates_in_the_terminal_stand_beside_the_lines_they_are_of(height):
+    decades = np.concatenate([np.linspace(-4.0, 0.5, 60), np.full(240, -1.0)])
+    text = re.sub(r"\x1b\[[\d;]*m", "", terminal._plot(np.arange(300), decades, "rate", 80, height, logarithmic=True))
+    lines = [line for line in text.splitlines() if "│" in line or "┤" in line]
+    labels = {row: float(line.split("┤")[0]) for row, line in enumerate(lines) if "┤" in line}
+    assert len(labels) >= 2
+    for row, label in labels.items():
+        assert math.log10(label) == pytest.approx(0.5 - 4.5 * row / (len(lines) - 1), abs=0.02)
+
+
+def test_a_search_that_began_far_below_leaves_room_for_the_rates_held(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    run_file(tmp_path / "run.jsonl", rates=np.concatenate([np.geomspace(1e-14, 2.0, 60), np.full(240, 0.08)]))
+    assert main(["watch", "--once", str(tmp_path / "run.jsonl")]) == 0
+    shown = capsys.readouterr().out
+    rows = [line for line in shown[shown.rindex("learning rate") :].splitlines() if "┤" in line]
+    (held,) = [line for line in rows if line.rstrip()[-2] != " "]  # that of the last rate
+    assert float(held.split("┤")[0]) == pytest.approx(0.08, rel=0.5)
 
 
 def test_watch_follows_a_file_that_is_written_and_stops_at_a_broken_line(tmp_path, capsys):

@@ -45,10 +45,10 @@ def window_of(count: int) -> int:
     return min(500, max(10, count // 50))
 
 
-def lowest_shown(rates: NDArray[np.float64]) -> float | None:
-    """Learning rate down to which rates are drawn; None if none is above 0."""
+def lowest_shown(rates: NDArray[np.float64], share: float = LOWEST) -> float | None:
+    """Learning rate down to which rates are drawn, a share of the highest one; None if none is above 0."""
     there = rates[rates > 0]
-    return max(float(there.min()), LOWEST * float(there.max())) if len(there) else None
+    return max(float(there.min()), share * float(there.max())) if len(there) else None
 
 
 class Span(NamedTuple):

@@ -63,10 +63,19 @@ class Stretch(NamedTuple):
 
 
 def stretches(recording: Recording) -> list[Stretch]:
-    """Cut the run into stretches over which its learning rate rose, fell or was held."""
+    """Cut the run into stretches over which its learning rate rose, fell or was held; one begins with the decay."""
     rates, iterations = recording.rates, recording.iterations
     known = np.isfinite(rates) & (rates >= 0.0)
     rates, iterations = rates[known], iterations[known]
+    decay = next((first for first, name in recording.phases if name == "annealed"), None)
+    place = len(rates) if decay is None else int(np.searchsorted(iterations, decay))
+    shortest = max(SHORTEST, len(rates) // 100)
+    parts = (slice(None, place), slice(place, None))
+    return [found for part in parts for found in _stretches(iterations[part], rates[part], shortest)]
+
+
+def _stretches(iterations: np.ndarray, rates: np.ndarray, shortest: int) -> list[Stretch]:
+    """Stretches of a part of a run; a shorter one in which the rate was held is a stair of others."""
     if not len(rates):
         return []
     smallest = rates[rates > 0.0].min() if (rates > 0.0).any() else 1.0
@@ -74,7 +83,6 @@ def stretches(recording: Recording) -> list[Stretch]:
     outline = extremes(heights)
     corners = outline[_corners(heights[outline])]
     found: list[Stretch] = []
-    shortest = max(SHORTEST, len(rates) // 100)
     for a, b in pairwise(corners):
         part = _stretch(iterations, rates, a, b)
         stair = part.direction == "held" and b - a < shortest
@@ -122,7 +130,10 @@ def told(recording: Recording) -> list[str]:
     lines += [(event.iteration, 2, _sentence(event)) for event in events[:LONGEST]]
     if len(events) > LONGEST:
         lines.append((events[LONGEST].iteration, 2, f"... and {len(events) - LONGEST} further events of the guard."))
-    story = [*_in_short(recording), *(text for _, _, text in sorted(lines))]
+    story = [
+        *_in_short(recording),
+        *(text for _, _, text in sorted(lines, key=lambda line: line[:2])),
+    ]  # else as they came
     if recording.dropped:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(recording.dropped.items()))
         story.append(f"Pairs of iterations without a measurement, when the file was begun: {counts}.")

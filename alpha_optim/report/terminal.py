@@ -12,6 +12,10 @@ from alpha_optim.report.plots import VISIBLE, lowest_shown, window_of
 from alpha_optim.report.recording import BadFileError, Recording
 from alpha_optim.report.sampling import extremes
 
+LOWEST = 1e-4
+"""Learning rates below this share of the highest one are drawn at its height: there are few lines."""
+FRAME = 4
+"""Lines of a plot that show no values: title, frame, numbers below."""
 NEEDS = "watching a run needs rich and plotext: pip install 'alpha-optim[report]'"
 
 
@@ -42,7 +46,8 @@ def screen(recording: Recording, width: int, height: int) -> Any:
     size = window_of(len(recording))
     middle, errors = recording.windowed(size)
     x, rates = recording.iterations, recording.rates
-    decades = np.log10(np.maximum(np.where(rates > 0, rates, np.nan), lowest_shown(rates) or np.nan))
+    lowest = lowest_shown(rates, LOWEST)
+    decades = np.log10(np.maximum(np.where(rates > 0, rates, np.nan), np.nan if lowest is None else lowest))
     plots = [
         _plot(x, recording.losses, "mini-batch loss", width, rows),
         _plot(x, np.clip(middle, *VISIBLE), f"step length α over {size} steps (0: into the minimum)", width, rows, 0.0),
@@ -93,7 +98,10 @@ def _plot(
         if line is not None:
             plotext.hline(line)
         if logarithmic:
-            heights = np.linspace(values[at].min(), values[at].max(), 5).tolist()
+            # Each at a line of its own, else it would stand beside a value that is not drawn there.
+            between = height - FRAME - 1
+            count = next(k for k in (5, 4, 3, 2) if between % (k - 1) == 0)
+            heights = np.linspace(values[at].min(), values[at].max(), count).tolist()
             plotext.yticks(heights, [f"{10.0**power:.1e}" for power in heights])
     text: str = plotext.build()
     return text

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 
 import numpy as np
 import pytest
@@ -190,6 +191,7 @@ def test_what_was_lowered_does_not_grow_again():
     run.decide()
     before = run.rate
     assert max(run.feed(0.5, 0.1)) == pytest.approx(before)
+    assert re.search(r"lowered to (\S+) \(a step was taken back: the rate held is lowered to \1\)", repr(run.policy))
 
 
 def test_a_loss_that_stands_begins_the_annealing_and_ends_the_growth():

@@ -170,15 +170,18 @@ class CalibrateThenAnneal:
             if event.restored:
                 self._go_on(self._phase.exploded(), event.iteration - 1)
         elif event.reason is GuardReason.NO_EFFECT:
-            if self._undo is not None:
-                self._held.load_state_dict(self._undo)
-            self._undo = None
+            lowered, self._undo = self._undo, None
+            if lowered is not None:
+                self._held.load_state_dict(lowered)
             self._held.level_accepted()
+            if lowered is not None:
+                self._tell(event.iteration, f"going back did not help: {{{self._held.position}}} is held again")
             if math.isfinite(event.loss_after):
                 self._envelope.ramp_from(event.iteration + self._envelope.skipped)
         elif event.restored:
             self._undo = self._held.state_dict()
             self._held.taken_back(event.iteration, math.log(event.scale_factor))
+            self._tell_what_was_done(event.iteration)
 
     def give_up(self, iteration: int) -> None:
         """End the search and keep the rate given."""
@@ -235,9 +238,13 @@ class CalibrateThenAnneal:
     def _hold(self, iteration: int, loss: float) -> None:
         if iteration >= self._since:
             self._held.after_step(iteration, loss)
-            said, self._held.said = self._held.said, []
-            for text in said:
-                self._tell(iteration, text)
+            self._tell_what_was_done(iteration)
+
+    def _tell_what_was_done(self, iteration: int) -> None:
+        """Tell what has become of the rate held."""
+        said, self._held.said = self._held.said, []
+        for text in said:
+            self._tell(iteration, text)
 
     # ---------------------------------------------------------------- what is decided
 

@@ -147,6 +147,7 @@ class HeldRate:
             if self._plateau.before is not None:  # the loss of these steps says nothing about the rate from before
                 self._watch.settle()
             self._lower()
+            self.said.append(f"a step was taken back: the rate held is lowered to {{{self.position}}}")
         self._taken_back = iteration
 
     def state_dict(self) -> dict[str, Any]:
