@@ -229,7 +229,8 @@ class LossHooks:
                 with torch.enable_grad():
                     whole = output if scale is None else output / scale
                 seen_at_output = self._followed_module(loss_fn, args, kwargs, whole, samples)
-        if not complete and (not fitting or not known_reduction(loss_fn) or iteration.wants_losses):
+        interact = not complete and iteration.follows_losses and self._couples(output)
+        if not complete and not interact and (not fitting or not known_reduction(loss_fn) or iteration.wants_losses):
             self._warn_incomplete(loss_fn, subset=has_rows and not fitting)
         self._calls += 1
         call = LossCall(
@@ -270,7 +271,7 @@ class LossHooks:
         else:
             warn_user(
                 f"{name} gives no losses of single samples (it needs an attribute "
-                "'reduction' that accepts 'none'), so alpha uses the slopes only. Use "
+                "'reduction' that accepts 'none'), so alpha does without the losses. Use "
                 "optimizer.backward(losses) with losses of shape [N] for the full fit."
             )
 
@@ -289,6 +290,40 @@ class LossHooks:
             rows = rows_of(loss_fn, args, kwargs, output.detach(), graph=True)
         single = None if rows is None else rows.of_samples(samples, self._sample_dim)
         return None if single is None else self._followed(single, output, sums=True)
+
+    def _couples(self, loss: Tensor) -> bool:
+        """Whether a loss that tells nothing of single samples couples them; tells the iteration if it does.
+
+        The loss is a sum over samples if the gradient at one sample's output does not change with another's output.
+        Where it cannot be differentiated twice nothing is known.
+        """
+        iteration = self._iteration()
+        watched: list[tuple[int, int, Tensor]] = iteration.watched_outputs()
+        tensors = [tensor for _, _, tensor in watched]
+        if not tensors or tensors[0].dim() == 0 or not _may_be_walked(loss, None):
+            return False
+        samples, fitting = self._samples_of(tensors[0].shape)
+        if not fitting or samples < 2:
+            return False
+        iteration.passes.muted = True
+        try:
+            chosen = (torch.arange(samples, device=loss.device) % 2).to(loss.dtype)
+            with torch.enable_grad():
+                first = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
+                folds = [folded(_unevenly(slope), samples, self._sample_dim) for slope in first if slope is not None]
+                picked = [(fold * chosen).sum() for fold in folds if fold is not None and fold.requires_grad]
+                if not picked:
+                    return False
+                second = torch.autograd.grad(torch.stack(picked).sum(), tensors, retain_graph=True, allow_unused=True)
+            if _only_at(second, chosen, self._sample_dim):
+                return False
+        except Exception:  # nothing is known, nothing is claimed
+            return False
+        finally:
+            iteration.passes.muted = False
+        self._warned = True  # that they are coupled is told elsewhere, and is the reason
+        iteration.samples_interact()
+        return True
 
     def _followed(
         self, losses: Tensor, mean: Tensor | None, sums: bool = False
@@ -340,6 +375,14 @@ class LossHooks:
             (call, place): torch.zeros_like(tensor) if gradient is None else gradient.detach()
             for (call, place, tensor), gradient in zip(watched, whole, strict=True)
         }
+
+
+def _unevenly(slopes: Tensor) -> Tensor:
+    """Gradients with unlike weights for unlike outputs: those of a softmax would add up to 0."""
+    if slopes.dim() < 2:
+        return slopes
+    weights = torch.linspace(1.0, 2.0, slopes[0].numel(), device=slopes.device, dtype=slopes.dtype)
+    return slopes * weights.reshape(slopes.shape[1:])
 
 
 def _may_be_walked(losses: Tensor, mean: Tensor | None) -> bool:
