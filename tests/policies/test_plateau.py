@@ -39,6 +39,7 @@ def test_a_loss_that_rests_where_the_best_trial_ended_asks_for_a_higher_rate():
         ("it falls", (LEVEL + 0.04, LEVEL)),
         ("it lies above: the noise of the steps keeps it up", (LEVEL + 0.2, LEVEL + 0.2)),
         ("it has fallen since", (LEVEL - 0.2, LEVEL - 0.2)),
+        ("it had fallen, and rises again: the rate is too high", (LEVEL - 0.06, LEVEL)),
         ("no window was judged", (math.nan, LEVEL)),
     ],
 )
@@ -56,9 +57,10 @@ def test_a_window_that_was_not_judged_is_none_to_compare_with():
     assert asked(LEVEL, math.nan, LEVEL, LEVEL) == [None, None, None, STEP]
 
 
-def test_a_loss_near_0_is_at_an_end_and_not_on_a_plateau():
-    assert asked(0.1, 0.1, ended=ENDED._replace(mean=0.1)) == [None, None]
-    assert asked(0.5, 0.5, ended=ENDED._replace(mean=0.5)) == [None, STEP]
+@pytest.mark.parametrize("level", [0.0, 0.1, 2.2])
+def test_a_loss_of_which_more_than_half_is_gone_has_most_likely_arrived(level):
+    assert asked(level, level, ended=ENDED._replace(mean=level)) == [None, None]
+    assert asked(2.4, 2.4, ended=ENDED._replace(mean=2.4)) == [None, STEP]
 
 
 def test_of_losses_that_scatter_too_much_to_see_slow_progress_nothing_is_said():
@@ -81,7 +83,7 @@ def resting(**ended):
     run = Held()
     state = run.policy.state_dict()
     state["held"]["plateau"]["ended"] = list(
-        ENDED._replace(start=10.0 * run.good, mean=run.good, error=0.01 * run.good, **ended)
+        ENDED._replace(start=1.9 * run.good, mean=run.good, error=0.01 * run.good, **ended)
     )
     run.policy.load_state_dict(json.loads(json.dumps(state)))
     return run

@@ -2,9 +2,9 @@
 
 Short trials that all end on a plateau say nothing about the rate that leaves it, and of equal rates the lower one is
 held. (A language model soon knows how often letters are, and may need hundreds of steps to learn anything of their
-order.) Such a run can be told: at the rate held the loss does not fall, and it does not lie above where the best trial
-ended, whose rate had fallen to 0; so it is not the noise of the steps that keeps it up. Then higher rates are tried,
-in place, as long as the loss does not surely rise.
+order.) Such a run can be told: at the rate held the loss stays where the best trial ended, two windows in a row. It
+does not fall; and it does not lie above, though the rate of that trial had fallen to 0, so that it is not the noise
+of the steps that keeps it up. Then higher rates are tried, in place, as long as the loss does not surely rise.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from alpha_optim.policies.calibrate.phase import Ended
 from alpha_optim.policies.calibrate.trials import EQUAL, STEP
 
 RESOLVED = 0.05
-"""A loss is only said to rest where a fall by this share of all progress so far would be seen, since slow progress of
-small batches cannot be told from none, and where it is larger than that, since one near 0 has nowhere to fall."""
+"""A loss is only said to rest where a fall by this share of all progress so far would be seen: slow progress of small
+batches cannot be told from none."""
+LEFT = 1.0
+"""... and where at least so many times all progress so far is left: later a loss that rests has most likely arrived,
+and higher rates only fit a small data set further."""
 
 
 class Plateau:
@@ -55,10 +58,12 @@ class Plateau:
         if ended is None or last is None or self._last is None:
             return None
         noise = math.hypot(ended.error, seen.error)
-        visible = RESOLVED * (ended.start - seen.mean)
-        resolved = EQUAL * noise <= visible < abs(seen.mean)
-        rests = abs(seen.mean - ended.mean) <= EQUAL * noise and last - seen.mean <= EQUAL * math.sqrt(2.0) * seen.error
-        if not (resolved and rests and position + STEP < ended.worse_from - STEP / 2.0):
+        progress = ended.start - seen.mean
+        resolved = EQUAL * noise <= RESOLVED * progress
+        early = abs(seen.mean) >= LEFT * progress
+        there = max(abs(seen.mean - ended.mean), abs(last - ended.mean)) <= EQUAL * noise
+        rests = there and last - seen.mean <= EQUAL * math.sqrt(2.0) * seen.error
+        if not (resolved and early and rests and position + STEP < ended.worse_from - STEP / 2.0):
             return None
         self.before = position
         return position + STEP
