@@ -143,3 +143,11 @@ def test_states_of_before_hold_what_was_found():
     run.policy.load_state_dict(state)
     rates = run.feed(1.0, 1.0, 1.0, 1.0)
     assert max(rates) == min(rates)
+
+
+def test_at_the_highest_rate_allowed_none_is_raised_and_none_is_said_to_be():
+    run = resting()
+    run.policy.limit(run.rate / run.given)
+    rates = run.feed(1.0, 1.0, 1.0, 1.0)
+    assert max(rates) == pytest.approx(min(rates))
+    assert not any("rests where the best trial ended" in text for _, text in run.policy.story)

@@ -107,7 +107,7 @@ class HeldRate:
             self._do(self._high_loss.judge(seen, self.position))
         grows = iteration < min(self.stands_from, GROWS * self.total_steps)
         grows = grows and not self._lowered and not self._high_loss.gave_up
-        higher = self._plateau.higher(seen, self.position) if grows else None
+        higher = self._plateau.higher(seen, self.position) if grows and self.position < self.limit else None
         if higher is not None:
             self.position = min(higher, self.limit)
             self.said.append(
