@@ -13,7 +13,7 @@ import copy
 import logging
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -179,7 +179,7 @@ class AlphaScheduler(LRScheduler):
         elif self._too_sparse(optimizer):
             self._news.skip_to(optimizer.iteration)
             if self._sparse >= PATIENT:
-                self._give_up()
+                self._end_search(base.give_up)
         else:
             lag = 2 + LAG if waits(optimizer) else 0
             guard = session.supervision.guard
@@ -206,7 +206,7 @@ class AlphaScheduler(LRScheduler):
                 finite is looked at.
         """
         self._session.finish(None if loss is None else float(loss))
-        self._cut_short()
+        self._end_search(base.cut_short)
 
     def cool_down(self, steps: int) -> None:
         """Anneal the rates linearly to 0 over the coming steps, whatever the policy says; for runs without a horizon.
@@ -222,17 +222,9 @@ class AlphaScheduler(LRScheduler):
         if steps < 1:
             raise ValueError(f"cool_down needs at least 1 step to anneal over, got {steps}")
         self._take_over_foreign_rates()
-        self._cut_short()
+        self._end_search(base.cut_short)
         self._cooling = (self._session.progress, int(steps))
         self._write()
-
-    def _cut_short(self) -> None:
-        """End a search with what it has found so far."""
-        if self._decision.searching and self._cut is None:
-            base.cut_short(self.policy, self._session.iteration)
-            self._decide(self._session.iteration)
-            self._tell_session()
-            self._write()
 
     def _cooled(self) -> float:
         """What `cool_down` multiplies the rates by."""
@@ -342,18 +334,23 @@ class AlphaScheduler(LRScheduler):
             self._sparse = max(1, self._sparse)
             self._write()
 
-    def _give_up(self) -> None:
-        """End a search and go back to the rates given."""
+    def _end_search(self, tell: Callable[[base.Policy, int], None]) -> None:
+        """End a search that is under way.
+
+        Args:
+            tell: Tells the policy: `base.give_up`, to go back to the rates given; `base.cut_short`, to use what was
+                found so far.
+        """
         if self._decision.searching and self._cut is None:
             self._take_over_foreign_rates()
-            base.give_up(self.policy, self._session.iteration)
+            tell(self.policy, self._session.iteration)
             self._decide(self._session.iteration)
             self._tell_session()
             self._write()
 
     def _reached_by_others(self) -> None:
         """Two networks that play against each other have no rate at which the loss falls fastest."""
-        self._give_up()
+        self._end_search(base.give_up)
         self._once.say(
             "backward passes of another network come through the parameters of "
             f"{type(self._session.optimizer).__name__} (a GAN?). A loss that another network pushes up tells nothing "
@@ -518,7 +515,7 @@ class _Listener:
         """Tell the scheduler, whose search is over."""
         scheduler = self._scheduler()
         if scheduler is not None:
-            scheduler._give_up()
+            scheduler._end_search(base.give_up)
 
     def reached_by_others(self) -> None:
         """Tell the scheduler."""

@@ -89,35 +89,34 @@ def train(function, kind, wrapped, build=torch.optim.AdamW, **options):
     return model, optimizer, torch.rand(1, generator=generator)
 
 
-@pytest.mark.parametrize("build", [torch.optim.AdamW, torch.optim.SGD])
-@pytest.mark.parametrize("variance", ["sampled", "exact"])
-@pytest.mark.parametrize("name", COUPLED)
-def test_samples_that_a_loss_couples_have_no_variance_and_one_warning_says_so(name, variance, build):
-    function, kind = COUPLED[name]
+def watched(function, kind, build, variance):
+    """The wrapped optimizer of a run that ends as the bare one does, and the one warning that it gave."""
     bare, _, _ = train(function, kind, False, build)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model, guided, _ = train(function, kind, True, build, variance=variance)
+    assert equal_states(bare.state_dict(), model.state_dict())
     (said,) = [str(warning.message) for warning in caught]
+    return guided, said
+
+
+@pytest.mark.parametrize("build", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("variance", ["sampled", "exact"])
+@pytest.mark.parametrize("name", COUPLED)
+def test_samples_that_a_loss_couples_have_no_variance_and_one_warning_says_so(name, variance, build):
+    guided, said = watched(*COUPLED[name], build, variance)
     assert "samples interact" in said
     assert {m.information for m in guided.alpha_history} == {"slopes"}
-    assert equal_states(bare.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("build", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("variance", ["sampled", "exact"])
 @pytest.mark.parametrize("name", APART)
 def test_sums_over_samples_keep_the_variances_of_their_slopes(name, variance, build):
-    function, kind = APART[name]
-    bare, _, _ = train(function, kind, False, build)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model, guided, _ = train(function, kind, True, build, variance=variance)
-    (said,) = [str(warning.message) for warning in caught]
+    guided, said = watched(*APART[name], build, variance)
     assert "gives no losses of single samples" in said
     assert "slopes only" not in said
     assert guided.alpha_history[-1].information == "slopes+variances"
-    assert equal_states(bare.state_dict(), model.state_dict())
 
 
 def test_a_loss_that_cannot_be_differentiated_twice_is_taken_at_its_word():

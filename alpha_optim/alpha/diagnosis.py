@@ -148,11 +148,12 @@ def _verdict(
             "The loss no longer falls: training is done at this learning rate, or the rate is too high, which alpha "
             "does not show. Lower it to find out."
         )
-    if trend is _Trend.NOT_KNOWN:
-        return "balanced", f"{_steps_end(alpha)}; these are too few steps to tell whether the loss falls."
-    if trend is _Trend.UNSEEN:
-        return "balanced", f"{_steps_end(alpha)}; no losses are known."
-    return "balanced", f"{_steps_end(alpha)}, and the loss falls."
+    said = {
+        _Trend.FALLS: ", and the loss falls.",
+        _Trend.NOT_KNOWN: "; these are too few steps to tell whether the loss falls.",
+        _Trend.UNSEEN: "; no losses are known.",
+    }
+    return "balanced", f"{_steps_end(alpha)}{said[trend]}"
 
 
 def _may_fall_short_on_purpose(recent: Sequence[AlphaMeasurement], window: WindowAlpha) -> bool:
@@ -185,7 +186,11 @@ def _agrees(verdict: str, suggested: float, recent: Sequence[AlphaMeasurement]) 
 def _halves(losses: np.ndarray) -> tuple[float, float]:
     """By how much the second half of losses lies above the first, and the standard error of that."""
     half = len(losses) // 2
-    early, late = losses[:half], losses[half:]
+    return _rise(losses[:half], losses[half:])
+
+
+def _rise(early: np.ndarray, late: np.ndarray) -> tuple[float, float]:
+    """By how much later losses lie above earlier ones, and the standard error of that."""
     noise = math.sqrt(early.var(ddof=1) / len(early) + late.var(ddof=1) / len(late))
     return float(late.mean() - early.mean()), noise
 
@@ -226,8 +231,8 @@ def _fell_since(history: AlphaHistory, recent: Sequence[AlphaMeasurement]) -> bo
     late = np.array([item.loss_start for item in history.lasting(WINDOW) if item.iteration > recent[-1].iteration])
     if min(len(early), len(late)) < FEWEST or not (np.isfinite(early).all() and np.isfinite(late).all()):
         return False
-    noise = math.sqrt(early.var(ddof=1) / len(early) + late.var(ddof=1) / len(late))
-    return bool(early.mean() - late.mean() > RISES * noise)
+    rise, noise = _rise(early, late)
+    return rise < -RISES * noise
 
 
 def _is_where_it_began(history: AlphaHistory, recent: Sequence[AlphaMeasurement]) -> bool:

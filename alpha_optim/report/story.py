@@ -130,10 +130,8 @@ def told(recording: Recording) -> list[str]:
     lines += [(event.iteration, 2, _sentence(event)) for event in events[:LONGEST]]
     if len(events) > LONGEST:
         lines.append((events[LONGEST].iteration, 2, f"... and {len(events) - LONGEST} further events of the guard."))
-    story = [
-        *_in_short(recording),
-        *(text for _, _, text in sorted(lines, key=lambda line: line[:2])),
-    ]  # else as they came
+    lines.sort(key=lambda line: line[:2])  # those of one iteration and kind stay as they came
+    story = [*_in_short(recording), *(text for _, _, text in lines)]
     if recording.dropped:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(recording.dropped.items()))
         story.append(f"Pairs of iterations without a measurement, when the file was begun: {counts}.")

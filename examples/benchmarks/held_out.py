@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field writes it so
 
 from examples.benchmarks.models import Residual, Transformer
-from examples.benchmarks.problems import VOCABULARY, Problem, Split, digit_images, fashion, in_three, text
+from examples.benchmarks.problems import (
+    VOCABULARY,
+    Problem,
+    Recurrent,
+    Split,
+    digit_images,
+    fashion,
+    in_three,
+    text,
+)
 from examples.ex4_language_model import Gpt as SmallGpt
 
 FEW_PEERS = (
@@ -182,19 +191,6 @@ class DrownedGpt(SmallGpt):
     spread_of_positions = 1.0
 
 
-class Lstm(nn.Module):
-    """Predicts the next character; the logits are ``[N, vocabulary, T]``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, 48)
-        self.cell, self.head = nn.LSTM(48, 128, batch_first=True), nn.Linear(128, VOCABULARY)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.cell(self.embedding(x))[0])
-        return logits.transpose(1, 2)
-
-
 CATEGORIES = 20
 
 
@@ -243,7 +239,8 @@ LATER = {
         lambda: text(64), Gpt, 32, 2000, False, loss=flattened, clip=1.0, bases=("AdamW",), peers=FEW_PEERS
     ),
     "text LSTM, clipped": Problem(
-        lambda: text(48), Lstm, 32, 500, False, clip=1.0, bases=("momentum", "AdamW"), peers=FEW_PEERS
+        lambda: text(48), lambda: Recurrent(nn.LSTM, 48, 128), 32, 500, False, clip=1.0,
+        bases=("momentum", "AdamW"), peers=FEW_PEERS,
     ),
     "table of 20,000 rows": Problem(
         table_of_rows, Tabular, 128, 1560, False, bases=("momentum", "AdamW"), peers=FEW_PEERS

@@ -101,13 +101,13 @@ class RowsTransformer(nn.Module):
         return logits
 
 
-class Gru(nn.Module):
-    """Predicts the next character; the logits are ``[N, vocabulary, T]``."""
+class Recurrent(nn.Module):
+    """Predicts the next character by a GRU or LSTM; the logits are ``[N, vocabulary, T]``."""
 
-    def __init__(self) -> None:
+    def __init__(self, cell: type[nn.GRU | nn.LSTM], inner: int, outer: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, 32)
-        self.cell, self.head = nn.GRU(32, 64, batch_first=True), nn.Linear(64, VOCABULARY)
+        self.embedding = nn.Embedding(VOCABULARY, inner)
+        self.cell, self.head = cell(inner, outer, batch_first=True), nn.Linear(outer, VOCABULARY)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.cell(self.embedding(x))[0])
@@ -198,7 +198,7 @@ PROBLEMS = {
     "text transformer": Problem(lambda: text(64), transformer, 32, 600, False, bases=("AdamW", "Schedule-Free AdamW")),
     "regression": Problem(friedman, regression, 64, 1000, False),
     "noisy quadratic": Problem(ill_conditioned, lambda: nn.Linear(100, 1), 32, 800, False),
-    "text GRU": Problem(lambda: text(64), Gru, 32, 500, False),
+    "text GRU": Problem(lambda: text(64), lambda: Recurrent(nn.GRU, 32, 64), 32, 500, False),
 }
 UNSEEN = {
     "digits BatchNorm": Problem(digit_images, digits_batch_norm, 32, 600, True),

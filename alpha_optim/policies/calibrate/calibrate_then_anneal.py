@@ -21,7 +21,7 @@ from alpha_optim.policies.calibrate.envelope import Envelope
 from alpha_optim.policies.calibrate.held_rate import HeldRate
 from alpha_optim.policies.calibrate.jump import Jump
 from alpha_optim.policies.calibrate.loss_watch import UNKNOWN
-from alpha_optim.policies.calibrate.phase import After, Phase
+from alpha_optim.policies.calibrate.phase import CUT_SHORT, After, Phase
 from alpha_optim.policies.calibrate.settings import HIGHEST, SHORTEST_RUN, Settings, trial_length
 from alpha_optim.policies.calibrate.trials import Trials
 
@@ -193,9 +193,7 @@ class CalibrateThenAnneal:
         phase = self._phase
         if phase is None:
             return
-        after = After(None, restore="start", corrected=False, text="the search was cut short")
-        if isinstance(phase, Trials):
-            after = phase.cut_short()
+        after = phase.cut_short() if isinstance(phase, Trials) else CUT_SHORT
         if not self._begun or self._keep == "start":  # nothing was tried yet, and nothing is kept
             after, self._begun, self._keep = after._replace(restore=None), True, None
         self._go_on(after, iteration - 1)

@@ -79,7 +79,7 @@ class LossWatch:
     def begin_anew(self) -> None:
         """The losses so far say nothing about those to come: the next window sets the level."""
         self.level = None if self.level is None else UNKNOWN
-        self._losses, self._begin, self._windows = [], None, 0
+        self.settle()
 
     def settle(self) -> None:
         """Leave out the window under way and judge none before the next but one: the rate is another."""

@@ -78,3 +78,7 @@ class After(NamedTuple):
     ended: Ended | None = None
     corrected: bool = True
     text: str = ""
+
+
+CUT_SHORT = After(None, restore="start", corrected=False, text="the search was cut short")
+"""What follows where a run ends in its search, with no trial to go on from."""

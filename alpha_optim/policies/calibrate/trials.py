@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from alpha_optim.alpha.loss_level import Level, level_of, surely_above
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.policies.base import Place
-from alpha_optim.policies.calibrate.phase import After, Ended
+from alpha_optim.policies.calibrate.phase import CUT_SHORT, After, Ended
 from alpha_optim.policies.calibrate.settings import Settings
 
 STEP = math.log(10.0) / 2
@@ -155,9 +155,7 @@ class Trials:
         if goes_on is None or not phase._fell():
             why = "every trial was hopeless" if goes_on is None else "no trial surely lowered the loss"
             return After(None, restore="start", text=f"{text}; {why}")
-        found, highest = phase.found()
-        text += f"; the best rate is {{{found}}}"
-        return After(None, None, None if keep == "best" else "best", found, highest, phase._ended(), text=text)
+        return phase._over(None if keep == "best" else "best", f"{text}; the best rate is")
 
     def _fell(self) -> bool:
         """Whether climb or trials surely lowered the loss; True where it is not known where that began."""
@@ -187,10 +185,13 @@ class Trials:
     def cut_short(self) -> After:
         """Go on from the best trial so far, or from the start at the rate given: the run is about to end."""
         if math.isnan(self.kept) or not self._fell():
-            return After(None, restore="start", corrected=False, text="the search was cut short")
+            return CUT_SHORT
+        return self._over("best", f"{CUT_SHORT.text}; the best rate so far is")
+
+    def _over(self, restore: Place | None, text: str) -> After:
+        """The search is over: what its scores say, which is told behind the text."""
         found, highest = self.found()
-        text = f"the search was cut short; the best rate so far is {{{found}}}"
-        return After(None, None, "best", found, highest, self._ended(), text=text)
+        return After(None, None, restore, found, highest, self._ended(), text=f"{text} {{{found}}}")
 
     def _ended(self) -> Ended | None:
         """How the best trial ended; None where it is not known where it began."""
