@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from alpha_optim.distributed import local
 from alpha_optim.observe.hooks import harmless, weakly
 from alpha_optim.observe.memory import goes_on
 from alpha_optim.observe.numbers import Truth
-from alpha_optim.observe.some_elements import factor_between, stays_view, together, view_of
+from alpha_optim.observe.some_elements import Views, factor_between
 from alpha_optim.observe.step_direction import copied, same_tensors
 
 PRECISION = 1e-5
@@ -78,8 +78,7 @@ class Habits:
     asked: bool = False
 
 
-@dataclass
-class _Seen:
+class _Seen(NamedTuple):
     param: Tensor
     gradient: Tensor
     version: int
@@ -90,7 +89,7 @@ class _Seen:
 class _Left:
     """What the last backward pass left, in the order of the gradients seen."""
 
-    views: list[Tensor]
+    views: Views
     elements: Tensor
     norms: Tensor | None
     copies: list[Tensor] | None
@@ -123,19 +122,19 @@ class Gradients:
             look: Whether to look at their elements, too.
         """
         self._seen = [
-            _Seen(param, param.grad, param.grad._version, param._version)
+            _Seen(param, gradient, gradient._version, param._version)
             for param in self._params.values()
-            if param.grad is not None
+            if (gradient := param.grad) is not None
         ]
         if not self._seen or not look:
             return
         gradients = [seen.gradient for seen in self._seen]
         if self._habits.keep_copies:
             self._buffer[:] = copied(self._buffer, gradients)
-        views = [view_of(gradient) for gradient in gradients]
+        views = Views(gradients)
         self._left = _Left(
             views,
-            together(views),
+            views.now(),
             _norms(gradients) if self._habits.compare_norms else None,
             self._buffer if self._habits.keep_copies else None,
         )
@@ -174,12 +173,8 @@ class Gradients:
         by_param = {id(seen.param): seen.gradient for seen in self._seen}
         tensors = [by_param.get(id(param), param.grad) for param in params]
         written = any(seen.gradient._version != seen.version for seen in self._seen)
-        now = together(
-            [
-                view if stays_view(seen.gradient) else view_of(seen.gradient)
-                for view, seen in zip(left.views, self._seen, strict=True)
-            ]
-        )
+        views = left.views if left.views.lasting else Views([seen.gradient for seen in self._seen])
+        now = views.now()
         if not written and now.is_cpu and torch.equal(now, left.elements):
             return LossGradients(tensors, None, False)
         factor, lost = factor_between(now, left.elements)
@@ -203,8 +198,8 @@ class Gradients:
 
     def params_edited(self, params: Sequence[Tensor]) -> bool:
         """Whether a parameter was written to between its gradient and now."""
-        versions = {id(seen.param): seen.param_version for seen in self._seen}
-        return any(versions.get(id(param), param._version) != param._version for param in params)
+        theirs = set(map(id, params))
+        return any(seen.param._version != seen.param_version and id(seen.param) in theirs for seen in self._seen)
 
 
 class GradientHooks:
@@ -246,7 +241,7 @@ class GradientHooks:
         self._late, self._waiting = late, []
         self._awaited, self._params, self._each = None, gradients._params, each
         # Parameters of lazy layers are hooked once they exist.
-        wanted = [param for param in params if not is_lazy(param) and param.requires_grad and param.is_leaf]
+        wanted = [param for param in params if param.requires_grad and param.is_leaf and not is_lazy(param)]
         if self._handles and same_tensors(wanted, self._hooked):
             return
         self.detach()
@@ -266,24 +261,21 @@ class GradientHooks:
 
     def _accumulated(self, param: Tensor) -> None:
         try:  # as `harmless` does, but for every parameter: Ctrl-C need not wait for so little
-            self._note(param)
+            self._params[id(param)] = param
+            task = torch._C._current_graph_task_id()
+            if task != self._awaited:
+                self._awaited = task
+                engine: Any = Variable._execution_engine
+                engine.queue_callback(harmless(self._ended, self._failed))
+                self._iteration().backward_reached()
+            if self._each is not None and self._late:
+                self._waiting.append(param)
+            elif self._each is not None:
+                self._each(param)
         except BaseException as error:
             self._failed(error)
             if goes_on(error):
                 raise
-
-    def _note(self, param: Tensor) -> None:
-        self._params[id(param)] = param
-        task = torch._C._current_graph_task_id()
-        if task != self._awaited:
-            self._awaited = task
-            engine: Any = Variable._execution_engine
-            engine.queue_callback(harmless(self._ended, self._failed))
-            self._iteration().backward_reached()
-        if self._each is not None and self._late:
-            self._waiting.append(param)
-        elif self._each is not None:
-            self._each(param)
 
     def _ended(self) -> None:
         self._awaited = None

@@ -44,7 +44,7 @@ def view_of(tensor: Tensor) -> Tensor:
         values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
     ):
         values = values.flatten()
-    return values.as_strided(*layout(values.numel()), values.storage_offset())
+    return values.as_strided(*layout(values.numel()))
 
 
 def stays_view(tensor: Tensor) -> bool:
@@ -53,18 +53,41 @@ def stays_view(tensor: Tensor) -> bool:
     return not tensor.is_sparse and not tensor.is_complex() and tensor.is_contiguous()
 
 
-def together(views: Sequence[Tensor]) -> Tensor:
-    """The elements in views as they are now; a copy ``[n]``."""
-    if not views:
-        return torch.empty(0)
-    first = views[0]
-    dtype, place = first.dtype, first.get_device()
-    if any(view.dtype is not dtype or view.get_device() != place for view in views):
-        views = [view.to(first.device, torch.float64) for view in views]
-    # Runs of many tensors in one go: a reshape each would be most of the work.
-    short = [view for view in views if view.dim() == 1]
-    runs = [view for view in views if view.dim() == 2]
-    return torch.cat([torch.cat(runs).view(-1), *short]) if runs else torch.cat(short)
+class Views:
+    """Some elements of several tensors, to be copied together again and again.
+
+    Attributes:
+        lasting: Whether they show what is written to the tensors later.
+    """
+
+    __slots__ = ("_alike", "_runs", "_short", "lasting")
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Look at the tensors."""
+        self._runs: list[Tensor] = []
+        self._short: list[Tensor] = []
+        self.lasting = self._alike = True
+        dtype, place = None, None
+        for tensor in tensors:
+            view = view_of(tensor)
+            (self._short if view.dim() == 1 else self._runs).append(view)
+            self.lasting = self.lasting and stays_view(tensor)
+            if dtype is None:
+                dtype, place = view.dtype, view.get_device()
+            elif view.dtype is not dtype or view.get_device() != place:
+                self._alike = False
+
+    def now(self) -> Tensor:
+        """The elements as they are now; a copy ``[n]``, in float64 where types or places differ."""
+        runs, short = self._runs, self._short
+        if not self._alike:
+            place = (runs or short)[0].device
+            runs = [view.to(place, torch.float64) for view in runs]
+            short = [view.to(place, torch.float64) for view in short]
+        # Runs of many tensors in one go: a reshape each would be most of the work.
+        if runs:
+            return torch.cat([torch.cat(runs).view(-1), *short])
+        return torch.cat(short) if short else torch.empty(0)
 
 
 class SomeElements:
@@ -73,15 +96,15 @@ class SomeElements:
     def __init__(self) -> None:
         """Start with no tensors."""
         self._places: list[int] = []
-        self._views: list[Tensor] = []
+        self._views = Views(())
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
         """Elements of tensors as they are now ``[n]``."""
         places = [local(tensor).data_ptr() for tensor in tensors]
         if places != self._places:
-            self._views = [view_of(tensor) for tensor in tensors]
-            self._places = places if all(map(stays_view, tensors)) else []
-        return together(self._views)
+            self._views = Views(tensors)
+            self._places = places if self._views.lasting else []
+        return self._views.now()
 
 
 def differ(now: Tensor, then: Tensor) -> Truth:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from alpha_optim.distributed import local, unsummed
-from alpha_optim.observe.numbers import Truth, free_to_read, read
+from alpha_optim.distributed import is_sharded, local, unsummed
+from alpha_optim.observe.numbers import Number, Truth, free_to_read, read
 
 Rate = float | Tensor
 Weights = Sequence[float] | None
@@ -94,7 +94,7 @@ class AlongGradient:
 
     Attributes:
         change_: The gradients and their rates.
-        squares: Squared norms of the gradients, float64 ``[K]``.
+        squares: Squared norms of the gradients, one each, as far as they count; None where there is none.
         length: |d|.
         moved: Whether any parameter changed.
         params: The parameters.
@@ -104,7 +104,7 @@ class AlongGradient:
     """
 
     change_: Change
-    squares: Tensor
+    squares: list[Number | None]
     length: Tensor
     moved: Truth
     params: list[Tensor]
@@ -139,25 +139,24 @@ class AlongGradient:
         moved: Truth,
         weights: Weights = None,
     ) -> AlongGradient:
-        squares = squared_norms(bases, params[0].device if params else torch.device("cpu"))
-        squares = squares if weights is None else scaled(squares, weights)
-        length = scaled(scaled(squares, rates), rates).sum().sqrt()
+        device = params[0].device if params else torch.device("cpu")
+        squares = squared_norms(bases, device)
+        if weights is not None:
+            squares = [None if one is None else one * weight for one, weight in zip(squares, weights, strict=True)]
+        length = _total(squares, device, rates, rates).sqrt()
         versions = versions_of(bases)
         return cls(Change(bases, rates, True), squares, length, moved, params, versions, weights)
 
     def products(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """See `Direction`; the norms are known where these are the gradients of the step itself."""
-        bases = self.change_.bases
+        bases, rates, device = self.change_.bases, self.change_.rates, self.length.device
         if same_tensors(bases, gradients):
-            return scaled(self.squares, self.change_.rates).sum()
-        device = self.squares.device
+            return _total(self.squares, device, rates)
         values = [
             None if base is None or gradient is None else dot(base, gradient)
             for base, gradient in zip(bases, gradients, strict=True)
         ]
-        together = stacked(values, device)
-        together = together if self.weights is None else scaled(together, self.weights)
-        return scaled(together, self.change_.rates).sum()
+        return _total(values, device, rates) if self.weights is None else _total(values, device, self.weights, rates)
 
     def change(self, end: Sequence[Tensor] | None = None) -> Change:
         """See `Direction`."""
@@ -348,27 +347,28 @@ def same_tensors(first: Sequence[Tensor | None], second: Sequence[Tensor | None]
 
 def is_plain_sgd(optimizer: Optimizer) -> bool:
     """Whether a step is exactly -lr * gradient: SGD without momentum, weight decay or step hooks."""
-    return (
-        type(optimizer) is torch.optim.SGD
-        and not optimizer._optimizer_step_pre_hooks
-        and not optimizer._optimizer_step_post_hooks
-        and all(
-            group["momentum"] == 0
-            and group["weight_decay"] == 0
-            and group["dampening"] == 0
-            and not group["nesterov"]
-            and not group.get("differentiable", False)
-            for group in optimizer.param_groups
-        )
-        and all(_as_the_step(param, param.grad) for param in parameters_of(optimizer))
-    )
+    if type(optimizer) is not torch.optim.SGD:
+        return False
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False
+    for group in optimizer.param_groups:
+        if group["momentum"] or group["weight_decay"] or group["dampening"] or group["nesterov"]:
+            return False
+        if group.get("differentiable", False):
+            return False
+        for param in group["params"]:
+            if not _as_the_step(param, param.grad):
+                return False
+    return True
 
 
 def _as_the_step(param: Tensor, gradient: Tensor | None) -> bool:
     """Whether the gradient is dense and real and, of a DTensor, summed already."""
     if gradient is None:
         return True
-    return not (gradient.is_sparse or gradient.is_complex()) and unsummed(param, gradient) == 1.0
+    if gradient.is_sparse or gradient.is_complex():
+        return False
+    return not is_sharded(gradient) or unsummed(param, gradient) == 1.0
 
 
 def versions_of(tensors: Sequence[Tensor | None]) -> list[int]:
@@ -397,10 +397,7 @@ def _pieces(
     """
     now = local(now).detach()
     gradient = None if gradient is None else local(gradient)
-    plain = now.dtype in _PLAIN and now.is_contiguous() and old.is_contiguous()
-    if plain and gradient is not None:
-        plain = gradient.dtype == now.dtype and gradient.layout == torch.strided and gradient.is_contiguous()
-    if not plain:
+    if not (_plain(old, now) and (gradient is None or _plain(gradient, now))):
         difference = torch.sub(now, old, out=old) if overwrite else at_least_float32(now) - at_least_float32(old)
         if gradient is None:
             yield at_least_float32(as_real(difference).flatten()), None
@@ -427,31 +424,44 @@ def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return at_least_float32(a.flatten()), at_least_float32(b.flatten())
 
 
+def _plain(tensor: Tensor, other: Tensor) -> bool:
+    """Whether both are dense vectors of one real type once they are seen as flat."""
+    return (
+        tensor.dtype in _PLAIN
+        and tensor.dtype is other.dtype
+        and tensor.layout is torch.strided
+        and other.layout is torch.strided
+        and tensor.is_contiguous()
+        and other.is_contiguous()
+    )
+
+
 def dot(base: Tensor, gradient: Tensor) -> Tensor:
     """Inner product of two tensors of one shape ``[]``, in at least float32."""
+    base, gradient = local(base), local(gradient)
+    if _plain(base, gradient) and not gradient.requires_grad:
+        return torch.dot(base.view(-1), gradient.view(-1))
     a, b = _flat(as_real(base), as_real(gradient))
     return torch.dot(a, b.to(a.dtype))
 
 
-def squared_norms(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """Squared norms, zero for None, float64 ``[K]``.
+def squared_norms(tensors: Sequence[Tensor | None], device: torch.device) -> list[Number | None]:
+    """Squared norms, None for None; floats where they can be read for nothing, else tensors ``[]``, float64.
 
     Accumulated in float64 where it matters: squares of changes of 1e-30 vanish in float32.
     """
     there = [as_real(tensor) for tensor in tensors if tensor is not None]
-    norms: Sequence[Tensor] = ()
-    if there and all(free_to_read(t.device) and t.dtype == torch.float32 for t in there):
-        norms = torch._foreach_norm(there)
-        lengths = read(norms)
-        if SAFE[0] < max(lengths) < SAFE[1] and all(map(math.isfinite, lengths)):
-            known = iter(lengths)
-            squares = [0.0 if tensor is None else next(known) ** 2 for tensor in tensors]
-            return torch.tensor(squares, dtype=torch.float64)
-        norms = ()
+    readable = free_to_read(device) and all(tensor.is_cpu for tensor in there)
+    norms: Sequence[Number] = ()
+    if there and readable and all(tensor.dtype is torch.float32 for tensor in there):
+        norms = read(torch._foreach_norm(there))
+        if not (SAFE[0] < max(norms) < SAFE[1] and all(map(math.isfinite, norms))):
+            norms = ()
     if there and not norms:
         norms = torch._foreach_norm(there, 2.0, dtype=torch.float64)
-    remaining = iter(norms)
-    return stacked([None if tensor is None else next(remaining) for tensor in tensors], device).square()
+        norms = read(norms) if readable else [norm.to(device) for norm in norms]
+    remaining = iter([norm * norm for norm in norms])
+    return [None if tensor is None else next(remaining) for tensor in tensors]
 
 
 def _norm64(tensor: Tensor) -> Tensor:
@@ -476,6 +486,19 @@ def stacked(values: Sequence[Tensor | None], device: torch.device) -> Tensor:
 
 def _times(value: Tensor, weight: float) -> Tensor:
     return value if weight == 1.0 else value.double() * weight
+
+
+def _total(values: Sequence[Number | None], device: torch.device, *factors: Sequence[Rate]) -> Tensor:
+    """Sum of numbers ``[]`` times one or more factors each; None counts as zero; float64 ``[]``."""
+    if free_to_read(device):
+        numbers = [0.0 if value is None else value for value in read(values)]
+        for each in factors:
+            numbers = [number * factor for number, factor in zip(numbers, read(each), strict=True)]
+        return torch.tensor(sum(numbers), dtype=torch.float64)
+    together = stacked([None if value is None else torch.as_tensor(value) for value in values], device)
+    for each in factors:
+        together = scaled(together, each)
+    return together.sum()
 
 
 def _sum(values: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -213,8 +213,8 @@ def test_a_run_that_listens_resumes_bit_for_bit(cut, scheduler_last, tmp_path):
 
 def test_steps_that_are_not_measured_look_at_no_gradients(monkeypatch):
     looked = []
-    together = gradient_watch.together
-    monkeypatch.setattr(gradient_watch, "together", lambda views: looked.append(1) or together(views))
+    views = gradient_watch.Views
+    monkeypatch.setattr(gradient_watch, "Views", lambda tensors: looked.append(1) or views(tensors))
     run = build(Listening())
     train(*run, steps=10)
     before = len(looked)
