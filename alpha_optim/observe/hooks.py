@@ -18,14 +18,13 @@ def inert(*_args: Any, **_kwargs: Any) -> None:
     """Do nothing; what a hook becomes in a copied or unpickled module."""
 
 
-def weakly(method: Any) -> Callable[..., Any]:
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """A bound method as a hook on something that outlives its object, and must not keep it."""
-    # Not `WeakMethod`, which binds anew at every call.
-    kept, function = weakref.ref(method.__self__), method.__func__
+    kept = weakref.WeakMethod(method)
 
     def call(*args: Any) -> Any:
         alive = kept()
-        return None if alive is None else function(alive, *args)
+        return None if alive is None else alive(*args)
 
     return call
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from alpha_optim.distributed import is_sharded, local, unsummed
+from alpha_optim.distributed import local, unsummed
 from alpha_optim.observe.numbers import Number, Truth, free_to_read, read
 
 Rate = float | Tensor
@@ -243,14 +243,14 @@ class BetweenPoints:
                 squares.append(_times(torch.dot(difference, difference), weight))
                 if part is not None:
                     products.append(_times(torch.dot(difference, part), of_product))
-        made = cls(before, overwrite, params, _sum(squares, device), True, versions_of(before), weights)
+        made = cls(before, overwrite, params, _total(squares, device), True, versions_of(before), weights)
         if free_to_read(device) and not SAFE[0] ** 2 < read([made.length])[0] < SAFE[1] ** 2:
             norms = [_norm64(flat) for difference in made._differences() for flat in (difference.flatten(),)]
             lengths = torch.stack(norms).square()
             made.length = (lengths if weights is None else scaled(lengths, weights)).sum()
         made.length = made.length.sqrt()
         made.moved = made.length != 0.0
-        return made, _sum(products, device)
+        return made, _total(products, device)
 
     def _differences(self, end: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
         if self.is_step:
@@ -278,7 +278,7 @@ class BetweenPoints:
                 for difference, part in _pieces(old, now, gradient, overwrite=False)
                 if part is not None
             ]
-        return _sum(values, self.params[0].device)
+        return _total(values, self.params[0].device)
 
     def change(self, end: Sequence[Tensor] | None = None) -> Change:
         """See `Direction`; as much memory as the parameters unless the step itself was kept."""
@@ -347,28 +347,27 @@ def same_tensors(first: Sequence[Tensor | None], second: Sequence[Tensor | None]
 
 def is_plain_sgd(optimizer: Optimizer) -> bool:
     """Whether a step is exactly -lr * gradient: SGD without momentum, weight decay or step hooks."""
-    if type(optimizer) is not torch.optim.SGD:
-        return False
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        return False
-    for group in optimizer.param_groups:
-        if group["momentum"] or group["weight_decay"] or group["dampening"] or group["nesterov"]:
-            return False
-        if group.get("differentiable", False):
-            return False
-        for param in group["params"]:
-            if not _as_the_step(param, param.grad):
-                return False
-    return True
+    return (
+        type(optimizer) is torch.optim.SGD
+        and not optimizer._optimizer_step_pre_hooks
+        and not optimizer._optimizer_step_post_hooks
+        and all(
+            group["momentum"] == 0
+            and group["weight_decay"] == 0
+            and group["dampening"] == 0
+            and not group["nesterov"]
+            and not group.get("differentiable", False)
+            for group in optimizer.param_groups
+        )
+        and all(_as_the_step(param, param.grad) for param in parameters_of(optimizer))
+    )
 
 
 def _as_the_step(param: Tensor, gradient: Tensor | None) -> bool:
     """Whether the gradient is dense and real and, of a DTensor, summed already."""
     if gradient is None:
         return True
-    if gradient.is_sparse or gradient.is_complex():
-        return False
-    return not is_sharded(gradient) or unsummed(param, gradient) == 1.0
+    return not (gradient.is_sparse or gradient.is_complex()) and unsummed(param, gradient) == 1.0
 
 
 def versions_of(tensors: Sequence[Tensor | None]) -> list[int]:
@@ -438,10 +437,10 @@ def _plain(tensor: Tensor, other: Tensor) -> bool:
 
 def dot(base: Tensor, gradient: Tensor) -> Tensor:
     """Inner product of two tensors of one shape ``[]``, in at least float32."""
-    base, gradient = local(base), local(gradient)
-    if _plain(base, gradient) and not gradient.requires_grad:
+    base, gradient = as_real(base), as_real(gradient)
+    if _plain(base, gradient):
         return torch.dot(base.view(-1), gradient.view(-1))
-    a, b = _flat(as_real(base), as_real(gradient))
+    a, b = _flat(base, gradient)
     return torch.dot(a, b.to(a.dtype))
 
 
@@ -489,8 +488,8 @@ def _times(value: Tensor, weight: float) -> Tensor:
 
 
 def _total(values: Sequence[Number | None], device: torch.device, *factors: Sequence[Rate]) -> Tensor:
-    """Sum of numbers ``[]`` times one or more factors each; None counts as zero; float64 ``[]``."""
-    if free_to_read(device):
+    """Sum of numbers ``[]``, each times its factors; None counts as zero; float64 ``[]``."""
+    if free_to_read(device):  # a third of the time of stacking them
         numbers = [0.0 if value is None else value for value in read(values)]
         for each in factors:
             numbers = [number * factor for number, factor in zip(numbers, read(each), strict=True)]
@@ -499,13 +498,6 @@ def _total(values: Sequence[Number | None], device: torch.device, *factors: Sequ
     for each in factors:
         together = scaled(together, each)
     return together.sum()
-
-
-def _sum(values: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Sum of numbers ``[]``, float64 ``[]``."""
-    if free_to_read(device):  # a third of the time of stacking them
-        return torch.tensor(sum(read(values)), dtype=torch.float64)
-    return stacked(values, device).sum()
 
 
 def common_rate(rates: Sequence[Rate]) -> Rate | None:
