@@ -17,7 +17,7 @@ from alpha_optim.alpha.records import GuardEvent
 from alpha_optim.distributed import as_text, asked_by_checkpoint, from_text
 from alpha_optim.measure.plan import Every, Plan
 from alpha_optim.observe.checks import check_arguments, check_membership
-from alpha_optim.steer.checks import check_state, load_whole
+from alpha_optim.steer.checks import check_state, load_whole, sealed
 from alpha_optim.steer.point import inner_optimizers
 from alpha_optim.steer.several import HOOKS, Several, make_hooks
 from alpha_optim.steer.step_cycle import VERSION, Session
@@ -291,10 +291,11 @@ class AlphaGuided(Optimizer):
         """Return the wrapped optimizer's state dict with everything of ours under one more key."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state: dict[str, Any] = {**self.optimizer.state_dict(), KEY: self._session.state_dict()}
+        state: dict[str, Any] = {**self.optimizer.state_dict(), KEY: sealed(self._session.state_dict())}
         if state["param_groups"] and asked_by_checkpoint():  # which keeps nothing but state and groups
             first, *others = state["param_groups"]
-            text = as_text({**self._session.state_dict(tensors=False), "counts": _counts(state["state"])})
+            counts = _counts(state["state"])
+            text = as_text(sealed({**self._session.state_dict(tensors=False), "counts": counts}))
             state["param_groups"] = [{**first, KEY: text}, *others]
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state)

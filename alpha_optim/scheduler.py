@@ -26,7 +26,7 @@ from alpha_optim.distributed import as_text, from_text, initialised
 from alpha_optim.observe.interrupts import uninterrupted
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
-from alpha_optim.steer.checks import check_scheduler_state, check_scheduling, load_whole
+from alpha_optim.steer.checks import check_scheduler_state, check_scheduling, load_whole, sealed
 from alpha_optim.steer.explosions import ExplosionCuts
 from alpha_optim.steer.news import News
 from alpha_optim.steer.rates import GroupRates, clamped, rates_in
@@ -424,8 +424,8 @@ class AlphaScheduler(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the rest of the run depends on, as plain values."""
-        policy = base.state_of(self.policy)
-        return {
+        policy = copy.deepcopy(base.state_of(self.policy))  # what it returns may be what it goes on with
+        state = {
             "version": VERSION,
             "scale": self.scale,
             **self._rates.state_dict(),
@@ -442,6 +442,7 @@ class AlphaScheduler(LRScheduler):
             "policy_name": base.name_of(self.policy),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
         }
+        return sealed(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state; call it after the optimizer's `load_state_dict` or before.

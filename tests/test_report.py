@@ -27,6 +27,7 @@ from alpha_optim import (
     WithWarmup,
 )
 from alpha_optim.alpha.diagnosis import diagnose
+from alpha_optim.alpha.history_file import from_line, to_line
 from alpha_optim.alpha.window import window_alpha
 from alpha_optim.integrations.loggers import record
 from alpha_optim.report import html_page, recording, terminal
@@ -107,13 +108,14 @@ def test_lines_read_at_once_are_those_read_one_by_one(tmp_path, monkeypatch, blo
     path = tmp_path / "run.jsonl"
     history = run_file(path)
     lines = path.read_text().splitlines()
-    rows = [json.loads(line) for line in lines[1:]]
+    rows = [from_line(line.encode()) for line in lines[1:]]
     for row in rows[:100]:
         row["alpha_std"] = None
     rows[120]["loss_start"], rows[121]["fitted_slope_end"], rows[122]["lr"] = "inf", "-inf", []
     event = asdict(GuardEvent(200, "loss_rose", 1.0, 9.0, restored=True))
     rows[200:200] = [{"event": event}, {"note": {"iteration": 201, "text": "found"}}]
-    path.write_text("\n".join([lines[0], *map(json.dumps, rows)]) + "\n")
+    written = [lines[0] + "\n", *map(to_line, rows[:250]), *(json.dumps(row) + "\n" for row in rows[250:])]
+    path.write_text("".join(written))  # lines of earlier versions have no checksums
     with monkeypatch.context() as patched:
         patched.setattr(Recording, "_take_measurements", lambda *_: False)
         singly = Recording.read(path)
@@ -591,15 +593,42 @@ def test_a_file_that_is_none_raises_an_error_of_its_own(tmp_path):
         Recording.read(tmp_path / "none.jsonl")
 
 
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_digit_that_changed_is_noticed_by_report_and_history(tmp_path, monkeypatch, installed, kept):
+    """Unless the line has no checksum, as those of earlier versions; one that was only formatted anew is read."""
+    path = tmp_path / "run.jsonl"
+    history = run_file(path, count=60)
+    if not installed:
+        monkeypatch.setitem(sys.modules, "msgspec", None)
+    recording._decoder.cache_clear()
+    lines = path.read_text().splitlines(keepends=True)
+    row = json.loads(lines[30])
+    lines[30] = json.dumps(row, separators=(",", ":")) + "\n"
+    path.write_text("".join(lines))
+    assert AlphaHistory.load(path).state_dict() == history.state_dict()
+    assert np.array_equal(Recording.read(path).alphas, history.alphas)
+    row["loss_start"] += 1e-9
+    if not kept:
+        del row["crc32"]
+    lines[30] = json.dumps(row) + "\n"
+    path.write_text("".join(lines))
+    for read in (AlphaHistory.load, Recording.read):
+        if kept:
+            with pytest.raises(ValueError, match=r"line 31: .*it was changed since: its crc32 does not fit"):
+                read(path)
+        else:
+            assert len(read(path)) == len(history)
+    recording._decoder.cache_clear()
+
+
 @pytest.mark.parametrize("value", [-1, 1 << 60, 3.5, True, None])
 def test_an_iteration_that_is_none_is_refused_by_the_report_as_by_the_history(tmp_path, value):
     path = tmp_path / "run.jsonl"
     run_file(path, count=30)
     whole = path.read_text()
     lines = whole.splitlines(keepends=True)
-    row = json.loads(lines[11])
-    row["iteration"] = value
-    lines[11] = json.dumps(row) + "\n"
+    lines[11] = to_line(from_line(lines[11].encode()) | {"iteration": value})
     path.write_text("".join(lines))
     for read in (Recording.read, AlphaHistory.load):
         with pytest.raises(ValueError, match="iteration must be a whole number of at least 0"):

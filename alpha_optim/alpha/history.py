@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
@@ -18,7 +18,9 @@ from alpha_optim.alpha.history_file import (
     NOTE,
     VERSION,
     check_header,
+    from_line,
     from_row,
+    to_line,
     to_row,
     whole,
 )
@@ -257,19 +259,19 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         return pandas.DataFrame(self.to_dict())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON lines: a header, then one measurement a line (nan as null).
+        """Write JSON lines: a header, then one measurement a line (nan as null), each with its checksum.
 
-        A file may be continued by appending further such lines.
+        A file may be continued by appending further such lines; those without a checksum are read as well.
 
         Args:
             path: File to write; replaced as a whole if it exists.
         """
         header = {"format": FORMAT, "version": VERSION, "dropped": self.dropped, "abandoned": self.abandoned}
-        lines = [json.dumps(header)] + [json.dumps(to_row(item)) for item in self._read()]
+        rows = (to_row(item) for item in self._read())
         temporary = f"{os.fspath(path)}.part"
         try:
             with open(temporary, "w", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
+                file.writelines(map(to_line, chain([header], rows)))
             os.replace(temporary, path)
         except BaseException:  # a full disk, Ctrl-C: the file that was there stays, and nothing lies beside it
             if os.path.exists(temporary):
@@ -294,7 +296,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    history._load_line(json.loads(line.decode()), first=number == 1)
+                    history._load_line(from_line(line), first=number == 1)
                 except BAD as error:  # noqa: PERF203 - names the line
                     raise ValueError(
                         f"{os.fspath(path)}, line {number}: not a line of an alpha history ({error}). "

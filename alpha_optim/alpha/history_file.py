@@ -1,16 +1,19 @@
-"""A measurement as one row of plain values, for files and state dicts."""
+"""A measurement as one row of plain values, for files and state dicts; a row as a line with a checksum."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, fields
 from typing import Any
+from zlib import crc32
 
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import AlphaStatus, Information
 
 FORMAT = "alpha_optim.history"
-VERSION = 1
+VERSION = 2
+"""Lines have checksums since version 2; of those that have none nothing is asked."""
 NAMES = tuple(field.name for field in fields(AlphaMeasurement))
 BAD = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
 """What reading a line raises that is none of ours, however it was made."""
@@ -18,6 +21,33 @@ LARGEST = 1 << 53
 """Whole numbers up to here are floats as well, and are read alike by every reader of JSON."""
 EVENT, NOTE = "event", "note"
 """Keys of the other lines that a file may hold: something the guard did, and something the scheduler said."""
+CHECKSUM = "crc32"
+"""Key of the CRC-32 of what stands before it in the line."""
+_BEFORE = f', "{CHECKSUM}": '
+BEFORE_CHECKSUM = _BEFORE.encode()
+
+
+def to_line(row: dict[str, Any]) -> str:
+    """A row as JSON with its checksum, which tells when it is read again whether a bit has flipped."""
+    text = json.dumps(row)[:-1]
+    return f"{text}{_BEFORE}{crc32(text.encode())}}}\n"
+
+
+def from_line(line: bytes) -> dict[str, Any]:
+    """The row again, without its checksum.
+
+    Raises:
+        ValueError: If the line is no JSON object, or its checksum is another; others if it is no text.
+    """
+    row = json.loads(line.decode())
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {row!r:.100}")
+    written = row.pop(CHECKSUM, None)
+    if written is None or crc32(line[: line.rfind(BEFORE_CHECKSUM)]) == written:
+        return row
+    if crc32(json.dumps(row)[:-1].encode()) != written:  # else another program has written it again
+        raise ValueError(f"it was changed since: its {CHECKSUM} does not fit; without that key it is read as it is")
+    return row
 
 
 def to_row(measurement: AlphaMeasurement) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from alpha_optim.alpha.history import AlphaHistory
-from alpha_optim.alpha.history_file import EVENT, NOTE, to_json, to_row
+from alpha_optim.alpha.history_file import EVENT, NOTE, to_json, to_line, to_row
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.window import window_alpha
 from alpha_optim.optimizer import AlphaGuided
@@ -307,7 +306,7 @@ class _Recorder:
         return rows
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        lines = [json.dumps(row) + "\n" for row in rows]
+        lines = [to_line(row) for row in rows]
         self._file.write("".join(line for line in lines if line not in self._there))
         self._file.flush()
 

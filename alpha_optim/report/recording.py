@@ -17,13 +17,26 @@ from functools import lru_cache
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alpha_optim.alpha.diagnosis import Diagnosis, diagnose
 from alpha_optim.alpha.history import AlphaHistory
-from alpha_optim.alpha.history_file import BAD, EVENT, LARGEST, NAMES, NOTE, check_header, from_row, whole
+from alpha_optim.alpha.history_file import (
+    BAD,
+    BEFORE_CHECKSUM,
+    CHECKSUM,
+    EVENT,
+    LARGEST,
+    NAMES,
+    NOTE,
+    check_header,
+    from_line,
+    from_row,
+    whole,
+)
 from alpha_optim.alpha.records import AlphaStatus, GuardEvent
 from alpha_optim.report.sampling import windowed_alpha
 
@@ -136,7 +149,7 @@ class Recording:
             return False
         try:
             rows = _decoder()(b"".join(lines))
-            if len(rows) != len(lines):
+            if len(rows) != len(lines) or not all(map(_intact, rows, lines)):
                 return False
             self._add(rows, lines, self._lines + 1)
         except BAD:
@@ -160,7 +173,7 @@ class Recording:
         if not line.strip():
             return False
         try:
-            self._take_row(json.loads(line), line)
+            self._take_row(from_line(line), line)
         except BAD as error:
             raise self._bad(self._lines, error) from error
         return True
@@ -282,7 +295,7 @@ class Recording:
         try:
             for first, lines in self._recent:
                 for number, line in enumerate(lines, start=first):  # noqa: B007 - the message names it
-                    history.append(from_row(json.loads(line)))
+                    history.append(from_row(from_line(line)))
             self._diagnosis = diagnose(history, self.events)
         except BAD as error:
             raise self._bad(number, error) from error
@@ -307,8 +320,9 @@ def _decoder() -> Callable[[bytes], Sequence[Any]]:
         return _decoded
     number = float | str | None
     read = {"iteration": int, "status": str, "lr": list[number], **dict.fromkeys(_DRAWN, number)}
-    fields = [(name, read.get(name, msgspec.Raw)) for name in NAMES]
+    fields: list[tuple[Any, ...]] = [(name, read.get(name, msgspec.Raw)) for name in NAMES]
     # Millions of them hold no references to each other: the collector need not look at them.
+    fields.append((CHECKSUM, int | None, None))
     row = msgspec.defstruct("Row", fields, forbid_unknown_fields=True, gc=False)
     return msgspec.json.Decoder(row).decode_lines
 
@@ -319,10 +333,16 @@ def _decoded(block: bytes) -> Sequence[Any]:
     Raises:
         ValueError: If there is something else in between.
     """
-    rows = list(map(json.loads, block.splitlines()))
-    if any(row.keys() != _NAMES for row in rows):
+    rows = [{CHECKSUM: None, **json.loads(line)} for line in block.splitlines()]
+    if any(row.keys() - {CHECKSUM} != _NAMES for row in rows):
         raise ValueError("not only measurements")
     return [SimpleNamespace(**row) for row in rows]
+
+
+def _intact(row: Any, line: bytes) -> bool:
+    """Whether the checksum of a line, if it has one, is that of the line as it stands."""
+    written = row.crc32
+    return written is None or crc32(line[: line.rfind(BEFORE_CHECKSUM)]) == written
 
 
 def _numbers(values: list[Any]) -> array[float]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import struct
+from array import array
 from collections.abc import Callable
 from typing import Any
+from zlib import crc32
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -54,8 +57,47 @@ def check_scheduling(
         )
 
 
+CHECKSUM, SCHEDULE = "checksum", "schedule"
+"""Keys of a state: its checksum, and what a schedule of torch returned, which may change while the run goes on."""
+
+
+def sealed(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with the checksum of its plain values, which tells when it is loaded whether a bit has flipped.
+
+    Tensors are left out, like the parameters they go with: reading gigabytes takes seconds.
+    """
+    return {**state, CHECKSUM: _checksum_of(state)}
+
+
+def _checksum_of(state: dict[str, Any]) -> int:
+    return _checksum({name: value for name, value in state.items() if name not in (CHECKSUM, SCHEDULE)}, 0)
+
+
+def _checksum(value: Any, start: int) -> int:
+    """CRC-32 of plain values, going on from another; the same for tuple and list, and whatever the order of keys."""
+    if isinstance(value, dict):
+        for name in sorted(value, key=str):
+            start = _checksum(value[name], crc32(str(name).encode(), start))
+        return start
+    if isinstance(value, (list, tuple)):
+        kinds = set(map(type, value))
+        start = crc32(struct.pack("<q", len(value)), start)
+        if kinds == {float}:  # columns of histories are long
+            return crc32(array("d", value).tobytes(), start)
+        if kinds == {str}:
+            return crc32("\0".join(value).encode(), start)
+        for entry in value:
+            start = _checksum(entry, start)
+        return start
+    if isinstance(value, float):
+        return crc32(struct.pack("=d", value), start)
+    if value is None or isinstance(value, (bool, int)):
+        return crc32(repr(value).encode(), start)
+    return crc32(value.encode(), start) if isinstance(value, str) else start
+
+
 def check_state(state: Any, version: int, what: str, advice: str) -> None:
-    """Refuse what is no state of ours, or one that a newer version wrote.
+    """Refuse what is no state of ours, one that a newer version wrote, or one that was changed since.
 
     Args:
         state: What is to be taken over.
@@ -76,6 +118,11 @@ def check_state(state: Any, version: int, what: str, advice: str) -> None:
         raise ValueError(
             f"this state of {what} has version {written}, this package reads up to {version}: "
             f"update alpha_optim{advice}"
+        )
+    if CHECKSUM in state and state[CHECKSUM] != _checksum_of(state):
+        raise ValueError(
+            f"this state of {what} was changed since state_dict() returned it: its {CHECKSUM!r} does not fit; nothing "
+            f"was changed. Load another checkpoint, or delete the key {CHECKSUM!r} if it was you who changed the state"
         )
 
 

@@ -665,6 +665,38 @@ def test_a_climb_that_fell_says_so_to_the_trials():
     assert not after.phase.fell
 
 
+@pytest.mark.parametrize(("end", "ends"), [(-0.8, False), (-0.02, True), (0.3, True)])
+def test_a_loss_that_rises_ends_a_climb_that_never_fell_unless_its_steps_surely_go_down(end, ends):
+    """Targets whose scale grows, say: the loss rises, and yet each step lowers that of the next batch."""
+    noise = np.random.default_rng(0)
+    phase = Climb(Settings(STEPS, 60, by_steps=True), -8.0, 0, (2.0, 2.01, 1.99))
+    for loss in 2.0 + 0.1 * np.clip(np.arange(50) - 10, 0, None) + noise.normal(0, 0.02, 50):
+        start = Observation(32, -1.0 + 0.1 * noise.normal(), 0.1, float(loss), 0.1)
+        slope = Observation(32, end + 0.1 * noise.normal(), 0.1, float(loss) + 0.1, 0.1)
+        after = phase.stepped(float(loss))
+        if not isinstance(after.phase, Climb) or after.phase.again:
+            break
+        phase = after.phase.measured(measure_alpha(phase.steps, 1.0, start, slope, (1.0,)), -8.0).phase
+    assert (after.restore == "start") == ends
+
+
+@pytest.mark.parametrize(("rises_at", "trusted"), [(-1, True), (1, False), (None, False)])
+def test_a_loss_that_rises_at_lower_rates_as_well_rises_by_itself(rises_at, trusted):
+    """A trial that ended no higher than it began has then lowered it."""
+    settings = Settings(STEPS, 40, by_steps=True, most_trials=3)
+    phase, answers = Trials.begun(settings, 0.0, -math.inf, Level(1.0, 0.2, 10), 0), []
+    noise = np.random.default_rng(0)
+    while phase is not None:
+        grows = 0.2 if rises_at is not None and round(phase.position / STEP) == rises_at else 0.0
+        middle = 0.97 + 0.02 * abs(phase.position) + grows * phase.made
+        after = phase.stepped(float(middle + noise.normal(0, 0.2)))
+        answers += [after] if after.text else []
+        phase = after.phase
+    assert len(answers) == 3
+    assert (after.found is not None) == trusted
+    assert not trusted or 0.0 <= after.found <= STEP
+
+
 def test_without_room_for_trials_the_climb_leaves_nothing_behind():
     settings = Settings(200, 8, by_steps=True)
     phase = Climb(settings, -8.0, 0, (2.0, 2.01, 1.99))

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import random
+import struct
 import time
 
 import torch
@@ -46,8 +47,8 @@ ODD = (3.7, -3, "7", True, None, [], {}, 10**400, math.inf, math.nan, "nonsense"
 """What no field that counts can be, and hardly any other."""
 
 
-def history_is_read_or_refused(path, content):
-    """Either a history, or an error that names file and line; nothing else."""
+def history_is_read_or_refused(path, content, expected=None):
+    """Either a history, the ``expected`` one if there is one, or an error that names file and line; nothing else."""
     path.write_bytes(content)
     try:
         history = AlphaHistory.load(path)
@@ -58,6 +59,7 @@ def history_is_read_or_refused(path, content):
         assert all(type(count) is int and count >= 0 for m in history for count in (m.iteration, m.samples_end))
         assert all(type(rate) is float for m in history for rate in (*m.lr, m.alpha))
         assert all(type(count) is int and count >= 0 for count in history.dropped.values())
+        assert expected is None or equal_states(history.state_dict(), expected.state_dict())
     assert not refused or str(path) in refused, refused
     assert len(refused) < 600, refused
 
@@ -65,18 +67,20 @@ def history_is_read_or_refused(path, content):
 def history_checks(folder, count=150):
     """A history file with bytes changed, lines cut, and other things in its place."""
     whole = folder / "whole.jsonl"
-    make()[1].alpha_history.save(whole)
+    history = make()[1].alpha_history
+    history.save(whole)
     content = whole.read_bytes()
     dice = random.Random(0)
-    changed = [content[: dice.randrange(len(content))] for _ in range(count)]
+    changed, other = [content[: dice.randrange(len(content))] for _ in range(count)], []
     for _ in range(count):
         place = dice.randrange(len(content))
-        changed.append(content[:place] + bytes([dice.randrange(256)]) + content[place + 1 :])
+        other.append(content[:place] + bytes([dice.randrange(256)]) + content[place + 1 :])
+        other.append(content[:place] + bytes([content[place] ^ 1 << dice.randrange(8)]) + content[place + 1 :])
     lines = content.splitlines(keepends=True)
     for _ in range(count // 3):
         some = dice.sample(lines, len(lines))
         changed.append(b"".join(some[: dice.randrange(1, len(some))]))
-    head, row = json.loads(lines[0]), json.loads(lines[1])
+    head, row = (without_checksum(json.loads(line), "crc32") for line in lines[:2])
     rows = [{**row, name: value} for name in ("iteration", "samples_end", "alpha", "lr") for value in ODD]
     heads = [
         {**head, name: value} for name in ("version", "dropped", "abandoned") for value in (*ODD, {"x": -1}, [[0, -1]])
@@ -86,10 +90,16 @@ def history_checks(folder, count=150):
     changed += [lines[0] + b"[" * 200_000, lines[0] + lines[1].replace(b'"iteration": 0', b'"iteration": 1e999')]
     changed += [b"", b"\n\n", b"{}", b"[]", b"null", b"\x00" * 100, b"\xff\xfe", b"PK\x03\x04" + bytes(50), b"1e999\n"]
     path = folder / "changed.jsonl"
+    parts = [(part, None) for part in changed] + [(part, history) for part in other]
     return [
-        (f"history file, change {n}", functools.partial(history_is_read_or_refused, path, part))
-        for n, part in enumerate(changed)
+        (f"history file, change {n}", functools.partial(history_is_read_or_refused, path, *part))
+        for n, part in enumerate(parts)
     ]
+
+
+def without_checksum(state, key="checksum"):
+    """What is left of a state or a line that nobody can tell was changed."""
+    return {name: value for name, value in state.items() if name != key}
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -109,10 +119,12 @@ def at(state, path):
     return state
 
 
-def state_is_taken_or_refused(name, state, path, value):
-    """A state dict with one entry replaced: taken over, or refused with nothing changed."""
+def state_is_taken_or_refused(name, state, path, value, sealed=False):
+    """A state dict with one entry replaced: taken over, or refused with nothing changed; ``sealed``: refused."""
     parts = dict(zip(("model", "optimizer", "scheduler"), make(3), strict=True))
     changed = copy.deepcopy(state)
+    if not sealed:
+        (changed["alpha_guided"] if name == "optimizer" else changed).pop("checksum")
     holder = at(changed, path[:-1])
     if value is Missing:
         del holder[path[-1]]
@@ -125,6 +137,7 @@ def state_is_taken_or_refused(name, state, path, value):
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         refused = str(error)
     else:
+        assert not sealed, "a changed number was taken over"
         return
     assert refused
     assert equal_states(before, parts[name].state_dict()), f"refused ({refused}), and changed all the same"
@@ -135,14 +148,32 @@ class Missing:
     """Stands for an entry that is left out."""
 
 
+def flipped(number, dice):
+    """Another number, one bit away."""
+    if isinstance(number, bool):
+        return not number
+    if isinstance(number, int):
+        return number ^ 1 << dice.randrange(16)
+    (bits,) = struct.unpack("<q", struct.pack("<d", number))
+    return struct.unpack("<d", struct.pack("<q", bits ^ 1 << dice.randrange(63)))[0]
+
+
 def state_checks(count=250):
-    """Entries of our own in the optimizer's state dict, and of the scheduler's, left out or replaced."""
+    """Entries of our own in the optimizer's state dict, and of the scheduler's, left out or replaced; flipped bits."""
     dice = random.Random(1)
     _, optimizer, scheduler = make(40)
     made = []
     for name, part, root in (("optimizer", optimizer, ("alpha_guided",)), ("scheduler", scheduler, ())):
         state = part.state_dict()
-        paths = [root + path for path in flattened(at(state, root)) if path]
+        paths = [root + path for path in flattened(at(state, root)) if path and path[-1] != "checksum"]
+        numbers = [path for path in paths if isinstance(at(state, path), (int, float)) and "schedule" not in path]
+        made += [
+            (
+                f"{name}'s state, a bit of {path}",
+                functools.partial(state_is_taken_or_refused, name, state, path, flipped(at(state, path), dice), True),
+            )
+            for path in dice.sample(numbers, min(count // 2, len(numbers)))
+        ]
         for path in dice.sample(paths, min(count, len(paths))):
             value = dice.choice((Missing, "nonsense", None, -1, 10**9, [], {}, [None], float("nan")))
             made.append(

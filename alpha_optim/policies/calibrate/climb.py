@@ -26,6 +26,8 @@ LOST = 0.5
 """The climb is over when a window surely lost this share of all progress."""
 ALPHAS = 8
 """Steps over which alpha is averaged for the knee."""
+SURE = 2.0
+"""Standard errors by which that lies below 0 where steps surely go down."""
 FURTHER = math.log(1e3)
 SOON = 14
 """Where the loss rose within so many steps and never fell the climb began too high: once more from so far below."""
@@ -136,9 +138,18 @@ class Climb:
         first, best, last, freedom = levels
         looks = self.settings.longest_climb
         if not self._fell(levels):
-            return surely_above(last, first, looks, freedom)
+            return surely_above(last, first, looks, freedom) and not self._goes_down()
         looks *= looks  # for the lowest of many windows is low by chance
         return last.mean - best.mean > LOST * (first.mean - best.mean) and surely_above(last, best, looks, freedom)
+
+    def _goes_down(self) -> bool:
+        """Whether the steps surely still go down at their ends: then the rate is not what the loss rises by.
+
+        The loss at the end of a step is that of another batch, so its slope there says so for data it has not seen.
+        """
+        rises = [(start, end) for _, start, end in self.rises[-ALPHAS:]]
+        alpha, error, count = ratio_of_sums(rises)
+        return count == ALPHAS and alpha < -SURE * error
 
     def lowest(self) -> float:
         """Log rate at which the loss was lowest: the mean over windows as good as the best."""

@@ -51,6 +51,7 @@ class Trials:
         best_losses: Losses of the trial with the lowest score so far.
         scores: Log rate, score and its standard error of the trials that are over; infinite where hopeless.
         kept: Log rate of the trial whose end is kept to go on from, the lowest one as good as the best; nan if none is.
+        rose: Lowest log rate of a trial in which the loss surely rose; infinite if it did in none.
     """
 
     settings: Settings
@@ -65,6 +66,7 @@ class Trials:
     best_losses: tuple[float, ...] = ()
     scores: tuple[tuple[float, float, float], ...] = ()
     kept: float = math.nan
+    rose: float = math.inf
 
     @classmethod
     def begun(
@@ -103,7 +105,7 @@ class Trials:
     def _seen(self, phase: Trials) -> After:
         """End the trial if it is over, or hopeless, or surely no better than the best."""
         if phase._hopeless():
-            return phase._end(math.inf, 0.0)
+            return replace(phase, rose=min(phase.rose, phase.position))._end(math.inf, 0.0)
         if phase.made >= phase.settings.trial:
             score = level_of(phase.losses[-self._scored :])
             return phase._end(score.mean, score.error)
@@ -158,8 +160,15 @@ class Trials:
         return phase._over(None if keep == "best" else "best", f"{text}; the best rate is")
 
     def _fell(self) -> bool:
-        """Whether climb or trials surely lowered the loss; True where it is not known where that began."""
+        """Whether climb or trials surely lowered the loss; True where it is not known where that began.
+
+        Where the loss surely rose at a rate below that of the best trial it rises by itself (targets whose scale
+        grows), and the best trial, which ended no higher than it began, surely lowered it.
+        """
         if self.fell or self.level.count < 2:
+            return True
+        best, lowest, _ = self._lowest
+        if self.rose < best and lowest <= self.level.mean:
             return True
         ends = (Level(score, error * math.sqrt(self._scored), self._scored) for _, score, error in self.scores)
         return any(surely_above(self.level, end, self.settings.most_trials) for end in ends)
