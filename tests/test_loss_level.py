@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from alpha_optim.alpha import loss_level
-from alpha_optim.alpha.loss_level import Level, LossScatter, level_of, quantile, scatter_of, surely_above
+from alpha_optim.alpha.loss_level import NONE, Level, LossScatter, level_of, quantile, scatter_of, surely_above
 
 
 def losses(count, mean, deviation, seed):
@@ -24,6 +24,16 @@ def test_a_level_is_mean_deviation_and_count():
     assert level.deviation == pytest.approx(np.std(values, ddof=1))
     assert level.count == 17
     assert level.error == pytest.approx(stats.sem(values))
+
+
+def test_a_level_grows_value_by_value():
+    values = (3.0 + np.random.default_rng(0).normal(size=50)).tolist()
+    level = NONE
+    for count, value in enumerate(values, start=1):
+        level = level.and_one(value)
+        if count > 1:
+            assert level == pytest.approx(level_of(values[:count]), rel=1e-12)
+    assert NONE.and_one(2.0) == Level(2.0, 0.0, 1)
 
 
 def test_a_level_of_one_loss_has_no_known_noise_and_one_that_is_not_finite_is_infinite():

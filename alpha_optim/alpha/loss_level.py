@@ -150,6 +150,17 @@ class Level(NamedTuple):
         """Standard error of the mean; infinite for one loss."""
         return math.inf if self.count < 2 else self.deviation / math.sqrt(self.count)
 
+    def and_one(self, value: float) -> Level:
+        """The level with one value more (Welford's update)."""
+        count, off = self.count + 1, value - self.mean
+        mean = self.mean + off / count
+        squares = self.deviation**2 * max(0, self.count - 1) + off * (value - mean)
+        return Level(mean, math.sqrt(squares / max(1, count - 1)), count)
+
+
+NONE = Level(0.0, 0.0, 0)
+"""Of nothing yet, for `Level.and_one`."""
+
 
 def level_of(losses: Sequence[float]) -> Level:
     """The level of some losses; infinite where one of them is not finite, or none is there."""

@@ -13,7 +13,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from alpha_optim.alpha.loss_level import Level, quantile
 from alpha_optim.alpha.measurement import AlphaMeasurement
+
+CHANCE = 0.025
+"""Probability that steps have raised the loss by more than is taken for the most: two standard errors of many."""
 
 
 class WindowAlpha(NamedTuple):
@@ -47,6 +51,22 @@ def ratio_of_sums(rises: Sequence[tuple[float, float]]) -> WindowAlpha:
         return WindowAlpha(alpha, math.nan, count)
     scatter = math.hypot(*(end + alpha * start for start, end in rises))
     return WindowAlpha(alpha, math.sqrt(count / (count - 1)) * scatter / abs(total), count)
+
+
+def rises_by_itself(rise: float, ends: Level, steps: int) -> bool:
+    """Whether more than half of a rise of the loss has other causes than the steps made meanwhile.
+
+    The data, say. Along a line on which the loss is convex a step raises it by no more than the slope at its end times
+    its length; and the loss at the end of a step is that of another batch than the step was made from.
+
+    Args:
+        rise: By how much the loss has risen.
+        ends: Slope at the end times length of the steps that were measured.
+        steps: Steps made; where fewer than half of them were measured, nothing can be said.
+    """
+    if ends.count < 3 or 2 * ends.count < steps:
+        return False
+    return steps * (ends.mean + quantile(ends.count - 1, CHANCE) * ends.error) < 0.5 * rise
 
 
 def window_alpha(measurements: Iterable[AlphaMeasurement]) -> WindowAlpha:

@@ -73,8 +73,13 @@ SITUATIONS = [
         Situation(setup, "adam")
         for setup in (
             setups.Regression, setups.TinyLoss, setups.HugeLoss, setups.NegativeLoss, setups.HeavyTails,
-            setups.Returns, setups.Hinge,
+            setups.Hinge,
         )
+    ),
+    *(
+        Situation(setup, kind)
+        for setup in (setups.Returns, setups.ReturnsSlow, setups.Shifting, setups.NoisyTargets)
+        for kind in _BOTH
     ),
     *(Situation(setups.WritesRate, kind, total=False) for kind in _BOTH),
     *(Situation(setup, kind) for setup in (setups.PerEpoch, setups.NeverAgain) for kind in _BOTH),

@@ -411,14 +411,47 @@ class HeavyTails(Regression):
 class Returns(Regression):
     """As in reinforcement learning: the scale of the targets drifts up by a factor of 30."""
 
+    growth = 30.0
+
     def data(self, n: int) -> tuple[Tensor, Tensor]:
         x, y = self.samples(self.batch, self.rng)
-        return x, y * 30.0 ** (n / self.steps)
+        return x, y * self.growth ** (n / self.steps)
 
     def evaluate(self) -> float:
         x, y = self.samples(2000, torch.Generator().manual_seed(5))
         with torch.no_grad():
-            return self.scaled(self.model(x), 30.0 * y).mean().item()
+            return self.scaled(self.model(x), self.growth * y).mean().item()
+
+
+class ReturnsSlow(Returns):
+    """The same by a factor of 5."""
+
+    growth = 5.0
+
+
+class Shifting(Regression):
+    """The targets move away, by 26 times what they scatter."""
+
+    shift = 20.0
+
+    def data(self, n: int) -> tuple[Tensor, Tensor]:
+        x, y = self.samples(self.batch, self.rng)
+        return x, y + self.shift * n / self.steps
+
+    def evaluate(self) -> float:
+        x, y = self.samples(2000, torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            return self.scaled(self.model(x), y + self.shift).mean().item()
+
+
+class NoisyTargets(Regression):
+    """Noise of the targets grows to 13 times what they scatter without."""
+
+    noise = 10.0
+
+    def data(self, n: int) -> tuple[Tensor, Tensor]:
+        x, y = self.samples(self.batch, self.rng)
+        return x, y + self.noise * n / self.steps * torch.randn(y.shape, generator=self.rng)
 
 
 class Hinge(Regression):

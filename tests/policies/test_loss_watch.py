@@ -10,6 +10,7 @@ import pytest
 from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, measure_alpha
 from alpha_optim.alpha.loss_level import Level
 from alpha_optim.policies import base
+from alpha_optim.policies.calibrate.held_rate import HeldRate
 from alpha_optim.policies.calibrate.loss_watch import LossWatch
 from tests.policies.test_search import STEPS, Caricature
 
@@ -220,3 +221,41 @@ def test_the_annealing_resumes_where_it_was():
     two.policy.load_state_dict(one.policy.state_dict())
     assert [one.policy.envelope(n) for n in range(200, 1000)] == [two.policy.envelope(n) for n in range(200, 1000)]
     assert math.isfinite(two.policy.envelope(999))
+
+
+def test_the_watch_tells_by_how_much_and_since_when_the_loss_has_risen():
+    watch = LossWatch(400)
+    watch.level = Level(1.0, 0.0, 10)
+    watch.starts_after(-1)
+    seen = [watch.see(loss, n) for n, loss in enumerate([0.5] * 20 + [0.8] * 20 + [0.4] * 20 + [0.9] * 40)]
+    seen = [one for one in seen if one is not None]
+    assert [one.steps for one in seen] == [20, 20, 40, 20, 40]
+    assert [one.rise for one in seen] == pytest.approx([-0.5, 0.3, -0.1, 0.5, 0.5])
+    assert [one.lowest for one in seen] == [True, False, True, False, False]
+    other = LossWatch(400)
+    other.load_state_dict(watch.state_dict())
+    assert other.state_dict() == watch.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("ends", "every", "lowered"),
+    [(-0.02, 1, False), (0.005, 1, False), (0.2, 1, True), (-0.02, 2, False), (-0.02, 3, True), (-0.02, None, True)],
+)
+def test_a_rate_is_lowered_for_a_loss_that_the_steps_have_raised_only(ends, every, lowered):
+    """Where at least half of them were measured; a rise of 4 in the 100 steps since the loss was lowest."""
+    held = HeldRate(1000)
+    held.begin(0.0, Level(3.0, 0.1, 10), 0.0)
+    held.starts_after(-1)
+    noise = np.random.default_rng(0)
+    for n in range(150):
+        loss = (1.0 if n < 50 else 5.0) + 0.01 * noise.normal()
+        if every is not None and n % every == 0:
+            start = Observation(32, -1.0, 1e-4, loss, 1e4)
+            end = Observation(32, ends * (1.0 + 0.1 * noise.normal()), 1e-4, loss, 1e4)
+            held.measured(measure_alpha(n, 1.0, start, end, (1.0,)))
+        held.after_step(n, loss)
+    assert (held.position < 0.0) == lowered
+    assert any("not by the steps made" in text for text in held.said) == (not lowered)
+    resumed = HeldRate(1000)
+    resumed.load_state_dict(held.state_dict())
+    assert resumed.state_dict() == held.state_dict()

@@ -44,11 +44,12 @@ class Caricature:
     def step(self):
         lr = self.rate * self.policy.envelope(self.n)
         wobble = 0.02 * math.sin(7.0 * self.n)
+        slope, noise = min(0.3, math.log(lr / self.edge)), self.edge**-2
         measurement = measure_alpha(
             self.n,
             lr,
-            Observation(self.samples, -1.0, 1.0, self.loss + wobble, self.variance),
-            Observation(self.samples, min(0.3, math.log(lr / self.edge)), 1.0, self.loss - wobble, self.variance),
+            Observation(self.samples, -1.0 / self.edge, noise, self.loss + wobble, self.variance),
+            Observation(self.samples, slope / self.edge, noise, self.loss - wobble, self.variance),
             (lr,),
         )
         start = measurement.loss_start
@@ -680,21 +681,70 @@ def test_a_loss_that_rises_ends_a_climb_that_never_fell_unless_its_steps_surely_
     assert (after.restore == "start") == ends
 
 
-@pytest.mark.parametrize(("rises_at", "trusted"), [(-1, True), (1, False), (None, False)])
-def test_a_loss_that_rises_at_lower_rates_as_well_rises_by_itself(rises_at, trusted):
-    """A trial that ended no higher than it began has then lowered it."""
-    settings = Settings(STEPS, 40, by_steps=True, most_trials=3)
-    phase, answers = Trials.begun(settings, 0.0, -math.inf, Level(1.0, 0.2, 10), 0), []
+def drifting_trials(end, gains=None):
+    """Trials while all losses grow; a trial's end lies below its beginning by what its rate gains. All that followed.
+
+    Args:
+        end: Slope at the end times length, of every step; None: nothing is measured.
+        gains: What a trial gains, by its rate in half decades.
+    """
+    gains = {-2: 0.0, -1: 0.3, 0: 0.7, 1: 0.4} if gains is None else gains
+    phase, answers = Trials.begun(Settings(STEPS, 40, by_steps=True), 0.0, -math.inf, Level(1.0, 0.05, 10), 0), []
     noise = np.random.default_rng(0)
     while phase is not None:
-        grows = 0.2 if rises_at is not None and round(phase.position / STEP) == rises_at else 0.0
-        middle = 0.97 + 0.02 * abs(phase.position) + grows * phase.made
-        after = phase.stepped(float(middle + noise.normal(0, 0.2)))
+        gain = gains.get(round(phase.position / STEP), 0.0) * phase.made / 40
+        loss = float(1.012**phase.steps * (1.0 - gain) * (1.0 + noise.normal(0, 0.03)))
+        if end is not None and phase.made:
+            start = Observation(32, -1.0, 0.1, loss, 1e4)
+            slope = Observation(32, end * (1.0 + 0.1 * noise.normal()), 0.1, loss, 1e4)
+            phase = phase.measured(measure_alpha(phase.steps, 1.0, start, slope, (1.0,)), phase.position).phase
+        after = phase.stepped(loss)
         answers += [after] if after.text else []
         phase = after.phase
-    assert len(answers) == 3
-    assert (after.found is not None) == trusted
-    assert not trusted or 0.0 <= after.found <= STEP
+    return answers
+
+
+def test_trials_of_a_loss_that_rises_by_itself_are_heard_to_the_end_and_compared():
+    answers = drifting_trials(end=-0.5)
+    assert not any("hopeless" in after.text for after in answers)
+    assert all("trial of 40 steps" in after.text for after in answers)
+    assert abs(answers[-1].found) < STEP
+
+
+@pytest.mark.parametrize("end", [0.5, None])
+def test_without_measurements_that_say_so_no_loss_rises_by_itself(end):
+    """Either the steps explain the rise, or nobody knows whether they do."""
+    answers = drifting_trials(end)
+    assert sum("trial of 6 steps" in after.text and "hopeless" in after.text for after in answers) >= 2
+
+
+def test_where_no_trial_gains_against_a_loss_that_rises_by_itself_the_rate_given_is_kept():
+    answers = drifting_trials(end=-0.5, gains={})
+    assert "no trial surely lowered the loss" in answers[-1].text
+    assert answers[-1].found is None
+
+
+@pytest.mark.parametrize(("above", "knee"), [(0.5, True), (4.0, False)])
+def test_a_climb_over_a_loss_that_rises_by_itself_is_tried_around_the_knee(above, knee):
+    """Or where steps begin to explain the rise, if that comes before the mean of some alphas is above 0."""
+    noise, made = np.random.default_rng(0), 0.0
+    phase = Climb(Settings(STEPS, 60, by_steps=True), -8.0, 0, (2.0, 2.01, 1.99))
+    while isinstance(phase, Climb):
+        here, count = phase.position, len(phase.losses)
+        end = -0.8 if here < -3.0 else above
+        made += max(0.0, end * math.exp(here))
+        loss = 2.0 + 0.05 * count + made + 0.01 * noise.normal()
+        start, slope = Observation(32, -1.0, 0.01, loss, 1e4), Observation(32, end, 0.01, loss, 1e4)
+        after = phase.stepped(loss)
+        if isinstance(after.phase, Climb):
+            measurement = measure_alpha(count, math.exp(here), start, slope, (math.exp(here),))
+            after = after.phase.measured(measurement, here)
+        phase = after.phase
+    assert isinstance(phase, Trials)
+    assert phase.by_itself
+    assert not phase.fell
+    assert phase.position == pytest.approx(-3.0, abs=1.0)
+    assert ("alpha rose above 0" in after.text) == knee
 
 
 def test_without_room_for_trials_the_climb_leaves_nothing_behind():

@@ -142,7 +142,7 @@ class CalibrateThenAnneal:
     def __call__(self, measurement: AlphaMeasurement) -> float:
         """Hear of a measurement; the rate is decided in `decide`."""
         n = measurement.iteration
-        self._held.batch.saw(measurement.samples_start)
+        self._held.measured(measurement)
         if self._phase is None:
             self._hold(n, measurement.loss_start)
             return 1.0

@@ -13,7 +13,7 @@ from statistics import fmean
 
 from alpha_optim.alpha.loss_level import Level, level_of, scatter_of, surely_above
 from alpha_optim.alpha.measurement import AlphaMeasurement
-from alpha_optim.alpha.window import ratio_of_sums, rises_of
+from alpha_optim.alpha.window import ratio_of_sums, rises_by_itself, rises_of
 from alpha_optim.policies.calibrate.phase import After
 from alpha_optim.policies.calibrate.settings import Settings
 from alpha_optim.policies.calibrate.trials import STEP, Trials
@@ -26,8 +26,6 @@ LOST = 0.5
 """The climb is over when a window surely lost this share of all progress."""
 ALPHAS = 8
 """Steps over which alpha is averaged for the knee."""
-SURE = 2.0
-"""Standard errors by which that lies below 0 where steps surely go down."""
 FURTHER = math.log(1e3)
 SOON = 14
 """Where the loss rose within so many steps and never fell the climb began too high: once more from so far below."""
@@ -50,6 +48,7 @@ class Climb:
         shaken: Whether it has gone on after a step that was taken back.
         again: Whether it is the second climb, since the first one only rose.
         bounded: Steps made at the highest rate that is allowed.
+        by_itself: Whether the loss surely rose, and not by the steps made.
     """
 
     settings: Settings
@@ -61,6 +60,7 @@ class Climb:
     again: bool = False
     shaken: bool = False
     bounded: int = 0
+    by_itself: bool = False
     factor = 1.0
 
     def measured(self, measurement: AlphaMeasurement, here: float) -> After:
@@ -97,7 +97,11 @@ class Climb:
 
     def _with_loss(self, here: float, loss: float) -> After:
         phase = replace(self, losses=(*self.losses, (here, loss)))
-        return phase._end(risen=True) if phase._risen() else After(phase)
+        if not phase._risen():
+            return After(phase)
+        if phase._rises_by_itself():
+            return After(replace(phase, by_itself=True))
+        return phase._end(risen=True)
 
     # ---------------------------------------------------------------- what was seen
 
@@ -138,18 +142,17 @@ class Climb:
         first, best, last, freedom = levels
         looks = self.settings.longest_climb
         if not self._fell(levels):
-            return surely_above(last, first, looks, freedom) and not self._goes_down()
+            return surely_above(last, first, looks, freedom)
         looks *= looks  # for the lowest of many windows is low by chance
         return last.mean - best.mean > LOST * (first.mean - best.mean) and surely_above(last, best, looks, freedom)
 
-    def _goes_down(self) -> bool:
-        """Whether the steps surely still go down at their ends: then the rate is not what the loss rises by.
-
-        The loss at the end of a step is that of another batch, so its slope there says so for data it has not seen.
-        """
-        rises = [(start, end) for _, start, end in self.rises[-ALPHAS:]]
-        alpha, error, count = ratio_of_sums(rises)
-        return count == ALPHAS and alpha < -SURE * error
+    def _rises_by_itself(self) -> bool:
+        """Whether the loss never fell, and rises for other reasons than the rate."""
+        levels = self._levels()
+        if levels is None or self._fell(levels):
+            return False
+        ends = level_of([end * math.exp(where) for where, _, end in self.rises])
+        return rises_by_itself(levels[2].mean - levels[0].mean, ends, len(self.losses))
 
     def lowest(self) -> float:
         """Log rate at which the loss was lowest: the mean over windows as good as the best."""
@@ -195,11 +198,15 @@ class Climb:
             return After(None, restore="start", highest=self.position - STEP, text=why)
         low, knee = self.lowest(), self.knee()
         seen = f"the rate climbed to {{{self.position}}}, the loss was lowest at {{{low}}}"
+        if self.by_itself:  # the lowest loss is an early one
+            low = self.losses[-1][0] if knee is None else knee
+            seen = f"the rate climbed to {{{self.position}}}, the loss rose, and not by the steps made"
         seen += "" if knee is None else f", alpha rose above 0 at {{{knee}}}"
         held = ", which is the highest allowed" if self.bounded else ", and it did not rise again"
         seen += "" if risen else held
         level = level_of(self._first())
-        trials = Trials.begun(self.settings, low, -math.inf if knee is None else knee, level, self.steps, fell)
+        lowest = -math.inf if knee is None else knee
+        trials = Trials.begun(self.settings, low, lowest, level, self.steps, fell, self.by_itself)
         if trials is None:
             found = low - WITHOUT_TRIALS
             return After(None, restore="start", found=found, highest=low, text=f"{seen}: {{{found}}} is taken")

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from alpha_optim.alpha.loss_level import Level
+from alpha_optim.alpha.loss_level import NONE, Level
+from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.window import rises_by_itself, rises_of
 from alpha_optim.policies.calibrate.high_loss import HighLoss, Remedy
 from alpha_optim.policies.calibrate.loss_watch import LossWatch, Seen
 from alpha_optim.policies.calibrate.phase import Ended
@@ -52,6 +54,7 @@ class HeldRate:
         self.batch = UsualBatch()
         self._taken_back = -CALM - 1  # iteration at which a step was taken back last
         self._newest = -1  # iteration of the newest step seen
+        self._ends = NONE  # slope at the end times length, of the steps measured since the loss was lowest
 
     def begin(self, found: float, level: Level | None, highest: float, ended: Ended | None = None) -> None:
         """Hold what was found.
@@ -65,7 +68,7 @@ class HeldRate:
         self.found = self.position = self.now = min(found, self.limit)
         self.highest = max(self.found, min(highest, self.limit))
         self.batch.rate_found()
-        self._watch.level = level
+        self._watch.level, self._ends = level, NONE
         self._plateau.begin(ended)
 
     def plan_anew(self, before: int) -> None:
@@ -80,7 +83,14 @@ class HeldRate:
 
     def starts_after(self, iteration: int) -> None:
         """Ignore losses up to this iteration, which were made before the return to the best point."""
-        self._watch.newest = iteration
+        self._watch.starts_after(iteration)
+
+    def measured(self, measurement: AlphaMeasurement) -> None:
+        """Take note of the size of the batch, and of where the step went."""
+        self.batch.saw(measurement.samples_start)
+        rises = rises_of(measurement)
+        if rises is not None:
+            self._ends = self._ends.and_one(rises[1])
 
     def after_step(self, iteration: int, loss: float) -> None:
         """Hear of a step and its loss.
@@ -95,6 +105,7 @@ class HeldRate:
         seen = self._watch.see(loss, iteration)
         if seen is not None:
             self._correct(seen, iteration + 1)
+            self._ends = NONE if seen.lowest else self._ends
         calm = iteration - self._taken_back > CALM
         if self.now > self.target:
             self.now = self.target
@@ -103,6 +114,10 @@ class HeldRate:
 
     def _correct(self, seen: Seen, iteration: int) -> None:
         """Change the rate by what a window of losses said; it acts from this iteration on."""
+        if seen.high and rises_by_itself(seen.rise, self._ends, seen.steps):
+            self.level_accepted()
+            self.said.append(f"the loss rises, and not by the steps made: {{{self.position}}} is held")
+            return
         if not math.isnan(seen.mean):
             self._do(self._high_loss.judge(seen, self.position))
         grows = iteration < min(self.stands_from, GROWS * self.total_steps)
@@ -165,6 +180,7 @@ class HeldRate:
             **self.batch.state_dict(),
             "taken_back": self._taken_back,
             "newest": self._newest,
+            "ends": list(self._ends),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -175,6 +191,7 @@ class HeldRate:
         self._watch.load_state_dict(state["watch"])
         self._lowered, self._taken_back = bool(state["lowered"]), int(state["taken_back"])
         self._newest = int(state["newest"])
+        self._ends = Level(*state.get("ends", NONE))
         self._high_loss.load_state_dict(state)
         self._plateau.load_state_dict(state)
         self.batch.load_state_dict(state)

@@ -36,6 +36,9 @@ class Seen(NamedTuple):
         error: The standard error of such a mean.
         falls: It lies far below all windows before.
         stands: It does not lie below the lowest window before.
+        rise: How far it lies above the best level.
+        steps: Steps since that.
+        lowest: Whether it is the best level now.
     """
 
     high: bool
@@ -43,6 +46,9 @@ class Seen(NamedTuple):
     error: float
     falls: bool
     stands: bool
+    rise: float = 0.0
+    steps: int = 0
+    lowest: bool = False
 
 
 class LossWatch:
@@ -55,9 +61,14 @@ class LossWatch:
         self._losses: list[float] = []
         self._begin: int | None = None  # iteration of the window's first loss
         self.newest = -1  # iteration of the newest loss
+        self._level_at = -1  # iteration at which the best level was reached
         self._windows = 0  # since the level last spoke
         self._trends = 0  # windows in which a trend was looked for
         self._lowest = math.inf  # mean of the lowest of them
+
+    def starts_after(self, iteration: int) -> None:
+        """Ignore losses up to this iteration; the level is that of this point."""
+        self.newest = self._level_at = iteration
 
     def see(self, loss: float, iteration: int) -> Seen | None:
         """Add the loss of an iteration, unless it is nan or known; say something when a window is complete."""
@@ -71,14 +82,25 @@ class LossWatch:
         losses, self._losses, self._begin = self._losses, [], None
         mean = statistics.fmean(losses)
         falls, stands = self._trend(mean, losses)
-        high = self._too_high(level_of(losses), self.level)
+        best, before = self.level, self._level_at
+        high = self._too_high(level_of(losses), best)
         judged = high or self._windows > SETTLES
         error = statistics.stdev(losses) / math.sqrt(len(losses))
-        return Seen(high, mean if judged else math.nan, error, falls, stands)
+        return Seen(
+            high,
+            mean if judged else math.nan,
+            error,
+            falls,
+            stands,
+            mean - best.mean,
+            iteration - before,
+            lowest=self.level is not best,
+        )
 
     def begin_anew(self) -> None:
         """The losses so far say nothing about those to come: the next window sets the level."""
         self.level = None if self.level is None else UNKNOWN
+        self._trends, self._lowest = 0, math.inf
         self.settle()
 
     def settle(self) -> None:
@@ -89,7 +111,7 @@ class LossWatch:
         """Whether a window surely lies above the best level."""
         self._windows += 1
         if level.mean < best.mean:
-            self.level = level
+            self.level, self._level_at = level, self.newest
         above = self._windows > SETTLES and surely_above(level, best, SHARE)
         if above:
             self._windows = 0
@@ -114,6 +136,7 @@ class LossWatch:
             "losses": list(self._losses),
             "begin": self._begin,
             "newest": self.newest,
+            "level_at": self._level_at,
             "windows": self._windows,
             "trends": self._trends,
             "lowest": self._lowest,
@@ -125,4 +148,5 @@ class LossWatch:
         self._losses, self._windows = list(map(float, state["losses"])), int(state["windows"])
         self._begin = state["begin"]
         self.newest = int(state["newest"])
+        self._level_at = int(state.get("level_at", self.newest))
         self._trends, self._lowest = int(state["trends"]), float(state["lowest"])

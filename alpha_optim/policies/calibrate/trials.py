@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from alpha_optim.alpha.loss_level import Level, level_of, surely_above
 from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.window import rises_by_itself, rises_of
 from alpha_optim.policies.base import Place
 from alpha_optim.policies.calibrate.phase import CUT_SHORT, After, Ended
 from alpha_optim.policies.calibrate.settings import Settings
@@ -30,6 +31,8 @@ FEWEST_SCORED, SHARE_SCORED = 10, 5
 EQUAL = 2.0
 """Scores that differ by fewer standard errors of the difference are equal. Then the mean of their log rates is taken,
 and the trial at the lowest is gone on from: what too high a rate does to a network shows in the loss later."""
+FIRST = 3
+"""So many losses of a trial, at rates that have hardly grown, tell where it began."""
 LOOK = 5
 """The last so many losses of a trial tell whether it is hopeless."""
 
@@ -51,7 +54,8 @@ class Trials:
         best_losses: Losses of the trial with the lowest score so far.
         scores: Log rate, score and its standard error of the trials that are over; infinite where hopeless.
         kept: Log rate of the trial whose end is kept to go on from, the lowest one as good as the best; nan if none is.
-        rose: Lowest log rate of a trial in which the loss surely rose; infinite if it did in none.
+        ends: Slope at the end times length of the steps of the trial under way that were measured.
+        by_itself: Whether the loss surely rose, and not by the steps made.
     """
 
     settings: Settings
@@ -66,17 +70,25 @@ class Trials:
     best_losses: tuple[float, ...] = ()
     scores: tuple[tuple[float, float, float], ...] = ()
     kept: float = math.nan
-    rose: float = math.inf
+    ends: tuple[float, ...] = ()
+    by_itself: bool = False
 
     @classmethod
     def begun(
-        cls, settings: Settings, around: float, knee: float, level: Level, steps: int, fell: bool = False
+        cls,
+        settings: Settings,
+        around: float,
+        knee: float,
+        level: Level,
+        steps: int,
+        fell: bool = False,
+        by_itself: bool = False,
     ) -> Trials | None:
         """The first trial, at the log rate ``around``; None where the run is too short for two."""
         if not settings.allows(steps + settings.trial):
             return None
         lowest, highest = (-2 * STEP, 2 * STEP) if settings.around else (knee - BELOW_KNEE, math.inf)
-        return cls(settings, around, lowest, highest, level, steps, fell)
+        return cls(settings, around, lowest, highest, level, steps, fell, by_itself=by_itself)
 
     @property
     def factor(self) -> float:
@@ -85,11 +97,12 @@ class Trials:
         return min((length - self.made) / length, (self.made + 1) / max(1.0, GROWS * length))
 
     def measured(self, measurement: AlphaMeasurement, here: float) -> After:
-        """Take the loss where steps do not tell."""
-        loss = measurement.loss_start
+        """Take note of where the step went, and of the loss where steps do not tell."""
+        loss, rises = measurement.loss_start, rises_of(measurement)
+        phase = self if rises is None else replace(self, ends=(*self.ends, rises[1]))
         if self.settings.by_steps or not math.isfinite(loss):
-            return After(self)
-        return self._seen(replace(self, losses=(*self.losses, loss)))
+            return After(phase)
+        return phase._seen(replace(phase, losses=(*phase.losses, loss)))
 
     def stepped(self, loss: float) -> After:
         """Go on with the trial, or end it."""
@@ -104,12 +117,15 @@ class Trials:
 
     def _seen(self, phase: Trials) -> After:
         """End the trial if it is over, or hopeless, or surely no better than the best."""
-        if phase._hopeless():
-            return replace(phase, rose=min(phase.rose, phase.position))._end(math.inf, 0.0)
+        if phase._rose():
+            rise = statistics.fmean(phase.losses[-LOOK:]) - phase.level.mean
+            if not rises_by_itself(rise, level_of(phase.ends), phase.made):
+                return phase._end(math.inf, 0.0)
+            phase = replace(phase, by_itself=True)
         if phase.made >= phase.settings.trial:
             score = level_of(phase.losses[-self._scored :])
             return phase._end(score.mean, score.error)
-        behind = phase._behind()
+        behind = None if phase.by_itself else phase._behind()
         return After(phase) if behind is None else phase._end(*behind)
 
     @property
@@ -117,7 +133,7 @@ class Trials:
         """So many of the last losses of a trial are its score."""
         return max(FEWEST_SCORED, self.settings.trial // SHARE_SCORED)
 
-    def _hopeless(self) -> bool:
+    def _rose(self) -> bool:
         """Whether the loss surely lies above where the trial began."""
         if len(self.losses) <= LOOK or self.level.count < 2:
             return False
@@ -144,7 +160,7 @@ class Trials:
         best = not self.scores or score < self._lowest[1]
         scores = (*self.scores, (self.position, score, error))
         best_losses = self.losses if best else self.best_losses
-        phase = replace(self, scores=scores, best_losses=best_losses, made=0, losses=())
+        phase = replace(self, scores=scores, best_losses=best_losses, made=0, losses=(), ends=())
         good = phase._good()
         goes_on = min((where for where in (self.kept, self.position) if where in good), default=None)
         keep: Place | None = "best" if goes_on == self.position else None
@@ -162,16 +178,18 @@ class Trials:
     def _fell(self) -> bool:
         """Whether climb or trials surely lowered the loss; True where it is not known where that began.
 
-        Where the loss surely rose at a rate below that of the best trial it rises by itself (targets whose scale
-        grows), and the best trial, which ended no higher than it began, surely lowered it.
+        A loss that rises by itself was lowered if the best trial ends below where it began itself, and surely below the
+        end of another one.
         """
         if self.fell or self.level.count < 2:
             return True
-        best, lowest, _ = self._lowest
-        if self.rose < best and lowest <= self.level.mean:
+        known = [(score, error * math.sqrt(self._scored)) for _, score, error in self.scores if math.isfinite(score)]
+        ends = [Level(score, deviation, self._scored) for score, deviation in known]
+        if any(surely_above(self.level, end, self.settings.most_trials) for end in ends):
             return True
-        ends = (Level(score, error * math.sqrt(self._scored), self._scored) for _, score, error in self.scores)
-        return any(surely_above(self.level, end, self.settings.most_trials) for end in ends)
+        if not self.by_itself or not ends or min(ends).mean >= statistics.fmean(self.best_losses[:FIRST]):
+            return False
+        return any(surely_above(end, min(ends), self.settings.most_trials) for end in ends)
 
     @property
     def _lowest(self) -> tuple[float, float, float]:
