@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from alpha_optim import AlphaGuided
+from alpha_optim.slopes.inner_losses import _without_dropout
 from tests.parity import QUANTITIES
 from tests.reference.losses_of_samples import observe
 from tests.test_per_sample_oracle import check
@@ -166,3 +167,14 @@ def test_terms_beside_the_loss_inside_are_told_and_never_taken_for_it(name, vari
     said = [str(warning.message) for warning in caught]
     assert len(said) == 1, said
     assert "not all of the loss" in said[0] or "neither the samples" in said[0], said
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_attention_without_dropout_is_the_same_attention(named):
+    """Whatever else it was called with."""
+    q, k, v = torch.randn(3, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+    args = (q, k, v) if named else (q, k, v, None, 0.5)
+    kwargs = {"is_causal": True} | ({"dropout_p": 0.5} if named else {})
+    args, kwargs = _without_dropout(F.scaled_dot_product_attention, args, kwargs)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.equal(F.scaled_dot_product_attention(*args, **kwargs), expected)

@@ -142,6 +142,34 @@ def test_a_resumed_guard_can_still_take_the_last_step_back(tmp_path):
 
 
 @pytest.mark.compatibility("Resume", "state dicts of bare and wrapped optimizers load into each other")
+@pytest.mark.parametrize("cut", [2, 5])  # at 1 nothing has been learned yet, and the next pair is lost instead
+def test_a_loop_that_writes_into_the_gradients_after_a_step_loses_no_more_pairs_when_resumed(cut):
+    """The first of them teaches to keep the direction of plain SGD; it may be the one that is pending when saved."""
+
+    def fresh():
+        torch.manual_seed(0)
+        model, loss_fn = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), nn.CrossEntropyLoss()
+        return model, loss_fn, AlphaGuided(OPTIMIZERS["sgd"](model.parameters()), model, loss_fn)
+
+    def run(model, loss_fn, guided, batches):
+        for x, y in batches:
+            loss_fn(model(x), y).backward()
+            guided.step()
+            for param in model.parameters():
+                param.grad.zero_()
+            guided.zero_grad()
+
+    batches = data(12)
+    whole, first, second = fresh(), fresh(), fresh()
+    run(*whole, batches)
+    run(*first, batches[:cut])
+    second[0].load_state_dict(first[0].state_dict())
+    second[2].load_state_dict(copy.deepcopy(first[2].state_dict()))
+    run(*second, batches[cut:])
+    assert whole[2].alpha_history.dropped == {"direction_overwritten": 1}
+    assert second[2].alpha_history.state_dict() == whole[2].alpha_history.state_dict()
+
+
 def test_bare_and_wrapped_state_dicts_load_into_each_other():
     model, loss_fn, guided, scheduler = build("adamw")
     train(model, loss_fn, guided, scheduler, data(5))

@@ -484,3 +484,13 @@ def test_cutting_short_changes_nothing_where_nothing_is_searched():
     run[3].cool_down(10)
     run[3].finish()
     assert equal_states(everything(run[0], run[2]), before)
+
+
+def test_which_trials_came_to_nothing_goes_on_from_a_state():
+    model, _, optimizer = make()
+    searches = [Search(model, optimizer) for _ in range(2)]
+    assert searches[0].keep("start", 3)
+    assert searches[0].keep("best", 10)
+    searches[1].load_state_dict(copy.deepcopy(searches[0].state_dict()))
+    assert equal_states(searches[1].state_dict(), searches[0].state_dict())
+    assert [search.abandoned("best", 20, [(3, 9)]) for search in searches] == [[(3, 19)]] * 2

@@ -190,7 +190,8 @@ class AlongGradient:
     def state(self) -> dict[str, Any]:
         """See `Direction`."""
         copies = [None if base is None else base.clone() for base in self.change_.bases]
-        return {"bases": copies, "rates": list(self.change_.rates), "moved": bool(self.moved)}
+        rates, moved = list(self.change_.rates), bool(self.moved)
+        return {"bases": copies, "rates": rates, "moved": moved, "intact": self.intact()}
 
 
 @dataclass
@@ -306,7 +307,7 @@ class BetweenPoints:
     def state(self) -> dict[str, Any]:
         """See `Direction`."""
         kept = [tensor.clone() for tensor in self.kept]
-        return {"kept": kept, "is_step": self.is_step, "length": float(self.length)}
+        return {"kept": kept, "is_step": self.is_step, "length": float(self.length), "intact": self.intact()}
 
 
 def restored(
@@ -319,11 +320,16 @@ def restored(
     moved: list[Any] = [
         None if tensor is None else tensor.to(param.device).clone() for tensor, param in zip(kept, params, strict=True)
     ]
+    direction: AlongGradient | BetweenPoints
     if "bases" in state:
-        return AlongGradient._of(moved, list(state["rates"]), params, state["moved"], weights)
-    length = torch.tensor(state["length"], dtype=torch.float64, device=params[0].device)
-    versions = versions_of(moved)
-    return BetweenPoints(moved, bool(state["is_step"]), params, length, state["length"] != 0.0, versions, weights)
+        direction = AlongGradient._of(moved, list(state["rates"]), params, state["moved"], weights)
+    else:
+        length = torch.tensor(state["length"], dtype=torch.float64, device=params[0].device)
+        is_step, some = bool(state["is_step"]), state["length"] != 0.0
+        direction = BetweenPoints(moved, is_step, params, length, some, versions_of(moved), weights)
+    if not state.get("intact", True):  # it had been written to before it was saved
+        direction.versions.append(-1)
+    return direction
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:

@@ -71,3 +71,21 @@ def test_past_the_horizon_the_last_rate_is_held_with_one_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert policy.envelope(5000) == last
+
+
+def test_a_policy_that_says_nothing_of_itself_is_shown_by_its_name():
+    class Mine:
+        def __call__(self, measurement):
+            return 1.0
+
+    def mine(measurement):
+        return 1.0
+
+    class Talks(Mine):
+        def __repr__(self):
+            return "Talks(at 0x)"
+
+    assert base.shown(Mine()) == base.name_of(Mine())
+    assert base.shown(mine) == base.name_of(mine)
+    assert " at 0x" not in base.shown(Mine()) + base.shown(mine)
+    assert base.shown(Talks()) == "Talks(at 0x)"

@@ -747,6 +747,18 @@ def test_a_climb_over_a_loss_that_rises_by_itself_is_tried_around_the_knee(above
     assert ("alpha rose above 0" in after.text) == knee
 
 
+def test_a_climb_that_only_rises_begins_once_more_from_a_thousandth_of_where_it_began():
+    phase = Climb(Settings(STEPS, 60, by_steps=True), -3.0, 0, (2.0, 2.01, 1.99))
+    for loss in (2.01, 1.99, 2.0, 2.02, 1.98, 5.0, 8.0, 11.0, 14.0, 17.0):
+        after = phase.stepped(loss)
+        if after.restore is not None:
+            break
+        phase = after.phase
+    assert after.phase.again
+    assert after.phase.position == pytest.approx(-3.0 - math.log(1e3))
+    assert after.restore == "start"
+
+
 def test_without_room_for_trials_the_climb_leaves_nothing_behind():
     settings = Settings(200, 8, by_steps=True)
     phase = Climb(settings, -8.0, 0, (2.0, 2.01, 1.99))

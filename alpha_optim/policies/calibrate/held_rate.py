@@ -17,6 +17,7 @@ from alpha_optim.policies.calibrate.high_loss import HighLoss, Remedy
 from alpha_optim.policies.calibrate.loss_watch import LossWatch, Seen
 from alpha_optim.policies.calibrate.phase import Ended
 from alpha_optim.policies.calibrate.plateau import Plateau
+from alpha_optim.policies.calibrate.raised import Raised
 from alpha_optim.policies.calibrate.usual_batch import UsualBatch
 
 REGROWS = 0.25
@@ -51,6 +52,7 @@ class HeldRate:
         self.said: list[str] = []  # what was done and is not told yet, rates as in `After.text`
         self._high_loss = HighLoss()
         self._plateau = Plateau()
+        self._raised = Raised()
         self.batch = UsualBatch()
         self._taken_back = -CALM - 1  # iteration at which a step was taken back last
         self._newest = -1  # iteration of the newest step seen
@@ -102,7 +104,13 @@ class HeldRate:
             loss: Mini-batch loss that it was made from, nan if not known.
         """
         again, self._newest = iteration <= self._newest, max(iteration, self._newest)
+        rises = math.isfinite(loss) and iteration > self._watch.newest and self._raised.rises(loss)
         seen = self._watch.see(loss, iteration)
+        if rises:
+            seen = None
+            self._watch.settle()  # the losses of these steps say nothing about the rate from before
+            self._lower()
+            self.said.append(f"the loss rises since the rate was raised: {{{self.position}}} from before is held again")
         if seen is not None:
             self._correct(seen, iteration + 1)
             self._ends = NONE if seen.lowest else self._ends
@@ -124,15 +132,20 @@ class HeldRate:
         grows = grows and not self._lowered and not self._high_loss.gave_up
         higher = self._plateau.higher(seen, self.position) if grows and self.position < self.limit else None
         if higher is not None:
-            self.position = min(higher, self.limit)
+            self._raise(higher, seen)
             self.said.append(
                 f"the loss rests where the best trial ended: the rate held is raised to {{{self.position}}}"
             )
         elif seen.stands:
             self.stands_from = min(self.stands_from, iteration)
         elif grows and seen.falls and self.position < self.highest:
-            self.position = min(self.position + GROWTH, self.highest)
+            self._raise(min(self.position + GROWTH, self.highest), seen)
             self.said.append(f"the loss falls fast: the rate held is raised to {{{self.position}}}")
+
+    def _raise(self, higher: float, seen: Seen) -> None:
+        """Hold a higher rate, after a window of losses."""
+        self._raised.begin(self.position, seen.level, self._watch.length)
+        self.position = min(higher, self.limit)
 
     def _do(self, remedy: Remedy) -> None:
         """Lower the rate where the loss stays higher than it was, and give it back where that has no effect."""
@@ -144,8 +157,10 @@ class HeldRate:
             self.said.append(f"the loss is higher than it was: the rate held is lowered to {{{self.position}}}")
 
     def _lower(self) -> None:
-        """The rate was too high: lower it, or take back what it was raised by on a plateau."""
-        before, self._plateau.before = self._plateau.before, None
+        """The rate was too high: lower it, or take back what it was raised by, on a plateau or just now."""
+        before = self._raised.before if self._plateau.before is None else self._plateau.before
+        self._plateau.before = None
+        self._raised.end()
         self.position = self.position + LOWERED if before is None else before
         self._lowered = True
 
@@ -177,6 +192,7 @@ class HeldRate:
             "lowered": self._lowered,
             **self._high_loss.state_dict(),
             **self._plateau.state_dict(),
+            **self._raised.state_dict(),
             **self.batch.state_dict(),
             "taken_back": self._taken_back,
             "newest": self._newest,
@@ -194,4 +210,5 @@ class HeldRate:
         self._ends = Level(*state.get("ends", NONE))
         self._high_loss.load_state_dict(state)
         self._plateau.load_state_dict(state)
+        self._raised.load_state_dict(state)
         self.batch.load_state_dict(state)

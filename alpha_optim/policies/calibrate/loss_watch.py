@@ -39,6 +39,7 @@ class Seen(NamedTuple):
         rise: How far it lies above the best level.
         steps: Steps since that.
         lowest: Whether it is the best level now.
+        level: Its own.
     """
 
     high: bool
@@ -49,6 +50,7 @@ class Seen(NamedTuple):
     rise: float = 0.0
     steps: int = 0
     lowest: bool = False
+    level: Level = UNKNOWN
 
 
 class LossWatch:
@@ -83,7 +85,8 @@ class LossWatch:
         mean = statistics.fmean(losses)
         falls, stands = self._trend(mean, losses)
         best, before = self.level, self._level_at
-        high = self._too_high(level_of(losses), best)
+        level = level_of(losses)
+        high = self._too_high(level, best)
         judged = high or self._windows > SETTLES
         error = statistics.stdev(losses) / math.sqrt(len(losses))
         return Seen(
@@ -95,6 +98,7 @@ class LossWatch:
             mean - best.mean,
             iteration - before,
             lowest=self.level is not best,
+            level=level,
         )
 
     def begin_anew(self) -> None:

@@ -1,0 +1,68 @@
+"""A rate that was raised is watched step by step: where the loss surely rises it is taken back at once."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from alpha_optim.alpha.loss_level import Level, surely_above
+
+LOOK = 5
+"""The last so many losses are compared with those before the rate was raised."""
+
+
+class Raised:
+    """Whether the loss rises within a window after the rate was raised.
+
+    A window of the loss says so as well, but it is a 20th of the run: long enough to lose all that was learned.
+
+    Attributes:
+        before: The log rate held before; None if none was raised, or that is over.
+    """
+
+    def __init__(self) -> None:
+        """Nothing was raised."""
+        self.before: float | None = None
+        self._level = Level(math.inf, 0.0, 0)  # of the losses before
+        self._steps = 0  # for so many it is watched
+        self._losses: list[float] = []  # since then
+
+    def begin(self, before: float, level: Level, steps: int) -> None:
+        """A rate was raised.
+
+        Args:
+            before: The log rate held before.
+            level: The losses at it.
+            steps: For so many losses it is watched.
+        """
+        self.before, self._level, self._steps, self._losses = before, level, steps, []
+
+    def end(self) -> None:
+        """It is over: the rate was taken back, or is another one."""
+        self.before, self._losses = None, []
+
+    def rises(self, loss: float) -> bool:
+        """Whether the loss surely rises, from that of one more step on."""
+        if self.before is None:
+            return False
+        self._losses.append(loss)
+        last = Level(statistics.fmean(self._losses[-LOOK:]), self._level.deviation, LOOK)
+        above = len(self._losses) >= LOOK and surely_above(last, self._level, self._steps, self._level.count - 1)
+        if not above and len(self._losses) >= self._steps:
+            self.end()
+        return above
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        raised = {"before": self.before, "level": list(self._level), "steps": self._steps, "losses": list(self._losses)}
+        return {"raised": raised}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; versions before had none."""
+        saved = state.get("raised")
+        self.end()
+        if saved is not None:
+            self.before, self._level, self._steps = saved["before"], Level(*saved["level"]), int(saved["steps"])
+            self._losses = list(map(float, saved["losses"]))

@@ -1,0 +1,111 @@
+"""A rate that was raised is taken back at once where the loss surely rises."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from alpha_optim import GuardEvent
+from alpha_optim.alpha.loss_level import level_of
+from alpha_optim.policies import base
+from alpha_optim.policies.calibrate.raised import LOOK, Raised
+from tests.policies.test_loss_watch import WINDOW, Held
+
+STEPS = 20
+
+
+def watched(losses, seed=0):
+    """After how many of the losses it says that they rise; None if it does not. Those before lie at 1 +- 0.1."""
+    raised = Raised()
+    raised.begin(-1.0, level_of((1.0 + 0.1 * np.random.default_rng(1000 + seed).normal(size=STEPS)).tolist()), STEPS)
+    for count, loss in enumerate(losses, start=1):
+        if raised.rises(float(loss)):
+            assert raised.before == -1.0
+            return count
+    assert len(losses) < STEPS or raised.before is None
+    return None
+
+
+def test_noise_around_the_level_before_does_not_rise():
+    found = [watched(1.0 + 0.1 * np.random.default_rng(seed).normal(size=STEPS), seed) for seed in range(500)]
+    assert sum(count is not None for count in found) <= 10  # one in a hundred is meant, and what chance adds to that
+
+
+@pytest.mark.parametrize("rise", [0.03, 0.1, 0.3])
+def test_a_rise_is_seen_within_a_few_steps(rise):
+    """By this much at every step, where losses scatter by 0.1."""
+    found = []
+    for seed in range(100):
+        noise = 0.1 * np.random.default_rng(seed).normal(size=STEPS)
+        found.append(watched(1.0 + rise * np.arange(STEPS) + noise, seed))
+    assert None not in found
+    assert np.median(found) <= max(LOOK, 2 + 0.35 / rise)
+
+
+def test_after_a_window_nothing_is_watched():
+    assert watched([1.0] * STEPS + [9.0] * STEPS) is None
+    assert watched([1.0] * (STEPS - LOOK) + [9.0] * STEPS) < STEPS
+
+
+def test_before_a_rate_was_raised_nothing_rises():
+    assert not any(Raised().rises(loss) for loss in (1.0, 2.0, 1e9, math.inf))
+
+
+def raised(level=0.9):
+    """A policy that has just raised its rate, since the loss fell fast to 0.5; and the rate before."""
+    run = Held()
+    before = run.rate
+    rates = run.feed(1.0, level, 0.5)
+    run.decide()
+    assert rates[-2] == pytest.approx(before)
+    assert run.policy.state_dict()["held"]["position"] > math.log(before / run.given) + 0.1
+    return run, before
+
+
+@pytest.mark.parametrize("high", [0.8, 50.0])
+def test_a_rate_that_was_too_high_is_held_for_some_steps_only_and_costs_nothing_more(high):
+    run, before = raised()
+    rates = run.feed(high, 0.5, 0.4, 0.1)
+    assert max(rates[:4]) > 1.1 * before
+    assert rates[2 * LOOK] == pytest.approx(before)
+    assert rates[-1] == pytest.approx(before)  # not lowered for the window of the higher rate, and not raised again
+    assert min(rates) == pytest.approx(before)
+    assert sum("the loss rises since the rate was raised" in text for _, text in run.policy.story) == 1
+
+
+def test_a_rate_that_is_as_good_is_kept():
+    run, before = raised()
+    rates = run.feed(0.5, 0.49)
+    assert rates[-1] > 1.1 * before
+    assert not any("since the rate was raised" in text for _, text in run.policy.story)
+
+
+@pytest.mark.parametrize(("windows", "lowered"), [(0, 0.0), (2, math.log(0.5))])
+def test_an_explosion_costs_what_the_rate_was_raised_by_and_later_half_of_it(windows, lowered):
+    run, before = raised()
+    run.feed(*[0.5] * windows)
+    held = run.policy.state_dict()["held"]["position"]
+    base.tell_event(run.policy, GuardEvent(run.n, "loss_rose", 1.0, 9.0, restored=True, scale_factor=0.5))
+    expected = math.log(before / run.given) if windows == 0 else held + lowered
+    assert run.policy.state_dict()["held"]["position"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("count", [1, LOOK - 1, WINDOW])
+@pytest.mark.parametrize("level", [0.5, 0.9])
+def test_it_goes_on_from_a_state(count, level):
+    one, _ = raised()
+    losses = one.good * (level + 0.01 * np.sin(np.arange(2 * WINDOW)))
+
+    def go_on(policy, n, some):
+        for loss in some:
+            base.step_factor_of(policy, n, float(loss))
+            n += 1
+        return n
+
+    n = go_on(one.policy, one.n, losses[:count])
+    two = Held()
+    two.policy.load_state_dict(json.loads(json.dumps(one.policy.state_dict())))
+    go_on(one.policy, n, losses[count:])
+    go_on(two.policy, n, losses[count:])
+    assert one.policy.state_dict() == two.policy.state_dict()
