@@ -71,6 +71,8 @@ ALL = [
     *itertools.product(("MLP", "CNN"), ("SGD", "momentum", "AdamW"), (128, 32)),
     *itertools.product(("MLP 1500-700",), ("SGD", "momentum", "AdamW"), (96,)),
     *itertools.product(("small",), ("SGD", "AdamW"), (32,)),
+    ("0.5 ms", "SGD", 64),
+    ("0.5 ms", "AdamW", 32),
     *itertools.product(("ResNet",), ("SGD", "momentum", "AdamW"), (32,)),
     *itertools.product(("transformer",), ("SGD", "AdamW"), (32,)),
     ("ViT", "AdamW", 32),
