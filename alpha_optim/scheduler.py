@@ -172,6 +172,7 @@ class AlphaScheduler(LRScheduler):
         assert isinstance(optimizer, AlphaGuided)
         self._step_count += 1
         session.scheduler_stepped()
+        self._news.resumed_at(session.resumed_at)
         self._take_over_foreign_rates()
         if self._cut is not None:
             self._cut = min(1.0, self._cut * RECOVERY)
@@ -291,7 +292,8 @@ class AlphaScheduler(LRScheduler):
         """A rate changed by someone else since is taken over as a ratio; one changed at every call is theirs."""
         if self._inside_step:
             return  # the rates are cut for the step
-        if not self._rates.take_over(self.optimizer.param_groups):
+        searching = self._decision.searching and self._cut is None
+        if not self._rates.take_over(self.optimizer.param_groups, searching):
             return
         if self._cut is None and self._rates.foreign >= OWNER:
             self._cut, self.scale = 1.0, 1.0
@@ -299,6 +301,12 @@ class AlphaScheduler(LRScheduler):
                 f"a learning rate was changed outside AlphaScheduler {OWNER} times in a row: the rates are the "
                 "training loop's from here on, and the policy rests. To combine the curve with it, pass it as "
                 "AlphaScheduler(..., schedule=...) and do not write the rate yourself."
+            )
+        elif searching:
+            self._once.say(
+                "a learning rate was changed outside AlphaScheduler while one is searched: it is the rate given from "
+                "here on, and the search goes on. If it came with optimizer.load_state_dict(), load "
+                "scheduler.state_dict() as well, else the search begins anew in the middle of the run."
             )
         elif self._cut is None:
             self._once.say(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 
@@ -105,3 +106,27 @@ def test_a_state_from_before_cuts_were_remembered_owes_nothing():
     again.load_state_dict({"last_event": 10})
     assert again.without_effect() == 1.0
     assert grown(again, 10, PROBATION + 50) == 1.0
+
+
+@pytest.mark.parametrize("between", [None, GuardReason.LOSS_ROSE])
+def test_all_that_was_lowered_for_broken_batches_is_given_back_at_once(between):
+    """Of others, and of what came before another explosion, only the last cut."""
+    cuts, scale = ExplosionCuts(), 1.0
+    events = [
+        (5, GuardReason.LOSS_NOT_FINITE),
+        (9, GuardReason.GRADIENT_NOT_FINITE),
+        (60, between),
+        (90, GuardReason.LOSS_NOT_FINITE),
+    ]
+    before = 1.0
+    for iteration, reason in events:
+        if reason is None:
+            continue
+        event = GuardEvent(iteration, reason, 1.0, 9.0 if reason is GuardReason.LOSS_ROSE else math.nan, restored=True)
+        before = scale if iteration == 90 else before
+        scale *= cuts.taken_back(event, False, None)
+        cuts_again = ExplosionCuts()
+        cuts_again.load_state_dict(json.loads(json.dumps(cuts.state_dict())))
+        cuts = cuts_again
+    assert scale < 0.1
+    assert scale * cuts.without_effect() == pytest.approx(1.0 if between is None else before)

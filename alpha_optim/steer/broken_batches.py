@@ -2,32 +2,67 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+from alpha_optim.alpha.loss_level import MISTAKEN
+
+KNOWN = 3
+"""So many that the data were at fault for tell how often they are broken."""
+TELLS, OFTEN, MANY = 3, 0.05, 50
+"""The first so many batches of a run, if all of them are broken, are worth a warning; or more than this share of so
+many batches and more."""
 
 
 class BrokenBatches:
     """Counts them.
 
+    The second in a row is a surprise, at first. One after which the next batch, at the same point, can be used was
+    the data's. A few of them tell how often data are broken: from then on so many in a row are a surprise as chance
+    alone hardly makes in a run.
+
     Attributes:
         in_a_row: How many there were, up to now.
+        of_data: How many the data were at fault for.
     """
 
     def __init__(self) -> None:
         """There have been none."""
-        self.in_a_row = 0
+        self.in_a_row = self.of_data = 0
+        self._used = 0  # batches that could be used
         self._lowered = False  # whether the rate was lowered for them
         self._at_fault = False  # whether that did not help, so that the data are at fault
         self._usual = 0  # so many in a row the data were at fault for
+        self._doubted = False  # whether the rate is still lowered for a streak that may have been chance
 
     def another(self) -> bool:
-        """Count one; whether it is the second that is a surprise, so that the last step may be to blame."""
+        """Count one; whether it is the one that is a surprise, so that the last step may be to blame."""
         self.in_a_row += 1
-        return self.in_a_row == self._usual + 2
+        return self.in_a_row == max(self._usual + 2, self._surprise())
+
+    def _surprise(self) -> int:
+        """So many in a row chance makes in one run of a hundred, if each batch is broken as often as they were."""
+        if self.of_data < KNOWN:
+            return 2
+        batches = self._used + self.of_data
+        often = min(0.5, (self.of_data + 1) / (batches + 2))
+        return max(2, math.ceil(math.log(MISTAKEN / batches) / math.log(often)))
+
+    @property
+    def worth_telling(self) -> bool:
+        """Whether there were many of them, no step being to blame."""
+        count = self.of_data + self.in_a_row
+        batches = self._used + count
+        return count >= TELLS and (self._used == 0 or (batches >= MANY and count > OFTEN * batches))
 
     def step_taken_back(self, restored: bool) -> None:
         """The last step was taken back for it, if it could be."""
         self._lowered = restored
+
+    def other_step_taken_back(self) -> None:
+        """A step was taken back for another reason: what was lowered before is no longer told apart."""
+        self._doubted = False
 
     def taking_back_was_vain(self) -> bool:
         """Whether this is the first one after a step was taken back: then the data are at fault."""
@@ -36,11 +71,22 @@ class BrokenBatches:
         self._lowered, self._at_fault = False, True
         return True
 
-    def over(self) -> None:
-        """A batch can be used: as many in a row as there were are usual in these data, if those were at fault."""
+    def over(self) -> bool:
+        """A batch can be used: as many in a row as there were are usual in these data, if those were at fault.
+
+        Returns:
+            Whether the step that was taken back last was not to blame after all: now such streaks are no surprise.
+        """
+        self._used += 1
         if self._at_fault:
             self._usual = max(self._usual, self.in_a_row)
+        if self._lowered:  # going back helped, or chance did
+            self._doubted = True
+        elif not self._at_fault:
+            self.of_data += self.in_a_row
         self.forget()
+        chance, self._doubted = self._doubted and self._surprise() > 2, self._doubted and self._surprise() <= 2
+        return chance
 
     def forget(self) -> None:
         """Those up to now do not count."""
@@ -53,9 +99,14 @@ class BrokenBatches:
             "lowered": self._lowered,
             "at_fault": self._at_fault,
             "most_not_finite": self._usual,
+            "of_data": self.of_data,
+            "used": self._used,
+            "doubted": self._doubted,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self.in_a_row, self._lowered = int(state["not_finite"]), bool(state["lowered"])
         self._at_fault, self._usual = bool(state["at_fault"]), int(state["most_not_finite"])
+        self.of_data, self._used = int(state.get("of_data", 0)), int(state.get("used", 0))
+        self._doubted = bool(state.get("doubted", False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from alpha_optim.alpha.records import GuardEvent
+from alpha_optim.alpha.records import GuardEvent, GuardReason
 from alpha_optim.steer.guard import Guard
 
 LOWER_ONCE = 0.5
@@ -26,7 +26,8 @@ class ExplosionCuts:
         """Begin without any."""
         self._last_event = -SOON - 1  # iteration of the last explosion
         self._last_rise = 0.0  # of the loss, in it
-        self._last_cut = 1.0  # by what it has lowered the rates
+        self._last_cut = 1.0  # by what it has lowered the rates; with those before it, if all were broken batches
+        self._last_broken = False  # whether it was batches that are not finite
         self._owed = 1.0  # by what the rates are going to grow again
 
     def taken_back(self, event: GuardEvent, decides: bool, guard: Guard | None) -> float:
@@ -40,9 +41,10 @@ class ExplosionCuts:
             decides: Whether the policy decides on the scale; then nothing is owed.
             guard: Told of rises that came from the data.
         """
-        self._last_cut = self._cut(event, decides, guard)
-        self._last_event = event.iteration
-        return self._last_cut
+        cut, broken = self._cut(event, decides, guard), event.reason is not GuardReason.LOSS_ROSE
+        self._last_cut = cut * (self._last_cut if broken and self._last_broken else 1.0)
+        self._last_event, self._last_broken = event.iteration, broken
+        return cut
 
     def _cut(self, event: GuardEvent, decides: bool, guard: Guard | None) -> float:
         again = event.iteration - self._last_event <= SOON
@@ -63,7 +65,7 @@ class ExplosionCuts:
         return LOWER_ONCE
 
     def without_effect(self) -> float:
-        """What undoes the last cut, which had no effect."""
+        """What undoes the last cut, which had no effect; all cuts for broken batches, if it was one of them."""
         cut, self._last_cut, self._last_event = min(1.0, self._last_cut), 1.0, -SOON - 1
         self._owed = max(1.0, self._owed * cut)
         return 1.0 / cut
@@ -81,6 +83,7 @@ class ExplosionCuts:
         return {
             "last_event": self._last_event,
             "last_cut": self._last_cut,
+            "last_broken": self._last_broken,
             "last_rise": self._last_rise,
             "owed": self._owed,
         }
@@ -88,4 +91,5 @@ class ExplosionCuts:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self._last_event, self._last_cut = int(state["last_event"]), float(state.get("last_cut", 1.0))
+        self._last_broken = bool(state.get("last_broken", False))
         self._last_rise, self._owed = float(state.get("last_rise", 0.0)), float(state.get("owed", 1.0))

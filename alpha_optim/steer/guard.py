@@ -173,12 +173,15 @@ class Guard:
         rose = self._risen.seen(now, self._before, self.stepped)
         if rose and self._risen.confirmed:
             judgement = self._take_back(iteration, GuardReason.LOSS_ROSE, now, params)
+            self._broken.other_step_taken_back()
             self._risen.step_taken_back(judgement.event is not None and judgement.event.restored)
             return judgement
         if rose and self._risen.first_seen(_or_nan(now.loss) - _or_nan(self._before.loss)):
             return self._skip(iteration, GuardReason.LOSS_ROSE, now)
         event = self._settle(iteration, rose, now)
-        self._broken.over()
+        if self._broken.over() and event is None:
+            before, after = _or_nan(self._before.loss), _or_nan(now.loss)
+            event = GuardEvent(iteration, GuardReason.NO_EFFECT, before, after, restored=False, skipped=False)
         self._accept(iteration, now, params)
         return Judgement(event, True)
 
@@ -281,11 +284,15 @@ class Guard:
             self._broken.step_taken_back(judgement.event is not None and judgement.event.restored)
             return judgement
         judgement = self._skip(iteration, reason, now)
-        if self._broken.taking_back_was_vain() and judgement.event is not None:
+        vain = self._broken.taking_back_was_vain()
+        if vain or self._broken.worth_telling:
             self._once.say(
-                "three batches in a row are not finite, the last of them at a point at which others were: the data "
-                "seem to be at fault, or the loss itself. Batches are skipped until one is finite."
+                "three batches or more have a loss or gradients that are not finite, and no step is to blame: the data "
+                "seem to be at fault, or the loss itself, or the parameters given. Such batches are skipped. Look for "
+                "nan and inf in inputs and targets, for batches without targets, for a logarithm or a division by 0 in "
+                "the loss; optimizer.guard_events lists them."
             )
+        if vain and judgement.event is not None:
             event = judgement.event
             return Judgement(
                 GuardEvent(iteration, GuardReason.NO_EFFECT, event.loss_before, event.loss_after, restored=False), False

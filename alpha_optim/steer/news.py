@@ -45,6 +45,12 @@ class News:
             factor *= base.step_factor_of(policy, number, losses.get(number, math.nan))
         return factor
 
+    def resumed_at(self, iteration: int) -> None:
+        """The run goes on from a state of an iteration that the scheduler was not there for: that is no news."""
+        if self.iteration < iteration:
+            self.iteration = iteration
+            self.skip_to(iteration)
+
     def skip_to(self, iteration: int) -> None:
         """Never tell of what was measured so far."""
         self._measured = max(self._measured, iteration - 1)

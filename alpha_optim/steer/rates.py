@@ -67,11 +67,14 @@ class GroupRates:
         self.foreign = 0
         self._groups = list(map(id, groups))
 
-    def take_over(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Take over what somebody else has written since, as a ratio.
+    def take_over(self, groups: Sequence[Mapping[str, Any]], searching: bool = False) -> bool:
+        """Take over what somebody else has written since, as a ratio; during a search as the rates given.
+
+        The rates of a search have nothing to do with those given: the first are a hundred millionth of them.
 
         Args:
             groups: The param groups as they are now; some may have been added or removed.
+            searching: Whether a rate is searched.
 
         Returns:
             Whether anything was.
@@ -83,6 +86,10 @@ class GroupRates:
             self.foreign = 0
             return False
         self.foreign += 1
+        if searching:
+            self.scheduled, self.peaks = list(now), list(map(peak_of, groups))
+            self.written = now
+            return True
         plain = [rate / self.factor for rate in now]
         self.scheduled = taken_over(self.scheduled, factors, plain)
         self.peaks = taken_over(self.peaks, factors, plain)

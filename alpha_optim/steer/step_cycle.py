@@ -56,6 +56,8 @@ class Session:
         self.active = True
         self.skipped = 0
         """Calls of `step` that the guard did not execute."""
+        self.resumed_at = 0
+        """Iteration of the state that was loaded last."""
         self.supervision = Supervision(plan.model, plan.optimizer)
         self.search = Search(plan.model, plan.optimizer)
         self.processes = Processes(plan.model)
@@ -579,7 +581,7 @@ class Session:
         self.pairing.close()
         self._reset()
         self.search.forget()
-        self.skipped = 0
+        self.skipped = self.resumed_at = 0
         if state is None:
             self.iteration = 0
             self.history.load_state_dict(AlphaHistory().state_dict())
@@ -599,6 +601,7 @@ class Session:
             else:  # an older one: the pending measurement is dropped, what was learned is learned anew
                 self.plan.load_state_dict(None)
             self.reminders.resumed(self.iteration)
+            self.resumed_at = self.iteration
         self.supervision.load_state_dict(state, self.iteration)
         self.begin()
 

@@ -52,7 +52,10 @@ SITUATIONS = [
     *(Situation(mask) for mask in (setups.Mask, setups.MaskLowest, setups.MaskLarge, setups.MaskHalf)),
     *(
         Situation(setup, kind)
-        for setup in (setups.NanLoss, setups.NanOften, setups.NanInput, setups.EmptyBatch, setups.InfGradient)
+        for setup in (
+            setups.NanLoss, setups.NanOften, setups.NanRandom, setups.NanRandomly, setups.NanInput, setups.EmptyBatch,
+            setups.InfGradient,
+        )
         for kind in _BOTH
     ),
     *(

@@ -166,6 +166,21 @@ class NanOften(NanLoss):
         return n % 10 in (3, 6, 7, 8)
 
 
+class NanRandom(NanLoss):
+    """One batch in ten is not finite, by chance."""
+
+    often = 0.1
+
+    def bad(self, n: int) -> bool:
+        return bool(torch.rand((), generator=torch.Generator().manual_seed(1000 + n)) < self.often)
+
+
+class NanRandomly(NanRandom):
+    """Three batches in ten are not finite, by chance."""
+
+    often = 0.3
+
+
 class NanInput(BatchNormed, NanLoss):
     """Every 50th batch has a nan in its input, which goes into the statistics of BatchNorm."""
 

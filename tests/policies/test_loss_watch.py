@@ -223,15 +223,20 @@ def test_the_annealing_resumes_where_it_was():
     assert math.isfinite(two.policy.envelope(999))
 
 
-def test_the_watch_tells_by_how_much_and_since_when_the_loss_has_risen():
+@pytest.mark.parametrize(("ends", "own"), [(0.01, False), (0.03, True)])
+def test_the_watch_asks_the_steps_made_since_the_loss_was_lowest(ends, own):
+    """A rise by 1 in the 20 steps since then; those before do not count, whatever they did."""
     watch = LossWatch(400)
-    watch.level = Level(1.0, 0.0, 10)
+    watch.level = Level(3.0, 0.1, 10)
     watch.starts_after(-1)
-    seen = [watch.see(loss, n) for n, loss in enumerate([0.5] * 20 + [0.8] * 20 + [0.4] * 20 + [0.9] * 40)]
-    seen = [one for one in seen if one is not None]
-    assert [one.steps for one in seen] == [20, 20, 40, 20, 40]
-    assert [one.rise for one in seen] == pytest.approx([-0.5, 0.3, -0.1, 0.5, 0.5])
-    assert [one.lowest for one in seen] == [True, False, True, False, False]
+    noise = np.random.default_rng(0)
+    answers = []
+    for n in range(100):
+        watch.stepped(5.0 if n < 60 else ends * (1.0 + 0.01 * noise.normal()))
+        answers.append(watch.see((1.2 - 0.1 * (n // 20) if n < 60 else 2.0) + 0.01 * noise.normal(), n))
+    seen = [one for one in answers if one is not None]
+    assert [one.high for one in seen] == [False, False, False, True, False]
+    assert [one.by_itself for one in seen] == [False, False, False, not own, False]
     other = LossWatch(400)
     other.load_state_dict(watch.state_dict())
     assert other.state_dict() == watch.state_dict()

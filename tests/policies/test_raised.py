@@ -1,4 +1,4 @@
-"""A rate that was raised is taken back at once where the loss surely rises."""
+"""A rate that was raised is taken back at once where half of all progress is lost."""
 
 import json
 import math
@@ -15,12 +15,13 @@ from tests.policies.test_loss_watch import WINDOW, Held
 STEPS = 20
 
 
-def watched(losses, seed=0):
-    """After how many of the losses it says that they rise; None if it does not. Those before lie at 1 +- 0.1."""
+def watched(losses, seed=0, start=math.inf):
+    """After how many of the losses it says that too much is lost; None if never. Those before lie at 1 +- 0.1."""
     raised = Raised()
-    raised.begin(-1.0, level_of((1.0 + 0.1 * np.random.default_rng(1000 + seed).normal(size=STEPS)).tolist()), STEPS)
+    before = 1.0 + 0.1 * np.random.default_rng(1000 + seed).normal(size=STEPS)
+    raised.begin(-1.0, level_of(before.tolist()), start, STEPS)
     for count, loss in enumerate(losses, start=1):
-        if raised.rises(float(loss)):
+        if raised.loses(float(loss)):
             assert raised.before == -1.0
             return count
     assert len(losses) < STEPS or raised.before is None
@@ -34,7 +35,7 @@ def test_noise_around_the_level_before_does_not_rise():
 
 @pytest.mark.parametrize("rise", [0.03, 0.1, 0.3])
 def test_a_rise_is_seen_within_a_few_steps(rise):
-    """By this much at every step, where losses scatter by 0.1."""
+    """By this much at every step, where losses scatter by 0.1, and it is not known where they began."""
     found = []
     for seed in range(100):
         noise = 0.1 * np.random.default_rng(seed).normal(size=STEPS)
@@ -43,18 +44,28 @@ def test_a_rise_is_seen_within_a_few_steps(rise):
     assert np.median(found) <= max(LOOK, 2 + 0.35 / rise)
 
 
+@pytest.mark.parametrize(("level", "lost"), [(1.4, False), (1.65, True)])
+def test_half_of_all_progress_has_to_be_lost(level, lost):
+    """A loss that has surely risen by less is that of longer steps, which are good for the run."""
+    found = [watched(level + 0.05 * np.random.default_rng(seed).normal(size=STEPS), seed, 2.0) for seed in range(100)]
+    assert sum(count is not None for count in found) == (100 if lost else 0)
+
+
 def test_after_a_window_nothing_is_watched():
     assert watched([1.0] * STEPS + [9.0] * STEPS) is None
     assert watched([1.0] * (STEPS - LOOK) + [9.0] * STEPS) < STEPS
 
 
 def test_before_a_rate_was_raised_nothing_rises():
-    assert not any(Raised().rises(loss) for loss in (1.0, 2.0, 1e9, math.inf))
+    assert not any(Raised().loses(loss) for loss in (1.0, 2.0, 1e9, math.inf))
 
 
 def raised(level=0.9):
     """A policy that has just raised its rate, since the loss fell fast to 0.5; and the rate before."""
     run = Held()
+    state = run.policy.state_dict()
+    state["held"]["start"] = 1.0 * run.good
+    run.policy.load_state_dict(state)
     before = run.rate
     rates = run.feed(1.0, level, 0.5)
     run.decide()
@@ -71,7 +82,7 @@ def test_a_rate_that_was_too_high_is_held_for_some_steps_only_and_costs_nothing_
     assert rates[2 * LOOK] == pytest.approx(before)
     assert rates[-1] == pytest.approx(before)  # not lowered for the window of the higher rate, and not raised again
     assert min(rates) == pytest.approx(before)
-    assert sum("the loss rises since the rate was raised" in text for _, text in run.policy.story) == 1
+    assert sum("was lost since the rate was raised" in text for _, text in run.policy.story) == 1
 
 
 def test_a_rate_that_is_as_good_is_kept():

@@ -76,7 +76,9 @@ class CalibrateThenAnneal:
         self._begun = False  # whether the start of the search is kept
         self._keep: Place | None = None
         self._restore: Place | None = None
-        self._undo: dict[str, Any] | None = None  # the held rate before a step was taken back last
+        self._undo: dict[str, Any] | None = (
+            None  # the held rate before a step was taken back, or some for broken batches
+        )
         if self._phase is None:
             self._tell(0, f"total_steps={total_steps} is too short for a search: {KEPT}", logging.WARNING)
 
@@ -172,14 +174,16 @@ class CalibrateThenAnneal:
         elif event.reason is GuardReason.NO_EFFECT:
             lowered, self._undo = self._undo, None
             if lowered is not None:
-                self._held.load_state_dict(lowered)
+                self._held.rate_is(lowered)
             self._held.level_accepted()
             if lowered is not None:
                 self._tell(event.iteration, f"going back did not help: {{{self._held.position}}} is held again")
             if math.isfinite(event.loss_after):
                 self._envelope.ramp_from(event.iteration + self._envelope.skipped)
         elif event.restored:
-            self._undo = self._held.state_dict()
+            broken = event.reason is not GuardReason.LOSS_ROSE
+            if not (broken and self._undo is not None and self._undo.get("broken", False)):
+                self._undo = {**self._held.rate(), "broken": broken}
             self._held.taken_back(event.iteration, math.log(event.scale_factor))
             self._tell_what_was_done(event.iteration)
 

@@ -8,11 +8,12 @@ for a while after a step was taken back.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from alpha_optim.alpha.loss_level import NONE, Level
+from alpha_optim.alpha.loss_level import Level
 from alpha_optim.alpha.measurement import AlphaMeasurement
-from alpha_optim.alpha.window import rises_by_itself, rises_of
+from alpha_optim.alpha.window import rises_of
 from alpha_optim.policies.calibrate.high_loss import HighLoss, Remedy
 from alpha_optim.policies.calibrate.loss_watch import LossWatch, Seen
 from alpha_optim.policies.calibrate.phase import Ended
@@ -56,7 +57,7 @@ class HeldRate:
         self.batch = UsualBatch()
         self._taken_back = -CALM - 1  # iteration at which a step was taken back last
         self._newest = -1  # iteration of the newest step seen
-        self._ends = NONE  # slope at the end times length, of the steps measured since the loss was lowest
+        self._start = math.inf  # loss at which the search began
 
     def begin(self, found: float, level: Level | None, highest: float, ended: Ended | None = None) -> None:
         """Hold what was found.
@@ -70,7 +71,8 @@ class HeldRate:
         self.found = self.position = self.now = min(found, self.limit)
         self.highest = max(self.found, min(highest, self.limit))
         self.batch.rate_found()
-        self._watch.level, self._ends = level, NONE
+        self._watch.level = level
+        self._start = math.inf if level is None else level.mean
         self._plateau.begin(ended)
 
     def plan_anew(self, before: int) -> None:
@@ -92,7 +94,7 @@ class HeldRate:
         self.batch.saw(measurement.samples_start)
         rises = rises_of(measurement)
         if rises is not None:
-            self._ends = self._ends.and_one(rises[1])
+            self._watch.stepped(rises[1])
 
     def after_step(self, iteration: int, loss: float) -> None:
         """Hear of a step and its loss.
@@ -104,16 +106,16 @@ class HeldRate:
             loss: Mini-batch loss that it was made from, nan if not known.
         """
         again, self._newest = iteration <= self._newest, max(iteration, self._newest)
-        rises = math.isfinite(loss) and iteration > self._watch.newest and self._raised.rises(loss)
+        lost = math.isfinite(loss) and iteration > self._watch.newest and self._raised.loses(loss)
         seen = self._watch.see(loss, iteration)
-        if rises:
+        if lost:
             seen = None
             self._watch.settle()  # the losses of these steps say nothing about the rate from before
             self._lower()
-            self.said.append(f"the loss rises since the rate was raised: {{{self.position}}} from before is held again")
+            text = "half of all progress was lost since the rate was raised"
+            self.said.append(f"{text}: {{{self.position}}} from before is held again")
         if seen is not None:
             self._correct(seen, iteration + 1)
-            self._ends = NONE if seen.lowest else self._ends
         calm = iteration - self._taken_back > CALM
         if self.now > self.target:
             self.now = self.target
@@ -122,7 +124,7 @@ class HeldRate:
 
     def _correct(self, seen: Seen, iteration: int) -> None:
         """Change the rate by what a window of losses said; it acts from this iteration on."""
-        if seen.high and rises_by_itself(seen.rise, self._ends, seen.steps):
+        if seen.by_itself:
             self.level_accepted()
             self.said.append(f"the loss rises, and not by the steps made: {{{self.position}}} is held")
             return
@@ -144,7 +146,7 @@ class HeldRate:
 
     def _raise(self, higher: float, seen: Seen) -> None:
         """Hold a higher rate, after a window of losses."""
-        self._raised.begin(self.position, seen.level, self._watch.length)
+        self._raised.begin(self.position, seen.level, self._start, self._watch.length)
         self.position = min(higher, self.limit)
 
     def _do(self, remedy: Remedy) -> None:
@@ -180,6 +182,15 @@ class HeldRate:
             self.said.append(f"a step was taken back: the rate held is lowered to {{{self.position}}}")
         self._taken_back = iteration
 
+    def rate(self) -> dict[str, Any]:
+        """The rate, as plain values, for `rate_is`."""
+        return {"position": self.position, "now": self.now, "lowered": self._lowered}
+
+    def rate_is(self, before: Mapping[str, Any]) -> None:
+        """Hold the rate from before some steps were taken back."""
+        self.position, self.now = float(before["position"]), float(before["now"])
+        self._lowered = bool(before["lowered"])
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return {
@@ -196,7 +207,7 @@ class HeldRate:
             **self.batch.state_dict(),
             "taken_back": self._taken_back,
             "newest": self._newest,
-            "ends": list(self._ends),
+            "start": self._start,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -207,7 +218,7 @@ class HeldRate:
         self._watch.load_state_dict(state["watch"])
         self._lowered, self._taken_back = bool(state["lowered"]), int(state["taken_back"])
         self._newest = int(state["newest"])
-        self._ends = Level(*state.get("ends", NONE))
+        self._start = float(state.get("start", math.inf))
         self._high_loss.load_state_dict(state)
         self._plateau.load_state_dict(state)
         self._raised.load_state_dict(state)

@@ -6,7 +6,8 @@ import math
 import statistics
 from typing import Any, NamedTuple
 
-from alpha_optim.alpha.loss_level import Level, level_of, surely_above
+from alpha_optim.alpha.loss_level import NONE, Level, level_of, surely_above
+from alpha_optim.alpha.window import rises_by_itself
 
 SHARE = 20
 SHORTEST = 20
@@ -36,10 +37,8 @@ class Seen(NamedTuple):
         error: The standard error of such a mean.
         falls: It lies far below all windows before.
         stands: It does not lie below the lowest window before.
-        rise: How far it lies above the best level.
-        steps: Steps since that.
-        lowest: Whether it is the best level now.
-        level: Its own.
+        by_itself: It is high, and not by the steps made since the best level.
+        level: Where its losses lie.
     """
 
     high: bool
@@ -47,9 +46,7 @@ class Seen(NamedTuple):
     error: float
     falls: bool
     stands: bool
-    rise: float = 0.0
-    steps: int = 0
-    lowest: bool = False
+    by_itself: bool = False
     level: Level = UNKNOWN
 
 
@@ -64,6 +61,7 @@ class LossWatch:
         self._begin: int | None = None  # iteration of the window's first loss
         self.newest = -1  # iteration of the newest loss
         self._level_at = -1  # iteration at which the best level was reached
+        self._ends = NONE  # slope at the end times length, of the steps measured since then
         self._windows = 0  # since the level last spoke
         self._trends = 0  # windows in which a trend was looked for
         self._lowest = math.inf  # mean of the lowest of them
@@ -71,6 +69,11 @@ class LossWatch:
     def starts_after(self, iteration: int) -> None:
         """Ignore losses up to this iteration; the level is that of this point."""
         self.newest = self._level_at = iteration
+        self._ends = NONE
+
+    def stepped(self, end: float) -> None:
+        """Hear of the slope at the end of a measured step, times its length."""
+        self._ends = self._ends.and_one(end)
 
     def see(self, loss: float, iteration: int) -> Seen | None:
         """Add the loss of an iteration, unless it is nan or known; say something when a window is complete."""
@@ -89,17 +92,10 @@ class LossWatch:
         high = self._too_high(level, best)
         judged = high or self._windows > SETTLES
         error = statistics.stdev(losses) / math.sqrt(len(losses))
-        return Seen(
-            high,
-            mean if judged else math.nan,
-            error,
-            falls,
-            stands,
-            mean - best.mean,
-            iteration - before,
-            lowest=self.level is not best,
-            level=level,
-        )
+        by_itself = high and rises_by_itself(mean - best.mean, self._ends, iteration - before)
+        if self.level is not best:
+            self._ends = NONE
+        return Seen(high, mean if judged else math.nan, error, falls, stands, by_itself, level)
 
     def begin_anew(self) -> None:
         """The losses so far say nothing about those to come: the next window sets the level."""
@@ -141,6 +137,7 @@ class LossWatch:
             "begin": self._begin,
             "newest": self.newest,
             "level_at": self._level_at,
+            "ends": list(self._ends),
             "windows": self._windows,
             "trends": self._trends,
             "lowest": self._lowest,
@@ -153,4 +150,5 @@ class LossWatch:
         self._begin = state["begin"]
         self.newest = int(state["newest"])
         self._level_at = int(state.get("level_at", self.newest))
+        self._ends = Level(*state.get("ends", NONE))
         self._trends, self._lowest = int(state["trends"]), float(state["lowest"])

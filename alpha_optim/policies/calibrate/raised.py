@@ -1,4 +1,4 @@
-"""A rate that was raised is watched step by step: where the loss surely rises it is taken back at once."""
+"""A rate that was raised is watched step by step: where much of what was learned is lost it is taken back at once."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from alpha_optim.alpha.loss_level import Level, surely_above
+from alpha_optim.policies.calibrate.climb import LOST
 
 LOOK = 5
 """The last so many losses are compared with those before the rate was raised."""
 
 
 class Raised:
-    """Whether the loss rises within a window after the rate was raised.
+    """Whether the loss surely loses half of all progress within a window after the rate was raised.
 
-    A window of the loss says so as well, but it is a 20th of the run: long enough to lose all that was learned.
+    A window of the loss says so as well, but it is a 20th of the run: long enough to lose all. That the loss rises a
+    little is the noise of longer steps, and good for the run.
 
     Attributes:
         before: The log rate held before; None if none was raised, or that is over.
@@ -26,38 +28,49 @@ class Raised:
         """Nothing was raised."""
         self.before: float | None = None
         self._level = Level(math.inf, 0.0, 0)  # of the losses before
+        self._most = math.inf  # how high the losses may lie
         self._steps = 0  # for so many it is watched
         self._losses: list[float] = []  # since then
 
-    def begin(self, before: float, level: Level, steps: int) -> None:
+    def begin(self, before: float, level: Level, start: float, steps: int) -> None:
         """A rate was raised.
 
         Args:
             before: The log rate held before.
             level: The losses at it.
+            start: The loss from which all progress counts; infinite if it is not known.
             steps: For so many losses it is watched.
         """
         self.before, self._level, self._steps, self._losses = before, level, steps, []
+        self._most = level.mean + (LOST * max(0.0, start - level.mean) if math.isfinite(start) else 0.0)
 
     def end(self) -> None:
         """It is over: the rate was taken back, or is another one."""
         self.before, self._losses = None, []
 
-    def rises(self, loss: float) -> bool:
-        """Whether the loss surely rises, from that of one more step on."""
+    def loses(self, loss: float) -> bool:
+        """Whether too much is surely lost, with the loss of one more step."""
         if self.before is None:
             return False
         self._losses.append(loss)
         last = Level(statistics.fmean(self._losses[-LOOK:]), self._level.deviation, LOOK)
-        above = len(self._losses) >= LOOK and surely_above(last, self._level, self._steps, self._level.count - 1)
+        above = len(self._losses) >= LOOK and last.mean > self._most
+        above = above and surely_above(last, self._level, self._steps, self._level.count - 1)
         if not above and len(self._losses) >= self._steps:
             self.end()
         return above
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
-        raised = {"before": self.before, "level": list(self._level), "steps": self._steps, "losses": list(self._losses)}
-        return {"raised": raised}
+        return {
+            "raised": {
+                "before": self.before,
+                "level": list(self._level),
+                "most": self._most,
+                "steps": self._steps,
+                "losses": list(self._losses),
+            }
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state; versions before had none."""
@@ -65,4 +78,4 @@ class Raised:
         self.end()
         if saved is not None:
             self.before, self._level, self._steps = saved["before"], Level(*saved["level"]), int(saved["steps"])
-            self._losses = list(map(float, saved["losses"]))
+            self._most, self._losses = float(saved["most"]), list(map(float, saved["losses"]))
