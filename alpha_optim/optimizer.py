@@ -17,7 +17,7 @@ from alpha_optim.alpha.records import GuardEvent
 from alpha_optim.distributed import as_text, asked_by_checkpoint, from_text
 from alpha_optim.measure.plan import Every, Plan
 from alpha_optim.observe.checks import check_arguments, check_membership
-from alpha_optim.steer.checks import check_state, load_whole, sealed
+from alpha_optim.steer.checks import check_intact, check_state, load_whole, sealed
 from alpha_optim.steer.point import inner_optimizers
 from alpha_optim.steer.several import HOOKS, Several, make_hooks
 from alpha_optim.steer.step_cycle import VERSION, Session
@@ -315,6 +315,11 @@ class AlphaGuided(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        if "param_groups" not in state_dict or "state" not in state_dict:
+            raise ValueError(
+                "this is no state of an optimizer, which has 'state' and 'param_groups'; nothing was changed. Is it "
+                "the scheduler's, or a whole checkpoint?"
+            )
         groups = [{name: value for name, value in group.items() if name != KEY} for group in state_dict["param_groups"]]
         ours = state_dict.get(KEY)
         if ours is None:
@@ -324,6 +329,7 @@ class AlphaGuided(Optimizer):
                 ours = None  # a bare optimizer has moved on since
         if ours is not None:
             check_state(ours, VERSION, "an AlphaGuided", f", or delete its key {KEY!r} to start measuring anew")
+            check_intact(ours, "an AlphaGuided")
         bare = {key: value for key, value in state_dict.items() if key != KEY}
         # Ours first, to see whether it can be taken over: the wrapped optimizer's cannot always be put back (ZeRO's).
         before = self._session.state_dict()

@@ -105,7 +105,8 @@ def find_lr(
         What was found.
 
     Raises:
-        TypeError: If the optimizer is wrapped, the loader can be used only once, or a batch or loss is of no use.
+        TypeError: If an argument is something else, the optimizer is wrapped, the loader can be used only once, or a
+            batch or loss is of no use.
         ValueError: If there are no batches, too few steps, or rates that do not climb.
 
     Examples:
@@ -118,6 +119,11 @@ def find_lr(
     """
     if loss_fn is not None and loss_of_batch is not None:
         raise ValueError("give find_lr loss_fn or loss_of_batch, not both")
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"the order is find_lr(model, optimizer, loader, loss_fn), got {type(model).__name__} and "
+            f"{type(optimizer).__name__} as model and optimizer"
+        )
     _check(optimizer, loader, steps, lowest, highest)
     device = next(model.parameters()).device
     with ExitStack() as stack:

@@ -316,3 +316,16 @@ def test_a_warm_up_from_zero_is_not_mistaken_for_no_rate(model, sgd):
 def test_the_last_alpha_before_there_is_one(model, sgd):
     with pytest.raises(IndexError, match=r"no alpha was measured yet: that of iteration n is there once"):
         AlphaGuided(sgd, model).alpha_history[-1]
+
+
+def test_of_many_parameters_that_do_not_belong_there_a_few_are_named(sgd):
+    other = nn.Sequential(*(nn.Linear(3, 3) for _ in range(20)))
+    with pytest.raises(ValueError, match=r"parameter 2 of shape \[3, 3\] and 37 more\. Pass the model") as caught:
+        AlphaGuided(torch.optim.SGD(other.parameters(), lr=0.1), nn.Linear(2, 2))
+    assert len(str(caught.value)) < 300
+
+
+def test_the_schedulers_state_given_to_the_optimizer(model, sgd):
+    guided = AlphaGuided(sgd, model)
+    with pytest.raises(ValueError, match="no state of an optimizer, which has 'state' and 'param_groups'"):
+        guided.load_state_dict(AlphaScheduler(guided).state_dict())

@@ -388,3 +388,12 @@ def test_a_loader_that_draws_when_it_is_asked_moves_no_random_number():
     model, before = nn.Linear(8, 3), torch.get_rng_state()
     find_lr(model, torch.optim.SGD(model.parameters(), lr=0.1), Drawing(), nn.CrossEntropyLoss())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_arguments_in_another_order_are_refused_by_name():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(
+        TypeError, match=r"the order is find_lr\(model, optimizer, loader, loss_fn\), got SGD and Linear"
+    ):
+        find_lr(optimizer, model, [(torch.ones(4, 2), torch.ones(4, 1))], nn.MSELoss())

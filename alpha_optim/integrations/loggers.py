@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from alpha_optim.alpha.history import AlphaHistory
-from alpha_optim.alpha.history_file import EVENT, NOTE, to_json, to_line, to_row
+from alpha_optim.alpha.history_file import EVENT, NOTE, from_line, to_json, to_line, to_row
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.window import window_alpha
 from alpha_optim.optimizer import AlphaGuided
@@ -234,8 +234,9 @@ def record(
     """Write every measurement to a file when it is made, what the guard did, and what the scheduler says of the rate.
 
     ``python -m alpha_optim watch PATH`` shows the run while it trains, ``... report PATH`` afterwards, and
-    `AlphaHistory.load` reads the measurements. A file that is there is continued, as after a resume. Every line is
-    written at once. On several ranks only one should record.
+    `AlphaHistory.load` reads the measurements. A file that is there is continued. After a resume call it once the
+    state is loaded: what the file says of later iterations is cut off, since they are made again. Every line is written
+    at once. On several ranks only one should record.
 
     Args:
         optimizer: The optimizer.
@@ -246,6 +247,7 @@ def record(
         A function that ends the recording; what came after the last measurement is written then.
 
     Raises:
+        TypeError: If the optimizer is not wrapped.
         ValueError: If there is a file that is not one of a run.
 
     Examples:
@@ -263,6 +265,11 @@ def record(
         ...     len(AlphaHistory.load(f"{folder}/run.jsonl"))
         2
     """
+    if not isinstance(optimizer, AlphaGuided):
+        raise TypeError(
+            f"record(optimizer, path, scheduler) takes the optimizer that AlphaGuided wraps others as, got "
+            f"{type(optimizer).__name__}"
+        )
     return _Recorder(optimizer, path, scheduler).stop
 
 
@@ -276,6 +283,8 @@ class _Recorder:
         if os.path.exists(path) and os.path.getsize(path):
             _mend_last_line(path)
             AlphaHistory.load(path)  # raises where lines of ours would not belong
+            if optimizer.iteration:
+                _cut_what_is_made_again(path, optimizer)
             with open(path, encoding="utf-8") as before:
                 self._there = {line for line in before if line.startswith((f'{{"{EVENT}"', f'{{"{NOTE}"'))}
         else:
@@ -327,3 +336,17 @@ def _mend_last_line(path: str | os.PathLike[str]) -> None:
         tail = file.read()
         if not tail.endswith(b"\n") and b"\n" in tail:
             file.truncate(begin + tail.rindex(b"\n") + 1)
+
+
+def _cut_what_is_made_again(path: str | os.PathLike[str], optimizer: AlphaGuided) -> None:
+    """Cut off a file where it goes further than a resumed run: those iterations are made again."""
+    history = optimizer.alpha_history
+    last = history[-1].iteration if len(history) else optimizer.iteration - 1
+    with open(path, "rb+") as file:
+        place = 0
+        for line in file:
+            row = from_line(line)
+            if row.get("iteration", -1) > last:
+                break
+            place += len(line)
+        file.truncate(place)

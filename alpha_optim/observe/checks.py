@@ -9,6 +9,9 @@ from torch.optim import Optimizer
 
 from alpha_optim.observe.step_direction import parameters_of
 
+FEW = 3
+"""So many parameters that do not belong there are listed."""
+
 
 def check_arguments(optimizer: Any, model: Any, loss_fn: Any, every: Any, variance: Any, sample_dim: Any) -> None:
     """Refuse what cannot work, before anything is touched.
@@ -58,9 +61,10 @@ def check_membership(params: list[Tensor], model: nn.Module | None, loss_fn: nn.
         if id(param) not in names
     ]
     if foreign:
+        more = f" and {len(foreign) - FEW} more" if len(foreign) > FEW else ""
         raise ValueError(
             f"{holder} has parameters that belong neither to model ({type(model).__name__}) nor to loss_fn: "
-            f"{', '.join(foreign)}. Pass the model whose parameters the optimizer trains."
+            f"{', '.join(foreign[:FEW])}{more}. Pass the model whose parameters the optimizer trains."
         )
 
 

@@ -55,7 +55,8 @@ Values = dict[str, Tensor]
 
 OTHER_TERMS = (
     "the loss that was seen is not all of the loss that is sent backward (a penalty, a balance loss, a second loss), "
-    "or the model keeps state that another run does not repeat"
+    "or another run of the model does not repeat it: it keeps state, or draws random numbers in compiled code (dropout "
+    "under torch.compile)"
 )
 INTERACT = (
     "samples interact (a contrastive loss?) or do not lie along sample_dim; models that are fed time first take "

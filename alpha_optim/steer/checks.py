@@ -97,7 +97,7 @@ def _checksum(value: Any, start: int) -> int:
 
 
 def check_state(state: Any, version: int, what: str, advice: str) -> None:
-    """Refuse what is no state of ours, one that a newer version wrote, or one that was changed since.
+    """Refuse what is no state of ours, or one that a newer version wrote.
 
     Args:
         state: What is to be taken over.
@@ -119,10 +119,19 @@ def check_state(state: Any, version: int, what: str, advice: str) -> None:
             f"this state of {what} has version {written}, this package reads up to {version}: "
             f"update alpha_optim{advice}"
         )
+
+
+def check_intact(state: dict[str, Any], what: str) -> None:
+    """Refuse a state that was changed since it was returned; those of older versions do not tell.
+
+    Raises:
+        ValueError: If it was.
+    """
     if CHECKSUM in state and state[CHECKSUM] != _checksum_of(state):
         raise ValueError(
-            f"this state of {what} was changed since state_dict() returned it: its {CHECKSUM!r} does not fit; nothing "
-            f"was changed. Load another checkpoint, or delete the key {CHECKSUM!r} if it was you who changed the state"
+            f"this state of {what} cannot be taken over, and nothing was changed: it was changed since state_dict() "
+            f"returned it, its {CHECKSUM!r} does not fit. Load another checkpoint, or delete the key {CHECKSUM!r} if "
+            "it was you who changed it"
         )
 
 
@@ -151,6 +160,7 @@ def check_scheduler_state(state: dict[str, Any], version: int, groups: int, poli
             f"this scheduler state is of the policy {state['policy_name']}, this scheduler has {policy}; build "
             "it with the policy that the run had"
         )
+    check_intact(state, "an AlphaScheduler")
 
 
 def load_whole(load: Callable[[Any], None], state: Any, before: Any, what: str) -> None:

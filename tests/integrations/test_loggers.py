@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from alpha_optim import AlphaGuided, AlphaScheduler, Hold
+from alpha_optim import AlphaGuided, AlphaHistory, AlphaScheduler, Hold
 from alpha_optim.integrations.loggers import log_measurements, log_to_tensorboard, log_to_wandb, postfix, record
 from tests.test_transparency import make_model, optimizer_loss, train
 
@@ -214,3 +214,46 @@ def test_a_progress_bar_shows_alpha_and_rate():
     train(model, optimizer, steps=5)
     window = optimizer.alpha_history.windowed(50)
     assert postfix(optimizer) == {"alpha": f"{window.alpha:+.2f} ± {window.alpha_std:.2f}", "lr": "0.1"}
+
+
+def test_a_resumed_run_cuts_off_what_it_makes_again(tmp_path):
+    """The file went on after the checkpoint; its end is what the resumed run writes."""
+    path = tmp_path / "run.jsonl"
+
+    def run():
+        torch.manual_seed(0)
+        model, optimizer = make()
+        scheduler = AlphaScheduler(optimizer, Hold())
+        return model, optimizer, scheduler
+
+    def train(model, optimizer, scheduler, first, last):
+        for n in range(first, last):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(n))
+            optimizer.zero_grad()
+            optimizer_loss(optimizer)(model(x), torch.tensor([0, 1, 2, 0])).backward()
+            optimizer.step()
+            scheduler.step()
+
+    one = run()
+    stop = record(one[1], path, one[2])
+    train(*one, 0, 15)
+    saved = copy.deepcopy([part.state_dict() for part in one])
+    train(*one, 15, 20)
+    stop()
+    two = run()
+    for part, state in zip(two, saved, strict=True):
+        part.load_state_dict(state)
+    stop = record(two[1], path, two[2])
+    assert len(AlphaHistory.load(path)) == 14
+    train(*two, 15, 30)
+    stop()
+    written = AlphaHistory.load(path)
+    assert written.iterations.tolist() == list(range(29))
+    assert written.state_dict()["columns"] == two[1].alpha_history.state_dict()["columns"]
+
+
+@pytest.mark.parametrize("wrong", [None, torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)])
+def test_only_wrapped_optimizers_can_be_recorded(tmp_path, wrong):
+    with pytest.raises(TypeError, match="takes the optimizer that AlphaGuided wraps others as, got"):
+        record(wrong, tmp_path / "run.jsonl")
+    assert list(tmp_path.iterdir()) == []

@@ -123,9 +123,9 @@ class CalibrateThenAnneal:
             if self._held.position != self._held.found:
                 word = "lowered" if self._held.position < self._held.found else "raised"
                 state += f", {word} to {self._shown(self._held.position)}"
+            state += f" ({self._story[-1][1]})" if self._story else ""
             if self._phases and self._phases[-1][1] == "annealed":
                 state += f", annealed since step {self._phases[-1][0] + self._envelope.skipped}"
-            state += f" ({self._story[-1][1]})" if self._story else ""
         return f"CalibrateThenAnneal({self.total_steps} steps: {state})"
 
     def _shown(self, position: float) -> str:
