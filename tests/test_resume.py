@@ -141,7 +141,6 @@ def test_a_resumed_guard_can_still_take_the_last_step_back(tmp_path):
     assert equal_states(*results)
 
 
-@pytest.mark.compatibility("Resume", "state dicts of bare and wrapped optimizers load into each other")
 @pytest.mark.parametrize("cut", [2, 5])  # at 1 nothing has been learned yet, and the next pair is lost instead
 def test_a_loop_that_writes_into_the_gradients_after_a_step_loses_no_more_pairs_when_resumed(cut):
     """The first of them teaches to keep the direction of plain SGD; it may be the one that is pending when saved."""
@@ -170,6 +169,7 @@ def test_a_loop_that_writes_into_the_gradients_after_a_step_loses_no_more_pairs_
     assert second[2].alpha_history.state_dict() == whole[2].alpha_history.state_dict()
 
 
+@pytest.mark.compatibility("Resume", "state dicts of bare and wrapped optimizers load into each other")
 def test_bare_and_wrapped_state_dicts_load_into_each_other():
     model, loss_fn, guided, scheduler = build("adamw")
     train(model, loss_fn, guided, scheduler, data(5))
