@@ -172,7 +172,7 @@ class NanRandom(NanLoss):
     often = 0.1
 
     def bad(self, n: int) -> bool:
-        return bool(torch.rand((), generator=torch.Generator().manual_seed(1000 + n)) < self.often)
+        return bool(torch.rand(self.steps, generator=torch.Generator().manual_seed(self.seed))[n] < self.often)
 
 
 class NanRandomly(NanRandom):
