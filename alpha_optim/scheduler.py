@@ -432,7 +432,11 @@ class AlphaScheduler(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the rest of the run depends on, as plain values."""
-        policy = copy.deepcopy(base.state_of(self.policy))  # what it returns may be what it goes on with
+        policy, covered = base.state_of(self.policy), True
+        try:
+            policy = copy.deepcopy(policy)  # it may be what the policy goes on with
+        except Exception:  # a lock, a tensor of a graph: then its checksum would not fit later
+            covered = False
         state = {
             "version": VERSION,
             "scale": self.scale,
@@ -450,7 +454,7 @@ class AlphaScheduler(LRScheduler):
             "policy_name": base.name_of(self.policy),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
         }
-        return sealed(state)
+        return sealed(state) if covered else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state; call it after the optimizer's `load_state_dict` or before.

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from alpha_optim.alpha.loss_level import Level, level_of
-from alpha_optim.alpha.window import rises_by_itself
+from alpha_optim.alpha.window import rise_of_steps
+from alpha_optim.alpha.window import rises_by_itself as by_itself
+
+
+def rises_by_itself(rise, ends, steps):
+    return by_itself(rise, rise_of_steps(ends, steps))
 
 
 def steps_on_a_parabola(rate, count, noise, growth=0.0, seed=0):
@@ -55,12 +60,12 @@ def test_a_rise_of_which_the_steps_may_have_made_half_is_theirs():
 
 def test_noise_of_the_slopes_is_added():
     """The upper bound of a Student t interval with 9 degrees of freedom: 2.262 standard errors."""
-    deviation = 0.1 * 10**0.5
-    assert rises_by_itself(1.0, Level(0.0, deviation * 0.022, 10), 10)
-    assert not rises_by_itself(1.0, Level(0.0, deviation * 0.0222, 10), 1000 // 44)
-    assert not rises_by_itself(1.0, Level(0.0, deviation * 0.23, 10), 10)
+    bound = 0.05 * 10**0.5 / 2.262
+    assert rises_by_itself(1.0, Level(0.0, 0.99 * bound, 10), 10)
+    assert not rises_by_itself(1.0, Level(0.0, 1.01 * bound, 10), 10)
 
 
-@pytest.mark.parametrize(("measured", "made", "known"), [(3, 6, True), (3, 7, False), (2, 2, False), (0, 0, False)])
+@pytest.mark.parametrize(("measured", "made", "known"), [(3, 8, True), (3, 9, False), (2, 2, False), (0, 0, False)])
 def test_too_few_measured_steps_say_nothing(measured, made, known):
+    """The newest step cannot be measured yet."""
     assert rises_by_itself(1.0, level_of([-0.1] * measured), made) == known

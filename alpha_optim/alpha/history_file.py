@@ -45,7 +45,7 @@ def from_line(line: bytes) -> dict[str, Any]:
     written = row.pop(CHECKSUM, None)
     if written is None or crc32(line[: line.rfind(BEFORE_CHECKSUM)]) == written:
         return row
-    if crc32(json.dumps(row)[:-1].encode()) != written:  # else another program has written it again
+    if crc32(json.dumps(row)[:-1].encode()) != written:  # else it was written again with other spaces
         raise ValueError(f"it was changed since: its {CHECKSUM} does not fit; without that key it is read as it is")
     return row
 

@@ -53,20 +53,30 @@ def ratio_of_sums(rises: Sequence[tuple[float, float]]) -> WindowAlpha:
     return WindowAlpha(alpha, math.sqrt(count / (count - 1)) * scatter / abs(total), count)
 
 
-def rises_by_itself(rise: float, ends: Level, steps: int) -> bool:
-    """Whether more than half of a rise of the loss has other causes than the steps made meanwhile.
+def rise_of_steps(ends: Level, steps: int) -> float:
+    """By how much steps can have raised the loss, at most.
 
-    The data, say. Along a line on which the loss is convex a step raises it by no more than the slope at its end times
-    its length; and the loss at the end of a step is that of another batch than the step was made from.
+    Along a line on which the loss is convex a step raises it by no more than the slope at its end times its length; and
+    the loss at the end of a step is that of another batch than the step was made from.
+
+    Args:
+        ends: Slope at the end times length of the steps that were measured.
+        steps: Steps made, the newest of which cannot be measured yet; infinite is the answer where fewer than half of
+            them were.
+    """
+    if ends.count < 3 or 2 * (ends.count + 1) < steps:
+        return math.inf
+    return steps * (ends.mean + quantile(ends.count - 1, CHANCE) * ends.error)
+
+
+def rises_by_itself(rise: float, most: float) -> bool:
+    """Whether more than half of a rise of the loss has other causes than the steps made meanwhile: the data, say.
 
     Args:
         rise: By how much the loss has risen.
-        ends: Slope at the end times length of the steps that were measured.
-        steps: Steps made; where fewer than half of them were measured, nothing can be said.
+        most: By how much the steps can have raised it; see `rise_of_steps`.
     """
-    if ends.count < 3 or 2 * ends.count < steps:
-        return False
-    return steps * (ends.mean + quantile(ends.count - 1, CHANCE) * ends.error) < 0.5 * rise
+    return most < 0.5 * rise
 
 
 def window_alpha(measurements: Iterable[AlphaMeasurement]) -> WindowAlpha:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -279,14 +280,15 @@ class _Recorder:
     def __init__(self, optimizer: AlphaGuided, path: str | os.PathLike[str], scheduler: AlphaScheduler | None) -> None:
         """Begin a file, or continue one; see `record`."""
         self._optimizer, self._scheduler = optimizer, scheduler
-        self._there: set[str] = set()  # lines that a run before it was resumed has written already
+        self._there: set[str] = set()  # rows that a run before it was resumed has written already
         if os.path.exists(path) and os.path.getsize(path):
             _mend_last_line(path)
             AlphaHistory.load(path)  # raises where lines of ours would not belong
             if optimizer.iteration:
                 _cut_what_is_made_again(path, optimizer)
             with open(path, encoding="utf-8") as before:
-                self._there = {line for line in before if line.startswith((f'{{"{EVENT}"', f'{{"{NOTE}"'))}
+                told = (line for line in before if line.startswith((f'{{"{EVENT}"', f'{{"{NOTE}"')))
+                self._there = {json.dumps(from_line(line.encode())) for line in told}
         else:
             AlphaHistory().save(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open while training runs
@@ -315,8 +317,7 @@ class _Recorder:
         return rows
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        lines = [to_line(row) for row in rows]
-        self._file.write("".join(line for line in lines if line not in self._there))
+        self._file.writelines(to_line(row) for row in rows if not self._there or json.dumps(row) not in self._there)
         self._file.flush()
 
     def stop(self) -> None:

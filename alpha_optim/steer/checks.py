@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from array import array
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 from zlib import crc32
 
@@ -74,26 +76,38 @@ def _checksum_of(state: dict[str, Any]) -> int:
 
 
 def _checksum(value: Any, start: int) -> int:
-    """CRC-32 of plain values, going on from another; the same for tuple and list, and whatever the order of keys."""
+    """CRC-32 of plain values, going on from another; the same after a detour by way of JSON."""
     if isinstance(value, dict):
-        for name in sorted(value, key=str):
-            start = _checksum(value[name], crc32(str(name).encode(), start))
+        for name, entry in sorted(((_key(name), entry) for name, entry in value.items()), key=itemgetter(0)):
+            start = _checksum(entry, _of_text(name, start))
         return start
     if isinstance(value, (list, tuple)):
         kinds = set(map(type, value))
         start = crc32(struct.pack("<q", len(value)), start)
-        if kinds == {float}:  # columns of histories are long
+        if kinds == {float} and not math.isnan(sum(value)):  # columns of histories are long
             return crc32(array("d", value).tobytes(), start)
-        if kinds == {str}:
-            return crc32("\0".join(value).encode(), start)
+        if kinds and all(issubclass(kind, str) for kind in kinds):
+            return _of_text("\0".join(value), start)
         for entry in value:
             start = _checksum(entry, start)
         return start
-    if isinstance(value, float):
-        return crc32(struct.pack("=d", value), start)
-    if value is None or isinstance(value, (bool, int)):
-        return crc32(repr(value).encode(), start)
-    return crc32(value.encode(), start) if isinstance(value, str) else start
+    if isinstance(value, float):  # there is more than one nan
+        return crc32(struct.pack("=d", math.nan if math.isnan(value) else value), start)
+    if value is None or isinstance(value, bool):
+        return _of_text(_key(value), start)
+    if isinstance(value, int):
+        return _of_text(int.__repr__(value), start)
+    return _of_text(value, start) if isinstance(value, str) else start
+
+
+def _of_text(text: str, start: int) -> int:
+    return crc32(str.encode(text, errors="surrogatepass"), start)
+
+
+def _key(name: Any) -> str:
+    """A key as JSON writes it."""
+    plain = {None: "null", True: "true", False: "false"}
+    return plain[name] if name is None or isinstance(name, bool) else str(name)
 
 
 def check_state(state: Any, version: int, what: str, advice: str) -> None:

@@ -264,3 +264,31 @@ def test_a_rate_is_lowered_for_a_loss_that_the_steps_have_raised_only(ends, ever
     resumed = HeldRate(1000)
     resumed.load_state_dict(held.state_dict())
     assert resumed.state_dict() == held.state_dict()
+
+
+def held_through(*parts):
+    """A rate held while losses and end slopes are, window after window, ``(loss, end)``; the log rate after each."""
+    held = HeldRate(1000)
+    held.begin(0.0, Level(3.0, 0.1, 10), 0.0)
+    held.starts_after(-1)
+    noise, rates, n = np.random.default_rng(0), [], 0
+    for mean, slope in parts:
+        for _ in range(50):
+            loss = mean + 0.01 * noise.normal()
+            start = Observation(32, -1.0, 1e-4, loss, 1e4)
+            held.measured(measure_alpha(n, 1.0, start, Observation(32, slope, 1e-4, loss, 1e4), (1.0,)))
+            held.after_step(n, loss)
+            n += 1
+        rates.append(held.position)
+    return rates
+
+
+def test_after_a_rise_by_itself_steps_that_raise_the_loss_lower_the_rate():
+    rates = held_through((1.0, -0.01), (1.0, -0.01), (3.0, -0.01), (3.0, -0.01), (9.0, 1.0), (9.0, 1.0), (9.0, 1.0))
+    assert rates[3] == 0.0
+    assert rates[-1] < 0.0
+
+
+def test_steps_that_went_down_long_ago_do_not_hide_those_that_go_up():
+    rates = held_through(*[(1.0, -0.1)] * 6, (6.0, 0.1), (6.0, 0.1))
+    assert rates[-1] < 0.0

@@ -120,3 +120,14 @@ def test_it_goes_on_from_a_state(count, level):
     go_on(one.policy, n, losses[count:])
     go_on(two.policy, n, losses[count:])
     assert one.policy.state_dict() == two.policy.state_dict()
+
+
+def test_where_the_guard_accepts_a_level_nothing_is_watched_any_more():
+    run, _ = raised()
+    event = GuardEvent(run.n, "loss_rose", 1.0, 9.0, restored=True, scale_factor=0.5)
+    base.tell_event(run.policy, event)
+    base.tell_event(run.policy, GuardEvent(run.n, "no_effect", 1.0, 9.0, restored=False))
+    run.decide()
+    given_back = run.policy.state_dict()["held"]["position"]
+    run.feed(20.0, 20.0)
+    assert run.policy.state_dict()["held"]["position"] == given_back

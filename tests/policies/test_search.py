@@ -747,6 +747,13 @@ def test_a_climb_over_a_loss_that_rises_by_itself_is_tried_around_the_knee(above
     assert ("alpha rose above 0" in after.text) == knee
 
 
+def test_a_loss_that_rose_by_itself_and_then_fell_is_tried_where_it_was_lowest():
+    phase, _, _ = climbed(valley(np.random.default_rng(0))[:-1])
+    by_itself = replace(phase, by_itself=True)
+    assert by_itself._end(risen=True) == phase._end(risen=True)
+    assert not by_itself._end(risen=True).phase.by_itself
+
+
 def test_a_climb_that_only_rises_begins_once_more_from_a_thousandth_of_where_it_began():
     phase = Climb(Settings(STEPS, 60, by_steps=True), -3.0, 0, (2.0, 2.01, 1.99))
     for loss in (2.01, 1.99, 2.0, 2.02, 1.98, 5.0, 8.0, 11.0, 14.0, 17.0):

@@ -13,7 +13,7 @@ from statistics import fmean
 
 from alpha_optim.alpha.loss_level import Level, level_of, scatter_of, surely_above
 from alpha_optim.alpha.measurement import AlphaMeasurement
-from alpha_optim.alpha.window import ratio_of_sums, rises_by_itself, rises_of
+from alpha_optim.alpha.window import ratio_of_sums, rise_of_steps, rises_by_itself, rises_of
 from alpha_optim.policies.calibrate.phase import After
 from alpha_optim.policies.calibrate.settings import Settings
 from alpha_optim.policies.calibrate.trials import STEP, Trials
@@ -152,7 +152,7 @@ class Climb:
         if levels is None or self._fell(levels):
             return False
         ends = level_of([end * math.exp(where) for where, _, end in self.rises])
-        return rises_by_itself(levels[2].mean - levels[0].mean, ends, len(self.losses))
+        return rises_by_itself(levels[2].mean - levels[0].mean, rise_of_steps(ends, len(self.losses)))
 
     def lowest(self) -> float:
         """Log rate at which the loss was lowest: the mean over windows as good as the best."""
@@ -198,7 +198,8 @@ class Climb:
             return After(None, restore="start", highest=self.position - STEP, text=why)
         low, knee = self.lowest(), self.knee()
         seen = f"the rate climbed to {{{self.position}}}, the loss was lowest at {{{low}}}"
-        if self.by_itself:  # the lowest loss is an early one
+        by_itself = self.by_itself and not fell
+        if by_itself:  # the lowest loss is an early one
             low = self.losses[-1][0] if knee is None else knee
             seen = f"the rate climbed to {{{self.position}}}, the loss rose, and not by the steps made"
         seen += "" if knee is None else f", alpha rose above 0 at {{{knee}}}"
@@ -206,7 +207,7 @@ class Climb:
         seen += "" if risen else held
         level = level_of(self._first())
         lowest = -math.inf if knee is None else knee
-        trials = Trials.begun(self.settings, low, lowest, level, self.steps, fell, self.by_itself)
+        trials = Trials.begun(self.settings, low, lowest, level, self.steps, fell, by_itself)
         if trials is None:
             found = low - WITHOUT_TRIALS
             return After(None, restore="start", found=found, highest=low, text=f"{seen}: {{{found}}} is taken")

@@ -125,7 +125,8 @@ class HeldRate:
     def _correct(self, seen: Seen, iteration: int) -> None:
         """Change the rate by what a window of losses said; it acts from this iteration on."""
         if seen.by_itself:
-            self.level_accepted()
+            self._begin_anew()
+            self._high_loss.forget()
             self.said.append(f"the loss rises, and not by the steps made: {{{self.position}}} is held")
             return
         if not math.isnan(seen.mean):
@@ -168,9 +169,14 @@ class HeldRate:
 
     def level_accepted(self) -> None:
         """The loss rose, and not by the rate: what was lowered for it is given back, and no more is."""
-        self._watch.begin_anew()
-        self.position = self._high_loss.given_back(self.position)
+        self._begin_anew()
         self._high_loss.accepted()
+
+    def _begin_anew(self) -> None:
+        """Losses so far say nothing about those to come."""
+        self._watch.begin_anew()
+        self._raised.end()
+        self.position = self._high_loss.given_back(self.position)
 
     def taken_back(self, iteration: int, cut: float) -> None:
         """A step was taken back and the log rate changed by ``cut``: it was too high, once per bad stretch."""
@@ -190,6 +196,7 @@ class HeldRate:
         """Hold the rate from before some steps were taken back."""
         self.position, self.now = float(before["position"]), float(before["now"])
         self._lowered = bool(before["lowered"])
+        self._raised.end()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""

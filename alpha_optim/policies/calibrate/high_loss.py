@@ -58,7 +58,12 @@ class HighLoss:
 
     def accepted(self) -> None:
         """The level is accepted, since the rate is not what it comes from; no rate is lowered for it any more."""
-        self._last, self._helpless, self.gave_up = None, 0, True
+        self.forget()
+        self.gave_up = True
+
+    def forget(self) -> None:
+        """This rise was not the rate's; another one may be."""
+        self._last, self._helpless = None, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""

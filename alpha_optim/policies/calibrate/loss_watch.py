@@ -7,7 +7,7 @@ import statistics
 from typing import Any, NamedTuple
 
 from alpha_optim.alpha.loss_level import NONE, Level, level_of, surely_above
-from alpha_optim.alpha.window import rises_by_itself
+from alpha_optim.alpha.window import rise_of_steps, rises_by_itself
 
 SHARE = 20
 SHORTEST = 20
@@ -60,7 +60,8 @@ class LossWatch:
         self._losses: list[float] = []
         self._begin: int | None = None  # iteration of the window's first loss
         self.newest = -1  # iteration of the newest loss
-        self._level_at = -1  # iteration at which the best level was reached
+        self._by_steps = 0.0  # by how much steps can have raised the loss since the best level, up to the last window
+        self._ended = -1  # iteration at which that ended
         self._ends = NONE  # slope at the end times length, of the steps measured since then
         self._windows = 0  # since the level last spoke
         self._trends = 0  # windows in which a trend was looked for
@@ -68,8 +69,8 @@ class LossWatch:
 
     def starts_after(self, iteration: int) -> None:
         """Ignore losses up to this iteration; the level is that of this point."""
-        self.newest = self._level_at = iteration
-        self._ends = NONE
+        self.newest = self._ended = iteration
+        self._ends, self._by_steps = NONE, 0.0
 
     def stepped(self, end: float) -> None:
         """Hear of the slope at the end of a measured step, times its length."""
@@ -87,14 +88,17 @@ class LossWatch:
         losses, self._losses, self._begin = self._losses, [], None
         mean = statistics.fmean(losses)
         falls, stands = self._trend(mean, losses)
-        best, before = self.level, self._level_at
+        best = self.level
         level = level_of(losses)
         high = self._too_high(level, best)
         judged = high or self._windows > SETTLES
         error = statistics.stdev(losses) / math.sqrt(len(losses))
-        by_itself = high and rises_by_itself(mean - best.mean, self._ends, iteration - before)
+        # Steps that have gone down in one window do not make up for those that go up in another.
+        self._by_steps += max(0.0, rise_of_steps(self._ends, iteration - self._ended))
+        by_itself = high and rises_by_itself(mean - best.mean, self._by_steps)
+        self._ends, self._ended = NONE, iteration
         if self.level is not best:
-            self._ends = NONE
+            self._by_steps = 0.0
         return Seen(high, mean if judged else math.nan, error, falls, stands, by_itself, level)
 
     def begin_anew(self) -> None:
@@ -111,7 +115,7 @@ class LossWatch:
         """Whether a window surely lies above the best level."""
         self._windows += 1
         if level.mean < best.mean:
-            self.level, self._level_at = level, self.newest
+            self.level = level
         above = self._windows > SETTLES and surely_above(level, best, SHARE)
         if above:
             self._windows = 0
@@ -136,7 +140,8 @@ class LossWatch:
             "losses": list(self._losses),
             "begin": self._begin,
             "newest": self.newest,
-            "level_at": self._level_at,
+            "by_steps": self._by_steps,
+            "ended": self._ended,
             "ends": list(self._ends),
             "windows": self._windows,
             "trends": self._trends,
@@ -149,6 +154,6 @@ class LossWatch:
         self._losses, self._windows = list(map(float, state["losses"])), int(state["windows"])
         self._begin = state["begin"]
         self.newest = int(state["newest"])
-        self._level_at = int(state.get("level_at", self.newest))
+        self._by_steps, self._ended = float(state.get("by_steps", 0.0)), int(state.get("ended", self.newest))
         self._ends = Level(*state.get("ends", NONE))
         self._trends, self._lowest = int(state["trends"]), float(state["lowest"])

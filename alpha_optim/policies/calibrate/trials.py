@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from alpha_optim.alpha.loss_level import Level, level_of, surely_above
 from alpha_optim.alpha.measurement import AlphaMeasurement
-from alpha_optim.alpha.window import rises_by_itself, rises_of
+from alpha_optim.alpha.window import rise_of_steps, rises_by_itself, rises_of
 from alpha_optim.policies.base import Place
 from alpha_optim.policies.calibrate.phase import CUT_SHORT, After, Ended
 from alpha_optim.policies.calibrate.settings import Settings
@@ -119,7 +119,7 @@ class Trials:
         """End the trial if it is over, or hopeless, or surely no better than the best."""
         if phase._rose():
             rise = statistics.fmean(phase.losses[-LOOK:]) - phase.level.mean
-            if not rises_by_itself(rise, level_of(phase.ends), phase.made):
+            if not rises_by_itself(rise, rise_of_steps(level_of(phase.ends), phase.made)):
                 return phase._end(math.inf, 0.0)
             phase = replace(phase, by_itself=True)
         if phase.made >= phase.settings.trial:
