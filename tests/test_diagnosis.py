@@ -185,6 +185,10 @@ def test_a_run_that_learns_nothing_is_not_called_balanced(build, seed):
 def test_a_loss_that_is_not_finite_is_diverging():
     filled = history(0.2)
     filled.append(measure_alpha(100, 1.0, Observation(8, -1.0), Observation(8, math.nan), (0.1,)))
+    advice = (
+        "Look for nan and inf in the data and in the parameters. If there are none, lower the learning rate, to 0.01"
+    )
+    assert advice in str(diagnose(filled))
     assert diagnose(filled).verdict == "diverging"
 
 

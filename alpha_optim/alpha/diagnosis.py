@@ -41,6 +41,8 @@ LOWERED, NEAR = 0.5, 0.8
 
 TAKEN_BACK = 3
 """More steps than this taken back within the window are a sign of divergence."""
+BROKEN = "The loss is not finite."
+"""Why a run diverges, or seems to: a batch may be to blame."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,12 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
         suggested = None
     if verdict == "diverging":
         lower = recent[-1].lr[0] / 10.0 if suggested is None and recent and recent[-1].lr else math.nan
-        cause += (
-            f" Lower the learning rate, to {lower:.2g} to begin with." if lower > 0.0 else " Lower the learning rate."
+        advice = (
+            f"lower the learning rate, to {lower:.2g} to begin with." if lower > 0.0 else "lower the learning rate."
         )
+        if cause == BROKEN:  # by the rate, or by a batch
+            advice = f"look for nan and inf in the data and in the parameters. If there are none, {advice}"
+        cause += f" {advice[0].upper()}{advice[1:]}"
     return Diagnosis(verdict, *window, cause, suggested)
 
 
@@ -287,7 +292,7 @@ def _lowest(climb: Sequence[AlphaMeasurement]) -> float | None:
 def _diverges(recent: Sequence[AlphaMeasurement], events: Sequence[GuardEvent]) -> str:
     """Why a run diverges: the loss is not finite, steps were taken back, or its level rose; empty if it does not."""
     if recent and recent[-1].status is AlphaStatus.NOT_FINITE:
-        return "The loss is not finite."
+        return BROKEN
     undone = {event.iteration for event in events if event.reason is GuardReason.NO_EFFECT}
     bad = [
         event
