@@ -24,13 +24,18 @@ EVENT, NOTE = "event", "note"
 CHECKSUM = "crc32"
 """Key of the CRC-32 of what stands before it in the line."""
 _BEFORE = f', "{CHECKSUM}": '
-BEFORE_CHECKSUM = _BEFORE.encode()
+_MARK = _BEFORE.encode()
 
 
 def to_line(row: dict[str, Any]) -> str:
     """A row as JSON with its checksum, which tells when it is read again whether a bit has flipped."""
     text = json.dumps(row)[:-1]
     return f"{text}{_BEFORE}{crc32(text.encode())}}}\n"
+
+
+def is_as_written(line: bytes, checksum: int | None) -> bool:
+    """Whether a line stands byte for byte as it was written, or has no checksum to tell it by."""
+    return checksum is None or crc32(line[: line.rfind(_MARK)]) == checksum
 
 
 def from_line(line: bytes) -> dict[str, Any]:
@@ -43,9 +48,7 @@ def from_line(line: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {row!r:.100}")
     written = row.pop(CHECKSUM, None)
-    if written is None or crc32(line[: line.rfind(BEFORE_CHECKSUM)]) == written:
-        return row
-    if crc32(json.dumps(row)[:-1].encode()) != written:  # else it was written again with other spaces
+    if not is_as_written(line, written) and crc32(json.dumps(row)[:-1].encode()) != written:  # else other spaces
         raise ValueError(f"it was changed since: its {CHECKSUM} does not fit; without that key it is read as it is")
     return row
 

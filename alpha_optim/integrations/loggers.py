@@ -283,9 +283,11 @@ class _Recorder:
         self._there: set[str] = set()  # rows that a run before it was resumed has written already
         if os.path.exists(path) and os.path.getsize(path):
             _mend_last_line(path)
-            AlphaHistory.load(path)  # raises where lines of ours would not belong
-            if optimizer.iteration:
-                _cut_what_is_made_again(path, optimizer)
+            written = AlphaHistory.load(path)  # raises where lines of ours would not belong
+            known = optimizer.alpha_history
+            last = known[-1].iteration if len(known) else optimizer.iteration - 1
+            if optimizer.iteration and len(written) and written.iterations.max() > last:
+                _cut_after(path, last)
             with open(path, encoding="utf-8") as before:
                 told = (line for line in before if line.startswith((f'{{"{EVENT}"', f'{{"{NOTE}"')))
                 self._there = {json.dumps(from_line(line.encode())) for line in told}
@@ -339,15 +341,12 @@ def _mend_last_line(path: str | os.PathLike[str]) -> None:
             file.truncate(begin + tail.rindex(b"\n") + 1)
 
 
-def _cut_what_is_made_again(path: str | os.PathLike[str], optimizer: AlphaGuided) -> None:
-    """Cut off a file where it goes further than a resumed run: those iterations are made again."""
-    history = optimizer.alpha_history
-    last = history[-1].iteration if len(history) else optimizer.iteration - 1
+def _cut_after(path: str | os.PathLike[str], last: int) -> None:
+    """Cut off a file behind an iteration: a resumed run makes those that follow again."""
     with open(path, "rb+") as file:
         place = 0
         for line in file:
-            row = from_line(line)
-            if row.get("iteration", -1) > last:
+            if from_line(line).get("iteration", -1) > last:
                 break
             place += len(line)
         file.truncate(place)

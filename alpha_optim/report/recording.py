@@ -17,7 +17,6 @@ from functools import lru_cache
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,6 @@ from alpha_optim.alpha.diagnosis import Diagnosis, diagnose
 from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.history_file import (
     BAD,
-    BEFORE_CHECKSUM,
     CHECKSUM,
     EVENT,
     LARGEST,
@@ -35,6 +33,7 @@ from alpha_optim.alpha.history_file import (
     check_header,
     from_line,
     from_row,
+    is_as_written,
     whole,
 )
 from alpha_optim.alpha.records import AlphaStatus, GuardEvent
@@ -149,7 +148,7 @@ class Recording:
             return False
         try:
             rows = _decoder()(b"".join(lines))
-            if len(rows) != len(lines) or not all(map(_intact, rows, lines)):
+            if len(rows) != len(lines) or not all(map(is_as_written, lines, (row.crc32 for row in rows))):
                 return False
             self._add(rows, lines, self._lines + 1)
         except BAD:
@@ -337,12 +336,6 @@ def _decoded(block: bytes) -> Sequence[Any]:
     if any(row.keys() - {CHECKSUM} != _NAMES for row in rows):
         raise ValueError("not only measurements")
     return [SimpleNamespace(**row) for row in rows]
-
-
-def _intact(row: Any, line: bytes) -> bool:
-    """Whether the checksum of a line, if it has one, is that of the line as it stands."""
-    written = row.crc32
-    return written is None or crc32(line[: line.rfind(BEFORE_CHECKSUM)]) == written
 
 
 def _numbers(values: list[Any]) -> array[float]:

@@ -85,8 +85,10 @@ class BrokenBatches:
         elif not self._at_fault:
             self.of_data += self.in_a_row
         self.forget()
-        chance, self._doubted = self._doubted and self._surprise() > 2, self._doubted and self._surprise() <= 2
-        return chance
+        if not self._doubted or self._surprise() == 2:
+            return False
+        self._doubted = False
+        return True
 
     def forget(self) -> None:
         """Those up to now do not count."""

@@ -180,8 +180,7 @@ class Guard:
             return self._skip(iteration, GuardReason.LOSS_ROSE, now)
         event = self._settle(iteration, rose, now)
         if self._broken.over() and event is None:
-            before, after = _or_nan(self._before.loss), _or_nan(now.loss)
-            event = GuardEvent(iteration, GuardReason.NO_EFFECT, before, after, restored=False, skipped=False)
+            event = self._event(iteration, GuardReason.NO_EFFECT, now, skipped=False)
         self._accept(iteration, now, params)
         return Judgement(event, True)
 
@@ -267,15 +266,19 @@ class Guard:
                 "task, a growing term, other batches). From here on only losses that are not finite are judged; "
                 "AlphaScheduler(..., guard=False) judges nothing from the start."
             )
-        assert self._before.loss is not None
-        assert now.loss is not None
-        return GuardEvent(iteration, GuardReason.NO_EFFECT, self._before.loss, now.loss, restored=False, skipped=False)
+        return self._event(iteration, GuardReason.NO_EFFECT, now, skipped=False)
+
+    def _event(
+        self, iteration: int, reason: GuardReason, now: Reading, restored: bool = False, skipped: bool = True
+    ) -> GuardEvent:
+        """What happened between the loss before and the one now."""
+        before, after = _or_nan(self._before.loss), _or_nan(now.loss)
+        return GuardEvent(iteration, reason, before, after, restored, skipped=skipped)
 
     def _skip(self, iteration: int, reason: GuardReason, now: Reading) -> Judgement:
         """Do not use the batch; buffers as before it."""
         self._last.restore_buffers(self._model)
-        before, after = _or_nan(self._before.loss), _or_nan(now.loss)
-        return Judgement(GuardEvent(iteration, reason, before, after, restored=False), False)
+        return Judgement(self._event(iteration, reason, now), False)
 
     def _not_usable(self, iteration: int, reason: GuardReason, now: Reading, params: Sequence[Tensor]) -> Judgement:
         """A batch that is not finite."""
@@ -292,19 +295,13 @@ class Guard:
                 "nan and inf in inputs and targets, for batches without targets, for a logarithm or a division by 0 in "
                 "the loss; optimizer.guard_events lists them."
             )
-        if vain and judgement.event is not None:
-            event = judgement.event
-            return Judgement(
-                GuardEvent(iteration, GuardReason.NO_EFFECT, event.loss_before, event.loss_after, restored=False), False
-            )
-        return judgement
+        return Judgement(self._event(iteration, GuardReason.NO_EFFECT, now), False) if vain else judgement
 
     def _take_back(self, iteration: int, reason: GuardReason, now: Reading, params: Sequence[Tensor]) -> Judgement:
         """Put the point before the last step back."""
         restored = self.stepped and now.can_return and self._last.restore(params, self._model)
-        before, after = _or_nan(self._before.loss), _or_nan(now.loss)
         self.stepped = False
-        return Judgement(GuardEvent(iteration, reason, before, after, restored), False)
+        return Judgement(self._event(iteration, reason, now, restored), False)
 
     # ---------------------------------------------------------------- resume
 

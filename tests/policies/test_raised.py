@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from alpha_optim import GuardEvent
-from alpha_optim.alpha.loss_level import level_of
+from alpha_optim.alpha.loss_level import Level, level_of
 from alpha_optim.policies import base
 from alpha_optim.policies.calibrate.raised import LOOK, Raised
 from tests.policies.test_loss_watch import WINDOW, Held
@@ -19,7 +19,8 @@ def watched(losses, seed=0, start=math.inf):
     """After how many of the losses it says that too much is lost; None if never. Those before lie at 1 +- 0.1."""
     raised = Raised()
     before = 1.0 + 0.1 * np.random.default_rng(1000 + seed).normal(size=STEPS)
-    raised.begin(-1.0, level_of(before.tolist()), start, STEPS)
+    raised.progress_from(Level(start, 0.1, 10))
+    raised.begin(-1.0, level_of(before.tolist()), STEPS)
     for count, loss in enumerate(losses, start=1):
         if raised.loses(float(loss)):
             assert raised.before == -1.0
@@ -64,7 +65,7 @@ def raised(level=0.9):
     """A policy that has just raised its rate, since the loss fell fast to 0.5; and the rate before."""
     run = Held()
     state = run.policy.state_dict()
-    state["held"]["start"] = 1.0 * run.good
+    state["held"]["raised"]["start"] = 1.0 * run.good
     run.policy.load_state_dict(state)
     before = run.rate
     rates = run.feed(1.0, level, 0.5)

@@ -76,9 +76,8 @@ class CalibrateThenAnneal:
         self._begun = False  # whether the start of the search is kept
         self._keep: Place | None = None
         self._restore: Place | None = None
-        self._undo: dict[str, Any] | None = (
-            None  # the held rate before a step was taken back, or some for broken batches
-        )
+        # The held rate before a step was taken back last, or before the first of several for broken batches.
+        self._undo: dict[str, Any] | None = None
         if self._phase is None:
             self._tell(0, f"total_steps={total_steps} is too short for a search: {KEPT}", logging.WARNING)
 

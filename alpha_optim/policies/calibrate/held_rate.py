@@ -57,7 +57,6 @@ class HeldRate:
         self.batch = UsualBatch()
         self._taken_back = -CALM - 1  # iteration at which a step was taken back last
         self._newest = -1  # iteration of the newest step seen
-        self._start = math.inf  # loss at which the search began
 
     def begin(self, found: float, level: Level | None, highest: float, ended: Ended | None = None) -> None:
         """Hold what was found.
@@ -72,7 +71,7 @@ class HeldRate:
         self.highest = max(self.found, min(highest, self.limit))
         self.batch.rate_found()
         self._watch.level = level
-        self._start = math.inf if level is None else level.mean
+        self._raised.progress_from(level)
         self._plateau.begin(ended)
 
     def plan_anew(self, before: int) -> None:
@@ -147,7 +146,7 @@ class HeldRate:
 
     def _raise(self, higher: float, seen: Seen) -> None:
         """Hold a higher rate, after a window of losses."""
-        self._raised.begin(self.position, seen.level, self._start, self._watch.length)
+        self._raised.begin(self.position, seen.level, self._watch.length)
         self.position = min(higher, self.limit)
 
     def _do(self, remedy: Remedy) -> None:
@@ -214,7 +213,6 @@ class HeldRate:
             **self.batch.state_dict(),
             "taken_back": self._taken_back,
             "newest": self._newest,
-            "start": self._start,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -225,7 +223,6 @@ class HeldRate:
         self._watch.load_state_dict(state["watch"])
         self._lowered, self._taken_back = bool(state["lowered"]), int(state["taken_back"])
         self._newest = int(state["newest"])
-        self._start = float(state.get("start", math.inf))
         self._high_loss.load_state_dict(state)
         self._plateau.load_state_dict(state)
         self._raised.load_state_dict(state)

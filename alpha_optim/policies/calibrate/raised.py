@@ -28,21 +28,26 @@ class Raised:
         """Nothing was raised."""
         self.before: float | None = None
         self._level = Level(math.inf, 0.0, 0)  # of the losses before
+        self._start = math.inf  # the loss from which all progress counts; infinite if it is not known
         self._most = math.inf  # how high the losses may lie
         self._steps = 0  # for so many it is watched
         self._losses: list[float] = []  # since then
 
-    def begin(self, before: float, level: Level, start: float, steps: int) -> None:
+    def progress_from(self, level: Level | None) -> None:
+        """All progress counts from there; None: it is not known from where."""
+        self._start = math.inf if level is None else level.mean
+
+    def begin(self, before: float, level: Level, steps: int) -> None:
         """A rate was raised.
 
         Args:
             before: The log rate held before.
             level: The losses at it.
-            start: The loss from which all progress counts; infinite if it is not known.
             steps: For so many losses it is watched.
         """
         self.before, self._level, self._steps, self._losses = before, level, steps, []
-        self._most = level.mean + (LOST * max(0.0, start - level.mean) if math.isfinite(start) else 0.0)
+        progress = max(0.0, self._start - level.mean) if math.isfinite(self._start) else 0.0
+        self._most = level.mean + LOST * progress
 
     def end(self) -> None:
         """It is over: the rate was taken back, or is another one."""
@@ -66,6 +71,7 @@ class Raised:
             "raised": {
                 "before": self.before,
                 "level": list(self._level),
+                "start": self._start,
                 "most": self._most,
                 "steps": self._steps,
                 "losses": list(self._losses),
@@ -78,4 +84,5 @@ class Raised:
         self.end()
         if saved is not None:
             self.before, self._level, self._steps = saved["before"], Level(*saved["level"]), int(saved["steps"])
+            self._start = float(saved["start"])
             self._most, self._losses = float(saved["most"]), list(map(float, saved["losses"]))

@@ -117,8 +117,8 @@ class Trials:
 
     def _seen(self, phase: Trials) -> After:
         """End the trial if it is over, or hopeless, or surely no better than the best."""
-        if phase._rose():
-            rise = statistics.fmean(phase.losses[-LOOK:]) - phase.level.mean
+        rise = phase._rise()
+        if rise > 0.0:
             if not rises_by_itself(rise, rise_of_steps(level_of(phase.ends), phase.made)):
                 return phase._end(math.inf, 0.0)
             phase = replace(phase, by_itself=True)
@@ -133,13 +133,14 @@ class Trials:
         """So many of the last losses of a trial are its score."""
         return max(FEWEST_SCORED, self.settings.trial // SHARE_SCORED)
 
-    def _rose(self) -> bool:
-        """Whether the loss surely lies above where the trial began."""
+    def _rise(self) -> float:
+        """By how much the loss surely lies above where the trial began; 0 if it does not."""
         if len(self.losses) <= LOOK or self.level.count < 2:
-            return False
+            return 0.0
         last = Level(statistics.fmean(self.losses[-LOOK:]), self.level.deviation, LOOK)
         looks = self.settings.trial * self.settings.most_trials
-        return surely_above(last, self.level, looks, self.level.count - 1)
+        risen = surely_above(last, self.level, looks, self.level.count - 1)
+        return last.mean - self.level.mean if risen else 0.0
 
     def _behind(self) -> tuple[float, float] | None:
         """Score and error if the loss surely lies above that of the best trial after as many steps; None if not.
