@@ -123,12 +123,7 @@ def find_lr(
     """
     if loss_fn is not None and loss_of_batch is not None:
         raise ValueError("give find_lr loss_fn or loss_of_batch, not both")
-    if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"the order is find_lr(model, optimizer, loader, loss_fn), got {type(model).__name__} and "
-            f"{type(optimizer).__name__} as model and optimizer"
-        )
-    _check(optimizer, loader, steps, lowest, highest)
+    _check(model, optimizer, loader, steps, lowest, highest)
     device = next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(_left_as_found(model, optimizer, loader, device))
@@ -168,7 +163,14 @@ class _Climb:
         return self._lowest * math.exp(self._growth * min(1.0, iteration / (self._steps - 1)))
 
 
-def _check(optimizer: Optimizer, loader: Iterable[Any], steps: int, lowest: float, highest: float) -> None:
+def _check(
+    model: nn.Module, optimizer: Optimizer, loader: Iterable[Any], steps: int, lowest: float, highest: float
+) -> None:
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"the order is find_lr(model, optimizer, loader, loss_fn), got {type(model).__name__} and "
+            f"{type(optimizer).__name__} as model and optimizer"
+        )
     if isinstance(optimizer, AlphaGuided):
         raise TypeError(
             "find_lr takes the bare optimizer, since it wraps it for the time of the test: find_lr(model, "

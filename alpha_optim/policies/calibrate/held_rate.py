@@ -201,12 +201,10 @@ class HeldRate:
         """Return everything as plain values."""
         return {
             "found": self.found,
-            "position": self.position,
-            "now": self.now,
+            **self.rate(),
             "highest": self.highest,
             "stands_from": self.stands_from,
             "watch": self._watch.state_dict(),
-            "lowered": self._lowered,
             **self._high_loss.state_dict(),
             **self._plateau.state_dict(),
             **self._raised.state_dict(),
@@ -217,12 +215,11 @@ class HeldRate:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
-        self.found, self.position = float(state["found"]), float(state["position"])
-        self.now, self.highest = float(state["now"]), float(state["highest"])
+        self.rate_is(state)
+        self.found, self.highest = float(state["found"]), float(state["highest"])
         self.stands_from = int(state["stands_from"])
         self._watch.load_state_dict(state["watch"])
-        self._lowered, self._taken_back = bool(state["lowered"]), int(state["taken_back"])
-        self._newest = int(state["newest"])
+        self._taken_back, self._newest = int(state["taken_back"]), int(state["newest"])
         self._high_loss.load_state_dict(state)
         self._plateau.load_state_dict(state)
         self._raised.load_state_dict(state)
