@@ -15,7 +15,7 @@ from alpha_optim.measure.refresh import Role
 from alpha_optim.measure.step_ends import BatchLoss, PendingStart, batch_loss
 from alpha_optim.observe.backward_passes import BackwardPasses, LossCall
 from alpha_optim.observe.gradients import Gradients, LossGradients
-from alpha_optim.observe.hooks import harmless, ours, tensors_in
+from alpha_optim.observe.hooks import harmless, ours, tensors_in, weakly
 from alpha_optim.observe.losses import matches_loss
 from alpha_optim.observe.memory import sparing
 from alpha_optim.observe.model_calls import ModelCall
@@ -99,7 +99,8 @@ class Iteration:
         self.task, self.params, self.gradients = task, params, gradients
         self._some_elements = some_elements
         sharded = any(map(is_sharded, params))
-        self.passes = BackwardPasses(gradients.gone, self._discarded, self._opened, sharded)
+        # A cycle of references would keep gradients and outputs until Python's collector comes by.
+        self.passes = BackwardPasses(gradients.gone, weakly(self._discarded), weakly(self._opened), sharded)
         self.calls: list[ModelCall] = []
         self.interacting = False
         self.losses_declined = False  # a call of the loss function was seen, but its losses are of no use

@@ -524,18 +524,17 @@ class ForwardMode:
         Raises:
             CannotDifferentiateError: If none does.
         """
-        failure: BaseException | None = None
+        failure = ""  # not the error itself: with its frames, this one among them, it would keep every activation
         for number, (wide, plain_kernels, derive) in list(enumerate(_WAYS))[self._way :]:
             try:
                 with as_in_its_call(innermost(self.model), call, plain_kernels):
                     result = derive(partial(run, wide=wide), line)
             except _FAILURES as error:  # noqa: PERF203 - a handful of ways
-                failure = failure or error
+                failure = failure or _short(error)
             else:
                 self._way = number
                 return result
-        assert failure is not None
-        raise CannotDifferentiateError(f"it cannot be differentiated along a step ({_short(failure)})") from failure
+        raise CannotDifferentiateError(f"it cannot be differentiated along a step ({failure})")
 
     def _signature_of(self, groups: Sequence[_Calls]) -> str:
         """What has to be checked again if it changes: how the model is called, and what came back."""
