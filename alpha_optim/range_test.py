@@ -126,7 +126,7 @@ def find_lr(
     _check(model, optimizer, loader, steps, lowest, highest)
     device = next(model.parameters()).device
     with ExitStack() as stack:
-        stack.enter_context(_left_as_found(model, optimizer, loader, device))
+        stack.enter_context(_left_as_found(model, optimizer, loader))
         model.train()
         for param in model.parameters():
             param.grad = None
@@ -298,10 +298,11 @@ def _reason(lr: float | None, losses: list[float], history: AlphaHistory) -> str
 
 
 @contextmanager
-def _left_as_found(model: nn.Module, optimizer: Optimizer, loader: Any, device: torch.device) -> Iterator[None]:
+def _left_as_found(model: nn.Module, optimizer: Optimizer, loader: Any) -> Iterator[None]:
     """Put model, optimizer, random numbers and the loader's generators back."""
     every = [*model.parameters(), *model.buffers(), *parameters_of(optimizer)]
     tensors = list({id(tensor): tensor for tensor in every}.values())
+    devices = {tensor.device for tensor in tensors}
     copies = [local(tensor).detach().clone() for tensor in tensors]
     gradients = [(tensor, tensor.grad) for tensor in tensors if tensor.is_leaf]
     groups = [dict(group) for group in optimizer.param_groups]
@@ -315,7 +316,7 @@ def _left_as_found(model: nn.Module, optimizer: Optimizer, loader: Any, device: 
         for name, value in held.items():
             if not name.startswith("_") and not isinstance(value, Tensor):
                 snapshot.keep(value)
-    with untouched(device), other_random_numbers_untouched():  # it may draw some
+    with untouched(devices), other_random_numbers_untouched():  # it may draw some
         loader_state = _state_of(loader)
     of_loader = Snapshot(SMALL)
     for part in _parts_of(loader):
@@ -341,11 +342,11 @@ def _left_as_found(model: nn.Module, optimizer: Optimizer, loader: Any, device: 
             put_back(group, kept)
         of_loader.restore()
         if loader_state is not None:
-            with untouched(device), other_random_numbers_untouched():
+            with untouched(devices), other_random_numbers_untouched():
                 loader.load_state_dict(loader_state)
 
     try:
-        with untouched(device), other_random_numbers_untouched():
+        with untouched(devices), other_random_numbers_untouched():
             yield
     finally:
         put_all_back()

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+from tests.on_device import OnDevice
+
 torch.set_num_threads(1)
+DEVICE = os.environ.get("ALPHA_OPTIM_TEST_DEVICE", "cpu")
+
+
+def pytest_configure(config):
+    if DEVICE != "cpu":
+        OnDevice(DEVICE).__enter__()  # for the whole run: tests are collected under it, too
 
 
 @pytest.fixture(autouse=True)

@@ -103,7 +103,7 @@ def test_policies_see_measurements_one_step_later_where_they_would_have_to_be_wa
 
 @pytest.fixture(autouse=True)
 def _no_collector():
-    """Python's collector would free what references in circles keep, some time; an accelerator's memory is full then."""
+    """Python's collector frees what references in circles keep, but late: an accelerator's memory is full by then."""
     gc.collect()
     gc.disable()
     yield

@@ -2,25 +2,30 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.testing._internal.common_optimizers import optim_db
 
 from alpha_optim import AlphaGuided
+from tests.conftest import DEVICE
 from tests.test_transparency import equal_states
+
+with warnings.catch_warnings():  # of what torch's own tests import
+    warnings.simplefilter("ignore")
+    from torch.testing._internal.common_optimizers import optim_db
 
 STEPS = 20
 SPARSE = {"SparseAdam"}
 
 
 def configurations():
-    """Each with the for-loop, foreach, fused and differentiable implementations it has on the CPU."""
+    """Each with the for-loop, foreach, fused and differentiable implementations it has on the device."""
     for info in optim_db:
         name = info.optim_cls.__name__
-        for number, given in enumerate(info.optim_inputs_func("cpu")):
+        for number, given in enumerate(info.optim_inputs_func(DEVICE)):
             for impl in ({}, *({flag: True} for flag in info.supported_impls), {"foreach": False}):
                 if impl == {"foreach": False} and "foreach" not in info.supported_impls:
                     continue

@@ -6,16 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from alpha_optim.observe import step_direction
-from alpha_optim.observe.step_direction import (
-    PIECE,
-    AlongGradient,
-    BetweenPoints,
-    copied,
-    is_plain_sgd,
-    restored,
-    squared_norms,
-)
+from alpha_optim.observe import inner_products
+from alpha_optim.observe.inner_products import PIECE, squared_norms
+from alpha_optim.observe.step_direction import AlongGradient, BetweenPoints, copied, is_plain_sgd, restored
 
 SHAPES = [(7,), (3, 4), (PIECE // 4 + 5, 9), (2, 3, 3, 3), ()]
 
@@ -41,7 +34,7 @@ def points(dtype=torch.float32, step=1e-2, scale=1.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_length_and_products_are_those_of_whole_vectors(dtype, overwrite):
     before, after, gradients = points(dtype)
-    moved = [step_direction.at_least_float32(a.detach()) - b for a, b in zip(after, before, strict=True)]
+    moved = [inner_products.at_least_float32(a.detach()) - b for a, b in zip(after, before, strict=True)]
     d, g = flat(moved), flat(gradients)
     exact = 1e-2 if dtype == torch.bfloat16 and overwrite else 1e-5
     direction, product = BetweenPoints.of([b.clone() for b in before], after, gradients, overwrite)
@@ -170,10 +163,51 @@ def test_pieces_are_smaller_than_what_they_are_cut_from(monkeypatch):
     """The same numbers whatever the size of a piece."""
     results = []
     for piece in (PIECE, 10, 1):
-        monkeypatch.setattr(step_direction, "PIECE", piece)
+        monkeypatch.setattr(inner_products, "PIECE", piece)
         before, after, gradients = points(torch.float64)
         before, after, gradients = before[:2], after[:2], gradients[:2]
         direction, product = BetweenPoints.of(before, after, gradients, overwrite=True)
         results.append((float(direction.length), float(product)))
     assert results[1] == pytest.approx(results[0], rel=1e-12)
     assert results[2] == pytest.approx(results[0], rel=1e-12)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Numbers are read as from an accelerator: not at all."""
+    for module in ("inner_products", "step_direction"):
+        monkeypatch.setattr(f"alpha_optim.observe.{module}.free_to_read", lambda device: False)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_many_tensors_as_one_vector_give_the_same(dtype, overwrite, waits, monkeypatch):
+    test_length_and_products_are_those_of_whole_vectors(dtype, overwrite)
+    monkeypatch.setattr(inner_products, "TOGETHER", 40)
+    test_length_and_products_are_those_of_whole_vectors(dtype, overwrite)
+    monkeypatch.setattr(inner_products, "ALONE", 10)
+    test_length_and_products_are_those_of_whole_vectors(dtype, overwrite)
+
+
+def test_of_tensors_with_gaps_sparse_ones_and_many_rates(waits):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    ones = [draw(3, 4), draw(4, 3).t(), draw(2, 3, 4, 4).to(memory_format=torch.channels_last), None, draw(5), draw(6)]
+    others = [draw(4, 3).t(), draw(3, 4), draw(2, 3, 4, 4), draw(2), draw(5).to_sparse(), draw(6)]
+    rates = [0.1, 0.1, torch.tensor(0.2), 0.3, 0.3, 0.4]
+    expected = sum(
+        float(rate) * float((one * other.to_dense()).sum())
+        for one, other, rate in zip(ones, others, rates, strict=True)
+        if one is not None
+    )
+    found = inner_products.product(ones, others, torch.device("cpu"), rates)
+    assert float(found) == pytest.approx(expected, rel=1e-12)
+
+
+def test_tiny_steps_of_many_tensors_have_a_length(waits):
+    before, after, gradients = points(scale=0.0, step=1e-25)
+    direction, _ = BetweenPoints.of([b.clone() for b in before], after, gradients, overwrite=False)
+    assert float(direction.length) == pytest.approx(float(flat(after).norm()), rel=1e-6)

@@ -318,8 +318,9 @@ class Pairing:
                 if slopes.losses is not None:
                     loss_variance = sample_variance(slopes.losses)
                     self.variances.saw_loss(loss_variance)
-            if not (free_to_read(direction.length.device) and read([direction.length])[0] == 0.0):
-                # Else nothing was learned.
+            # Of a step of no length nothing is learned, and nan would stand for all that follow, till the next time.
+            stands = self.variances.sampled or free_to_read(direction.length.device)
+            if not (stands and read([direction.length])[0] == 0.0):
                 self.variances.measured(role, iteration.task.number, slope_variance, loss.samples)
         elif not alone:
             slope_variance = self.variances.of_slope(role)
@@ -461,7 +462,9 @@ class Pairing:
         slope = slope if gamma is None else slope / gamma
         gradients = iteration.used_gradients
         lost = gradients is not None and gradients.lost
-        known = lost is False or (isinstance(lost, Tensor) and not read([lost])[0])
+        known = not read([lost])[0]
+        if not known:
+            iteration.gradients.found_lost()
         return Expected(slope if known else None, iteration.loss.mean, iteration.interacting, iteration.all_of_loss())
 
     # ---------------------------------------------------------------- resume

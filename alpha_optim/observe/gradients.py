@@ -22,10 +22,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from alpha_optim.distributed import local
-from alpha_optim.observe.hooks import harmless, weakly
+from alpha_optim.observe.hooks import being_captured, harmless, weakly
 from alpha_optim.observe.memory import goes_on
 from alpha_optim.observe.numbers import Truth
-from alpha_optim.observe.some_elements import Views, factor_between
+from alpha_optim.observe.some_elements import Views, differ, factor_between
 from alpha_optim.observe.step_direction import copied, same_tensors
 
 PRECISION = 1e-5
@@ -71,11 +71,14 @@ class Habits:
         compare_norms: Gradients are written to between backward pass and step.
         keep_copies: They are changed by more than a factor, and copied when the backward pass ends.
         asked: Whether a device was asked for that once.
+        behind: Whether they are written to in ways of which their versions tell nothing (``.data``); None before a
+            device was asked for that once.
     """
 
     compare_norms: bool = False
     keep_copies: bool = False
     asked: bool = False
+    behind: bool | None = None
 
 
 class _Seen(NamedTuple):
@@ -177,6 +180,12 @@ class Gradients:
         now = views.now()
         if not written and now.is_cpu and torch.equal(now, left.elements):
             return LossGradients(tensors, None, False)
+        if not written and not now.is_cpu and not self._habits.behind:
+            changed = torch.as_tensor(differ(now, left.elements), device=params[0].device)
+            if self._habits.behind is None:
+                self._habits.behind = bool(changed)
+            if not self._habits.behind:  # finding a factor takes a dozen kernels
+                return LossGradients(tensors, None, changed)
         factor, lost = factor_between(now, left.elements)
         surely = lost
         if written:
@@ -195,6 +204,10 @@ class Gradients:
         elif written and habits.compare_norms and not habits.asked:
             habits.asked, habits.keep_copies = True, bool(lost)
         habits.compare_norms = habits.compare_norms or written
+
+    def found_lost(self) -> None:
+        """A device was asked whether the gradients of the loss are lost, and they are: look closer from now on."""
+        self._habits.behind = True
 
     def params_edited(self, params: Sequence[Tensor]) -> bool:
         """Whether a parameter was written to between its gradient and now."""
@@ -261,6 +274,8 @@ class GradientHooks:
 
     def _accumulated(self, param: Tensor) -> None:
         try:  # as `harmless` does, but for every parameter: Ctrl-C need not wait for so little
+            if being_captured():
+                return
             self._params[id(param)] = param
             task = torch._C._current_graph_task_id()
             if task != self._awaited:

@@ -40,6 +40,8 @@ def harmless(call: Callable[..., Any], failed: Failed) -> Callable[..., Any]:
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        if being_captured():
+            return None
         with uninterrupted():
             try:
                 return call(*args, **kwargs)
@@ -82,6 +84,11 @@ class Hook:
 
 def _make_inert() -> Callable[..., None]:
     return inert
+
+
+def being_captured() -> bool:
+    """Whether work for CUDA is being recorded into a graph: replays run no Python, and nothing may be waited for."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def inside_functorch() -> bool:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses, LossCall
 from alpha_optim.observe.hooks import Hook, harmless, weakly
+from alpha_optim.observe.inner_products import at_least_float32
 from alpha_optim.observe.model_calls import ModelCall
 from alpha_optim.observe.model_inputs import fits, folded
 from alpha_optim.observe.module_copy import stand_in
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.random_state import untouched
 from alpha_optim.observe.snapshot import Snapshot, other_random_numbers_untouched
-from alpha_optim.observe.step_direction import at_least_float32
 from alpha_optim.user_warning import warn_user
 
 _CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
@@ -510,7 +510,7 @@ def rows_of(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tensor, graph: 
                     snapshot.keep(
                         [value for name, value in module.__dict__.items() if name not in ("_parameters", "_modules")]
                     )
-                with untouched(first.device), other_random_numbers_untouched(), _put_back(snapshot):
+                with untouched([first.device]), other_random_numbers_untouched(), _put_back(snapshot):
                     values = single.forward(*args, **kwargs)
             else:
                 values = single.forward(*args, **kwargs)  # torch's own losses draw no random numbers

@@ -8,7 +8,7 @@ keeps what a repetition of the call needs, and the gradients that reach the outp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,9 +30,9 @@ class Autocast:
     dtype: torch.dtype
 
     @classmethod
-    def now(cls, device: torch.device) -> Autocast:
-        """As it is now for one kind of device."""
-        kind = device.type
+    def now(cls, devices: Iterable[torch.device]) -> Autocast:
+        """As it is now for the accelerator among some devices, or for the CPU."""
+        kind = next((device.type for device in devices if device.type != "cpu"), "cpu")
         return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     def again(self) -> torch.autocast:
@@ -197,8 +197,6 @@ class ModelHooks:
         self._handles: list[RemovableHandle] = []
         self._compiled_call: Callable[..., Any] | None = None
         self._before: list[tuple[RandomState, tuple[int, ...], tuple[int, ...]]] = []
-        params = [] if model is None else list(model.parameters())
-        self._device = params[0].device if params else torch.device("cpu")
 
     @property
     def attached(self) -> bool:
@@ -235,7 +233,7 @@ class ModelHooks:
         self._iteration().forward_starts()
         if self._iteration().records and torch.is_grad_enabled():
             inputs = versions_of((args, kwargs))
-            self._before.append((RandomState.now(self._device), inputs, _parameter_versions(model)))
+            self._before.append((RandomState.now(_devices_of(model)), inputs, _parameter_versions(model)))
 
     def _called(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         iteration: Reports = self._iteration()
@@ -258,7 +256,7 @@ class ModelHooks:
                 samples,
                 random,
                 random.has_moved(),
-                Autocast.now(self._device),
+                Autocast.now(_devices_of(model)),
                 tuple(module.training for module in innermost(model).modules()),
                 parameters,
                 parameters != _parameter_versions(model),
@@ -279,6 +277,11 @@ class ModelHooks:
         """A gradient has reached an output."""
         if self.attached:
             self._iteration().output_reached(samples, call, place, gradient)
+
+
+def _devices_of(model: nn.Module) -> set[torch.device]:
+    """Where a model is now; it may be moved after it was hooked."""
+    return {param.device for param in model.parameters()}
 
 
 class _CompiledCall:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,40 +12,43 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """State of the random number generators that a call may use."""
+    """State of the random number generators that a call may use.
 
-    device: torch.device
+    Attributes:
+        cpu: That of the CPU.
+        own: Those of the devices of CUDA, by device.
+    """
+
     cpu: Tensor
-    own: Tensor | None
+    own: dict[torch.device, Tensor]
 
     @classmethod
-    def now(cls, device: torch.device) -> RandomState:
-        """The state now, on the CPU and on one more device."""
-        own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(device, torch.get_rng_state(), own)
+    def now(cls, devices: Iterable[torch.device]) -> RandomState:
+        """The state now, on the CPU and on further devices; nothing is waited for."""
+        cuda = [device for device in devices if device.type == "cuda"]
+        return cls(torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in cuda})
 
     def has_moved(self) -> bool:
         """Whether random numbers were drawn since."""
-        now = RandomState.now(self.device)
-        same = torch.equal(now.cpu, self.cpu)
-        if self.own is not None and now.own is not None:
-            same = same and torch.equal(now.own, self.own)
-        return not same
+        now = RandomState.now(self.own)
+        return not torch.equal(now.cpu, self.cpu) or any(
+            not torch.equal(state, self.own[device]) for device, state in now.own.items()
+        )
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Draw the same random numbers again, and leave the generators as they were."""
-        with untouched(self.device):
+        with untouched(self.own):
             torch.set_rng_state(self.cpu)
-            if self.own is not None:
-                torch.cuda.set_rng_state(self.own, self.device)
+            for device, state in self.own.items():
+                torch.cuda.set_rng_state(state, device)
             yield
 
 
 @contextmanager
-def untouched(device: torch.device, seed: int | None = None) -> Iterator[None]:
+def untouched(devices: Iterable[torch.device], seed: int | None = None) -> Iterator[None]:
     """Leave the generators as they were; inside they start from a seed of ours if one is given."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
         if seed is not None:
             torch.random.manual_seed(seed)
         yield

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alpha_optim.distributed import local
 from alpha_optim.observe.numbers import Truth, free_to_read
 
 BLOCKS, RUN = 16, 16  # a run of float32 is one cache line, and a cache line is what reading costs
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_USUAL = (Tensor, nn.Parameter)
+_REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @lru_cache(maxsize=4096)
@@ -66,16 +68,19 @@ class Views:
         """Look at the tensors."""
         self._runs: list[Tensor] = []
         self._short: list[Tensor] = []
-        self.lasting = self._alike = True
-        dtype, place = None, None
+        self.lasting = True
+        kinds = set()
         for tensor in tensors:
-            view = view_of(tensor)
-            (self._short if view.dim() == 1 else self._runs).append(view)
-            self.lasting = self.lasting and stays_view(tensor)
-            if dtype is None:
-                dtype, place = view.dtype, view.get_device()
-            elif view.dtype is not dtype or view.get_device() != place:
-                self._alike = False
+            if type(tensor) in _USUAL and tensor.dtype in _REAL and tensor.is_contiguous():  # in a third of the time
+                shape, strides = layout(tensor.numel())
+                view = tensor.detach().as_strided(shape, strides)
+            else:
+                view = view_of(tensor)
+                shape = view.shape
+                self.lasting = self.lasting and stays_view(tensor)
+            (self._short if len(shape) == 1 else self._runs).append(view)
+            kinds.add((view.dtype, view.get_device()))
+        self._alike = len(kinds) <= 1
 
     def now(self) -> Tensor:
         """The elements as they are now; a copy ``[n]``, in float64 where types or places differ."""
@@ -135,12 +140,13 @@ def factor_between(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
     same = ~changed if isinstance(changed, Tensor) else torch.full((), not changed, device=now.device)
     limits = torch.finfo(torch.promote_types(now.dtype, then.dtype))
     new, old = now.double(), then.to(now.device).double()
-    # Divided by the largest first: squares of scaled gradients overflow or vanish.
-    unit = old.abs().max()
-    unit = torch.where(unit > 0, unit, 1.0)
+    unit: Tensor | float = 1.0
+    if limits.bits == 64:  # squares of scaled gradients overflow or vanish
+        unit = old.abs().max()
+        unit = torch.where(unit > 0, unit, 1.0)
     old_unit = old / unit
-    squared = old_unit.square().sum()
-    factor = torch.where(squared > 0, (new / unit * old_unit).sum() / squared, 1.0)
+    squared = torch.dot(old_unit, old_unit)
+    factor = torch.where(squared > 0, torch.dot(new / unit, old_unit) / squared, 1.0)
     expected = factor * old
-    aside = (new - expected).abs() > 16 * limits.eps * expected.abs() + limits.tiny
+    aside = (new - expected).abs() > torch.add(limits.tiny, expected.abs(), alpha=16 * limits.eps)
     return torch.where(same, 1.0, factor), ~same & (aside.any() | ~torch.isfinite(factor))

@@ -21,18 +21,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from alpha_optim.distributed import local, unsummed
+from alpha_optim.observe.inner_products import (
+    SAFE,
+    Rate,
+    as_real,
+    at_least_float32,
+    differences,
+    norm,
+    product,
+    squared_norms,
+    total,
+)
 from alpha_optim.observe.numbers import Number, Truth, free_to_read, read
 
-Rate = float | Tensor
 Weights = Sequence[float] | None
 """What parameters count for in a sum over processes, one each; None where all count the same."""
-
-PIECE = 1 << 18
-"""Elements of a piece on the CPU: a megabyte each of difference and gradient stays in the cache for two products, and
-pieces are few (with 64 K elements forming the step of a GPT of ten million parameters takes a fifth longer)."""
-_PLAIN = (torch.float32, torch.float64)
-SAFE = (1e-15, 1e15)
-"""Norms whose squares are neither 0 nor infinite in float32, with room for the sum over parameters."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class AlongGradient:
         squares = squared_norms(bases, device)
         if weights is not None:
             squares = [None if one is None else one * weight for one, weight in zip(squares, weights, strict=True)]
-        length = _total(squares, device, rates, rates).sqrt()
+        length = total(squares, device, rates, rates).sqrt()
         versions = versions_of(bases)
         return cls(Change(bases, rates, True), squares, length, moved, params, versions, weights)
 
@@ -151,12 +154,8 @@ class AlongGradient:
         """See `Direction`; the norms are known where these are the gradients of the step itself."""
         bases, rates, device = self.change_.bases, self.change_.rates, self.length.device
         if same_tensors(bases, gradients):
-            return _total(self.squares, device, rates)
-        values = [
-            None if base is None or gradient is None else dot(base, gradient)
-            for base, gradient in zip(bases, gradients, strict=True)
-        ]
-        return _total(values, device, rates) if self.weights is None else _total(values, device, self.weights, rates)
+            return total(self.squares, device, rates)
+        return product(bases, gradients, device, *([] if self.weights is None else [self.weights]), rates)
 
     def change(self, end: Sequence[Tensor] | None = None) -> Change:
         """See `Direction`."""
@@ -235,23 +234,13 @@ class BetweenPoints:
             weights: See `AlongGradient`.
         """
         device = params[0].device
-        squares: list[Tensor] = []
-        products: list[Tensor] = []
-        each = [1.0] * len(params) if weights is None else weights
-        for old, now, gradient, weight in zip(before, params, gradients, each, strict=True):
-            of_product = weight if gradient is None else weight * unsummed(now, gradient)
-            for difference, part in _pieces(old, now, gradient, overwrite):
-                squares.append(_times(torch.dot(difference, difference), weight))
-                if part is not None:
-                    products.append(_times(torch.dot(difference, part), of_product))
-        made = cls(before, overwrite, params, _total(squares, device), True, versions_of(before), weights)
-        if free_to_read(device) and not SAFE[0] ** 2 < read([made.length])[0] < SAFE[1] ** 2:
-            norms = [_norm64(flat) for difference in made._differences() for flat in (difference.flatten(),)]
-            lengths = torch.stack(norms).square()
-            made.length = (lengths if weights is None else scaled(lengths, weights)).sum()
-        made.length = made.length.sqrt()
+        each, of_products = _counts(params, gradients, weights)
+        square, along = differences(before, params, gradients, device, each, of_products, overwrite)
+        made = cls(before, overwrite, params, square.sqrt(), True, versions_of(before), weights)
+        if free_to_read(device) and not SAFE[0] < read([made.length])[0] < SAFE[1]:
+            made.length = norm(made._differences(), weights)
         made.moved = made.length != 0.0
-        return made, _total(products, device)
+        return made, along
 
     def _differences(self, end: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
         if self.is_step:
@@ -263,23 +252,11 @@ class BetweenPoints:
 
     def products(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """See `Direction`."""
-        weights = self.weights or [1.0] * len(self.kept)
+        device = self.params[0].device
+        each, of_products = _counts(self.params, gradients, self.weights)
         if self.is_step:
-            steps = zip(self.kept, self.params, gradients, weights, strict=True)
-            values = [
-                _times(dot(step, gradient), weight * unsummed(now, gradient))
-                for step, now, gradient, weight in steps
-                if gradient is not None
-            ]
-        else:
-            values = [
-                _times(torch.dot(difference, part), weight * unsummed(now, gradient))
-                for old, now, gradient, weight in zip(self.kept, self.params, gradients, weights, strict=True)
-                if gradient is not None
-                for difference, part in _pieces(old, now, gradient, overwrite=False)
-                if part is not None
-            ]
-        return _total(values, self.params[0].device)
+            return product(self.kept, gradients, device, of_products)
+        return differences(self.kept, self.params, gradients, device, each, of_products, squares=False)[1]
 
     def change(self, end: Sequence[Tensor] | None = None) -> Change:
         """See `Direction`; as much memory as the parameters unless the step itself was kept."""
@@ -308,6 +285,15 @@ class BetweenPoints:
         """See `Direction`."""
         kept = [tensor.clone() for tensor in self.kept]
         return {"kept": kept, "is_step": self.is_step, "length": float(self.length), "intact": self.intact()}
+
+
+def _counts(
+    params: Sequence[Tensor], gradients: Sequence[Tensor | None], weights: Weights
+) -> tuple[Sequence[float], Sequence[float]]:
+    """What squares and products with gradients count for in a sum over processes, one each."""
+    each = [1.0] * len(params) if weights is None else weights
+    pairs = zip(each, params, gradients, strict=True)
+    return each, [weight if g is None else weight * unsummed(param, g) for weight, param, g in pairs]
 
 
 def restored(
@@ -391,150 +377,3 @@ def copied(store: list[Tensor], now: Sequence[Tensor]) -> list[Tensor]:
             torch._foreach_copy_(store, [tensor.detach() for tensor in now])
         return store
     return [tensor.detach().clone() for tensor in now]
-
-
-def _pieces(
-    old: Tensor, now: Tensor, gradient: Tensor | None, overwrite: bool
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The difference of a parameter piece by piece, with the gradient of the piece; flat, at least float32.
-
-    The same memory may hold one piece after the other: a piece is valid until the next.
-    """
-    now = local(now).detach()
-    gradient = None if gradient is None else local(gradient)
-    if not (_plain(old, now) and (gradient is None or _plain(gradient, now))):
-        difference = torch.sub(now, old, out=old) if overwrite else at_least_float32(now) - at_least_float32(old)
-        if gradient is None:
-            yield at_least_float32(as_real(difference).flatten()), None
-        else:
-            one, other = _flat(as_real(difference), as_real(gradient))
-            yield one, other.to(one.dtype)
-        return
-    after, before = now.view(-1), old.view(-1)
-    part = None if gradient is None else gradient.detach().view(-1)
-    if not now.is_cpu or now.numel() <= PIECE:
-        yield torch.sub(after, before, out=before) if overwrite else after - before, part
-        return
-    buffer = None if overwrite else torch.empty(PIECE, dtype=now.dtype)
-    for begin in range(0, now.numel(), PIECE):
-        a, b = after[begin : begin + PIECE], before[begin : begin + PIECE]
-        out = b if buffer is None else buffer[: len(a)]
-        yield torch.sub(a, b, out=out), None if part is None else part[begin : begin + PIECE]
-
-
-def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two real tensors of one shape as vectors of at least float32, in the order of their memory if they share it."""
-    if a.dim() == 4 and not a.is_contiguous() and a.stride() == b.stride():
-        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)  # channels last: contiguous in this order
-    return at_least_float32(a.flatten()), at_least_float32(b.flatten())
-
-
-def _plain(tensor: Tensor, other: Tensor) -> bool:
-    """Whether both are dense vectors of one real type once they are seen as flat."""
-    return (
-        tensor.dtype in _PLAIN
-        and tensor.dtype is other.dtype
-        and tensor.layout is torch.strided
-        and other.layout is torch.strided
-        and tensor.is_contiguous()
-        and other.is_contiguous()
-    )
-
-
-def dot(base: Tensor, gradient: Tensor) -> Tensor:
-    """Inner product of two tensors of one shape ``[]``, in at least float32."""
-    base, gradient = as_real(base), as_real(gradient)
-    if _plain(base, gradient):
-        return torch.dot(base.view(-1), gradient.view(-1))
-    a, b = _flat(base, gradient)
-    return torch.dot(a, b.to(a.dtype))
-
-
-def squared_norms(tensors: Sequence[Tensor | None], device: torch.device) -> list[Number | None]:
-    """Squared norms, None for None; floats where they can be read for nothing, else tensors ``[]``, float64.
-
-    Accumulated in float64 where it matters: squares of changes of 1e-30 vanish in float32.
-    """
-    there = [as_real(tensor) for tensor in tensors if tensor is not None]
-    readable = free_to_read(device) and all(tensor.is_cpu for tensor in there)
-    norms: Sequence[Number] = ()
-    if there and readable and all(tensor.dtype is torch.float32 for tensor in there):
-        norms = read(torch._foreach_norm(there))
-        if not (SAFE[0] < max(norms) < SAFE[1] and all(map(math.isfinite, norms))):
-            norms = ()
-    if there and not norms:
-        norms = torch._foreach_norm(there, 2.0, dtype=torch.float64)
-        norms = read(norms) if readable else [norm.to(device) for norm in norms]
-    remaining = iter([norm * norm for norm in norms])
-    return [None if tensor is None else next(remaining) for tensor in tensors]
-
-
-def _norm64(tensor: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
-    return norm
-
-
-def stacked(values: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """Numbers of any precision and on any device together, zero for None, float64 ``[K]``."""
-    there = [value for value in values if value is not None]
-    if not there:
-        return torch.zeros(len(values), dtype=torch.float64, device=device)
-    place, dtype = device.index if device.type != "cpu" else -1, there[0].dtype
-    if any(value.dtype is not dtype or value.get_device() != place for value in there):
-        there = [value.to(device, torch.float64) for value in there]
-    together = torch.stack(there).double()
-    if len(there) == len(values):
-        return together
-    remaining, zero = iter(together.unbind()), torch.zeros_like(together[0])
-    return torch.stack([zero if value is None else next(remaining) for value in values])
-
-
-def _times(value: Tensor, weight: float) -> Tensor:
-    return value if weight == 1.0 else value.double() * weight
-
-
-def _total(values: Sequence[Number | None], device: torch.device, *factors: Sequence[Rate]) -> Tensor:
-    """Sum of numbers ``[]``, each times its factors; None counts as zero; float64 ``[]``."""
-    if free_to_read(device):  # a third of the time of stacking them
-        numbers = [0.0 if value is None else value for value in read(values)]
-        for each in factors:
-            numbers = [number * factor for number, factor in zip(numbers, read(each), strict=True)]
-        return torch.tensor(sum(numbers), dtype=torch.float64)
-    together = stacked([None if value is None else torch.as_tensor(value) for value in values], device)
-    for each in factors:
-        together = scaled(together, each)
-    return together.sum()
-
-
-def common_rate(rates: Sequence[Rate]) -> Rate | None:
-    """The rate that all have, if that can be told without reading a tensor."""
-    first = rates[0] if rates else 1.0
-    if isinstance(first, Tensor):
-        return first if all(rate is first for rate in rates) else None
-    return None if any(isinstance(rate, Tensor) or rate != first for rate in rates) else first
-
-
-def scaled(values: Tensor, rates: Sequence[Rate]) -> Tensor:
-    """Multiply numbers ``[K]`` by a rate each, without sending the rates to the device."""
-    common = common_rate(rates)
-    if common is not None:
-        return values * (common.to(values.device) if isinstance(common, Tensor) else common)
-    return torch.stack(
-        [
-            value * (rate.to(value.device) if isinstance(rate, Tensor) else rate)
-            for value, rate in zip(values.unbind(), rates, strict=True)
-        ]
-    )
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """The tensor without graph, dense and real; the real and imaginary part of a complex one."""
-    tensor = local(tensor)
-    tensor = tensor.detach() if tensor.requires_grad else tensor
-    tensor = tensor.to_dense() if tensor.is_sparse else tensor
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in the precision in which slopes are computed."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from alpha_optim.observe.backward_passes import BackwardPass
 from alpha_optim.observe.gradients import LossGradients
-from alpha_optim.observe.step_direction import Direction, at_least_float32, same_tensors
+from alpha_optim.observe.inner_products import at_least_float32
+from alpha_optim.observe.step_direction import Direction, same_tensors
 from alpha_optim.slopes.base import Expected, Names, SampleSlopes, in_pass_cost
 from alpha_optim.slopes.contractions import Contraction, contraction_of
 from alpha_optim.slopes.in_pass import InPass

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field writes it so
 
+from alpha_optim.observe.inner_products import at_least_float32
 from alpha_optim.observe.module_copy import reparametrised
-from alpha_optim.observe.step_direction import at_least_float32
 from alpha_optim.slopes.layers import LayerCall, UnsupportedLayerError
 from alpha_optim.slopes.shares import has_shares, shares_of
 

@@ -31,14 +31,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from alpha_optim.observe.backward_passes import BackwardPass, loss_weight, scale_of, total_samples
 from alpha_optim.observe.hooks import inside_functorch, map_tensors, tensors_in
+from alpha_optim.observe.inner_products import at_least_float32
 from alpha_optim.observe.model_calls import ModelCall, innermost
 from alpha_optim.observe.model_inputs import CannotCutError, cut, cut_rows, folded
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.random_state import RandomState, untouched
-from alpha_optim.observe.step_direction import at_least_float32
 from alpha_optim.slopes.base import SAMPLES, Expected, Names, SampleSlopes
 from alpha_optim.slopes.inner_losses import SeesLosses
 from alpha_optim.slopes.isolation import PROCESS_WIDE, as_in_its_call
@@ -142,7 +143,7 @@ class ForwardMode:
         self._whole = exact
         self._sums = False  # whether a loss that the model returns is a sum, of which some samples have a share
         self._way = 0  # which of `_WAYS` works
-        self.half = False  # whether the model computes in 16 bits, as far as was seen
+        self.half = False  # whether the model computes in 16 bits or in TF32, as far as was seen
         self._drew = False  # whether its last call drew random numbers
         self._signature: str | None = None
         self._refreshes = 0
@@ -197,6 +198,7 @@ class ForwardMode:
         if not passes:
             raise CannotDifferentiateError("no backward pass", passing=True)
         groups = [_calls_of(entry) for entry in passes]
+        self.half = self.half or in_tf32(innermost(self.model))
         if self.half or any(calls.half for calls in groups):
             line = line.as_long_as_the_point()
         signature = self._signature_of(groups)
@@ -384,11 +386,10 @@ class ForwardMode:
         # The gradient of a loss that the model returns passes through its other outputs, too.
         inner = call.loss_place is not None and call.loss_place in gradients
         places = [] if inner else sorted(gradients)
-        device = next(iter(line.point.values())).device
 
         def run(values: Values, wide: bool) -> list[Tensor]:
             with _random_numbers(call, replay, seed):
-                before = RandomState.now(device)
+                before = RandomState.now(call.random.own)
                 outputs = self._outputs(call, args, kwargs, values, places, inner, samples, without_dropout, wide)
                 self._drew = before.has_moved()
             return outputs
@@ -630,7 +631,7 @@ def _random_numbers(call: ModelCall, replay: bool, seed: int | None) -> Abstract
     """The random numbers of a repetition: none, those of the call, or others that are nobody else's."""
     if not call.drew:  # the generators are those of all threads
         return nullcontext()
-    return call.random.replayed() if replay else untouched(call.random.device, seed)
+    return call.random.replayed() if replay else untouched(call.random.own, seed)
 
 
 def _added(values: Sequence[Tensor]) -> Tensor:
@@ -648,6 +649,19 @@ def _apart(some: Tensor, expected: Tensor, every: Tensor, tolerance: float) -> b
 def _true(value: Tensor) -> bool:
     """Read a truth; waits for the device, and is asked for at checks only."""
     return bool(read([value])[0])
+
+
+def in_tf32(module: nn.Module) -> bool:
+    """Whether products of float32 are formed in TF32, which rounds like float16: cuDNN's are, unless one says no."""
+    if not any(param.is_cuda and param.dtype is torch.float32 for param in module.parameters()):
+        return False
+    try:
+        if torch.get_float32_matmul_precision() != "highest":
+            return True
+        of_cudnn = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set by a newer interface, which the older one cannot tell
+        return True
+    return of_cudnn and any(isinstance(child, (_ConvNd, nn.RNNBase)) for child in module.modules())
 
 
 def mixes_samples(module: nn.Module) -> bool:

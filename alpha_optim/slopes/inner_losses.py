@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812 - the field writes it so
 from torch.overrides import TorchFunctionMode
 
+from alpha_optim.observe.inner_products import at_least_float32
 from alpha_optim.observe.losses import Rows, total_weight
-from alpha_optim.observe.step_direction import at_least_float32
 
 _CLASSES = (F.cross_entropy, F.nll_loss)
 _NAMES: dict[Any, tuple[str, ...]] = {

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from alpha_optim.observe.backward_passes import BackwardPass
-from alpha_optim.observe.step_direction import Change, common_rate
+from alpha_optim.observe.inner_products import common_rate
+from alpha_optim.observe.step_direction import Change
 from alpha_optim.slopes.base import Names, SampleSlopes
 from alpha_optim.slopes.contractions import Contraction, contraction_of, has_rule
 from alpha_optim.slopes.in_pass import InPass

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field writes it so
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from alpha_optim.observe.step_direction import at_least_float32
+from alpha_optim.observe.inner_products import at_least_float32
 from alpha_optim.slopes.layers import LayerCall, UnsupportedLayerError
 
 Values = dict[str, Tensor]

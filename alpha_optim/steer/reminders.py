@@ -60,6 +60,14 @@ class Reminders:
                 "optimizer.backward(losses)"
             )
 
+    def captured(self) -> None:
+        """A step is recorded into a CUDA graph."""
+        self._once.say(
+            "this step is recorded into a CUDA graph, whose replays run no Python: their steps are neither measured "
+            "nor judged, and no rate is searched. Capture the model alone (torch.cuda.make_graphed_callables), or let "
+            "torch.compile(mode='reduce-overhead') make the graphs."
+        )
+
     def ranks_leave(self) -> None:
         """Processes may leave the loop one after the other."""
         self._once.say(

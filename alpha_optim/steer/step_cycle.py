@@ -24,6 +24,7 @@ from alpha_optim.measure.plan import Plan
 from alpha_optim.measure.processes import Processes
 from alpha_optim.measure.step_ends import EndSeen
 from alpha_optim.observe.checks import check_losses
+from alpha_optim.observe.hooks import being_captured
 from alpha_optim.observe.interrupts import uninterrupted
 from alpha_optim.observe.memory import Shortage, sparing
 from alpha_optim.observe.step_direction import parameters_of, rates_of
@@ -266,6 +267,9 @@ class Session:
             return self.optimizer.step(**_with(closure, kwargs))
         if self._fills_state(closure):
             return self.optimizer.step(**kwargs)
+        if being_captured():
+            self.reminders.captured()
+            return self._step_unwatched(closure, kwargs)
         if self.pairing.iteration.idle:
             return self._step_unwatched(closure, kwargs)
         if self.processes.ranks is not None and self.processes.ranks.leave_early():

@@ -56,10 +56,12 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """Ten million parameters; embedding and head are tied, positions are looked up, logits ``[N, T, vocabulary]``."""
 
-    def __init__(self, vocabulary: int = 8192, length: int = 128, width: int = 320, layers: int = 6) -> None:
+    def __init__(
+        self, vocabulary: int = 8192, length: int = 128, width: int = 320, layers: int = 6, heads: int = 5
+    ) -> None:
         super().__init__()
         self.embedding, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*[Block(width, 5) for _ in range(layers)])
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.embedding.weight
 
