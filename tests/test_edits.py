@@ -180,3 +180,35 @@ def test_requires_grad_toggled_in_mid_run(kind):
         loss_fn(model(x), y).backward()
         guided.step()
     assert len(guided.alpha_history) >= 6
+
+
+class DecaysIntoTheGradient(torch.optim.Optimizer):
+    """As optimizers of some years ago were written: weight decay goes into the gradient, through ``.data``."""
+
+    def __init__(self, params, lr=0.1, decay=0.5):
+        super().__init__(params, {"lr": lr, "decay": decay})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                gradient = param.grad.data
+                gradient.add_(param.data, alpha=group["decay"])
+                param.data.add_(gradient, alpha=-group["lr"])
+
+
+def test_an_optimizer_that_writes_into_gradients_behind_their_versions_costs_one_measurement():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = AlphaGuided(DecaysIntoTheGradient(model.parameters()), model, loss_fn, variance="exact")
+    products = []
+    for x, y in make_batches(6):
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).clone()
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        guided.step()
+        step = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+        products.append(float(gradient @ step / step.norm()))
+    history = guided.alpha_history
+    assert history.dropped == {"gradients_modified": 1}
+    assert {m.information for m in history} == {"full"}
+    assert [m.slope_start for m in history] == pytest.approx(products[1:5], rel=1e-9)

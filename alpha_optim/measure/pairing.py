@@ -7,6 +7,7 @@ iterations only the direction and a few numbers are kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -42,6 +43,7 @@ from alpha_optim.observe.step_direction import (
     BetweenPoints,
     Direction,
     copied,
+    is_of_torch,
     is_plain_sgd,
     parameters_of,
     same_tensors,
@@ -319,7 +321,8 @@ class Pairing:
                     loss_variance = sample_variance(slopes.losses)
                     self.variances.saw_loss(loss_variance)
             # Of a step of no length nothing is learned, and nan would stand for all that follow, till the next time.
-            stands = self.variances.sampled or free_to_read(direction.length.device)
+            stands = slope_variance is not None and self.variances.sampled
+            stands = stands or free_to_read(direction.length.device)
             if not (stands and read([direction.length])[0] == 0.0):
                 self.variances.measured(role, iteration.task.number, slope_variance, loss.samples)
         elif not alone:
@@ -421,7 +424,13 @@ class Pairing:
         gradients, before = iteration.used_gradients, iteration.before
         assert gradients is not None
         assert before is not None
-        if not gradients.intact():  # used as scratch memory by the optimizer: copied from now on
+        altered: Truth = not gradients.intact()
+        if altered is False and not is_of_torch(optimizer):
+            altered = iteration.gradients.altered_by_step(gradients)
+        if isinstance(altered, Tensor):
+            lost = altered | torch.as_tensor(gradients.lost, device=altered.device)
+            gradients = iteration.used_gradients = replace(gradients, lost=lost)
+        elif altered:  # used as scratch memory by the optimizer: copied from now on
             self.habits.keep_copies = True
             return DropReason.GRADIENTS_MODIFIED
         params = iteration.params
@@ -462,10 +471,12 @@ class Pairing:
         slope = slope if gamma is None else slope / gamma
         gradients = iteration.used_gradients
         lost = gradients is not None and gradients.lost
-        known = not read([lost])[0]
-        if not known:
+        if isinstance(lost, Tensor) and not free_to_read(lost.device) and not iteration.task.checks:
+            slope = torch.where(lost.to(slope.device), math.nan, slope)  # with which nothing is compared
+        elif read([lost])[0]:
             iteration.gradients.found_lost()
-        return Expected(slope if known else None, iteration.loss.mean, iteration.interacting, iteration.all_of_loss())
+            return Expected(None, iteration.loss.mean, iteration.interacting, iteration.all_of_loss())
+        return Expected(slope, iteration.loss.mean, iteration.interacting, iteration.all_of_loss())
 
     # ---------------------------------------------------------------- resume
 

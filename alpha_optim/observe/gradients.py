@@ -73,12 +73,14 @@ class Habits:
         asked: Whether a device was asked for that once.
         behind: Whether they are written to in ways of which their versions tell nothing (``.data``); None before a
             device was asked for that once.
+        steps_alter: Whether an optimizer does so; likewise.
     """
 
     compare_norms: bool = False
     keep_copies: bool = False
     asked: bool = False
     behind: bool | None = None
+    steps_alter: bool | None = None
 
 
 class _Seen(NamedTuple):
@@ -112,6 +114,7 @@ class Gradients:
         self._params: dict[int, Tensor] = {}  # that got a gradient, by id; `GradientHooks` writes it
         self._seen: list[_Seen] = []
         self._left: _Left | None = None
+        self._taken: tuple[LossGradients, Views, Tensor] | None = None  # what the step is given, some elements of it
 
     def forget(self) -> None:
         """Forget the gradients seen so far: they were thrown away."""
@@ -166,8 +169,8 @@ class Gradients:
         return bool(self._params)
 
     def of_loss(self, params: Sequence[Tensor]) -> LossGradients:
-        """Gradients as the backward passes left them, in the order of ``params``."""
-        left = self._left
+        """Gradients as the backward passes left them, in the order of ``params``; called before the step."""
+        left, self._taken = self._left, None
         if left is None:  # set by hand, or no gradient at all
             return LossGradients([param.grad for param in params], None, False)
         if left.copies is not None:
@@ -178,10 +181,29 @@ class Gradients:
         written = any(seen.gradient._version != seen.version for seen in self._seen)
         views = left.views if left.views.lasting else Views([seen.gradient for seen in self._seen])
         now = views.now()
+        found = self._compared(tensors, now, left, written, params[0].device)
+        self._taken = (found, views, now) if views.lasting else None
+        return found
+
+    def altered_by_step(self, gradients: LossGradients) -> Truth:
+        """Whether the step has written to the gradients it was given, behind their versions (``.data``)."""
+        if self._taken is None or self._taken[0] is not gradients:
+            return False
+        _, views, before = self._taken
+        altered = differ(views.now(), before)
+        if isinstance(altered, Tensor) and self._habits.steps_alter is None:  # a device is asked once
+            self._habits.steps_alter = bool(altered)
+            return self._habits.steps_alter
+        return altered
+
+    def _compared(
+        self, tensors: list[Tensor | None], now: Tensor, left: _Left, written: bool, device: torch.device
+    ) -> LossGradients:
+        """What happened to the gradients between the backward pass and the step, from some elements of them."""
         if not written and now.is_cpu and torch.equal(now, left.elements):
             return LossGradients(tensors, None, False)
         if not written and not now.is_cpu and not self._habits.behind:
-            changed = torch.as_tensor(differ(now, left.elements), device=params[0].device)
+            changed = torch.as_tensor(differ(now, left.elements), device=device)
             if self._habits.behind is None:
                 self._habits.behind = bool(changed)
             if not self._habits.behind:  # finding a factor takes a dozen kernels
@@ -193,7 +215,6 @@ class Gradients:
             lost = lost | _otherwise(norms, left.norms, factor)
             surely = surely if left.norms is None else lost
         self._decide_on_copies(written, surely)
-        device = params[0].device
         return LossGradients(tensors, factor.to(device), lost.to(device))
 
     def _decide_on_copies(self, written: bool, lost: Tensor) -> None:

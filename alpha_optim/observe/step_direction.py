@@ -337,6 +337,12 @@ def same_tensors(first: Sequence[Tensor | None], second: Sequence[Tensor | None]
     return len(first) == len(second) and all(map(is_same, first, second))
 
 
+def is_of_torch(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is one of torch's own, which write to no gradient without counting its versions."""
+    parts = getattr(optimizer, "optimizers", (optimizer,))
+    return all(type(part).__module__.startswith("torch.optim.") for part in parts)
+
+
 def is_plain_sgd(optimizer: Optimizer) -> bool:
     """Whether a step is exactly -lr * gradient: SGD without momentum, weight decay or step hooks."""
     return (

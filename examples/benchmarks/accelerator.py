@@ -13,6 +13,7 @@ import gc
 import json
 import statistics
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -153,17 +154,24 @@ class Trained:
             self.optimizer._session.pairing.variances._counts = dict.fromkeys(("start", "end"), 99)
 
 
-def syncs(trained: Trained, steps: int = 60) -> tuple[float, list[str]]:
+def syncs(trained: Trained, steps: int = 60) -> tuple[float, dict[str, int]]:
     """How often a step waits for the device, and where."""
-    with warnings.catch_warnings(record=True) as caught:
+    found: dict[str, int] = {}
+
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        if "synchroniz" in str(message):
+            frames = [frame for frame in traceback.extract_stack() if "alpha_optim" in frame.filename]
+            place = " < ".join(f"{Path(frame.filename).stem}:{frame.lineno}" for frame in frames[:-4:-1]) or "elsewhere"
+            found[place] = found.get(place, 0) + 1
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = note  # type: ignore[assignment] # - put back by the context
         torch.cuda.set_sync_debug_mode("warn")
         for _ in range(steps):
             trained.step()
         torch.cuda.set_sync_debug_mode("default")
-    found = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
-    counts = {place: found.count(place) for place in sorted(set(found))}
-    return len(found) / steps, [f"{place} x{count}" for place, count in counts.items()]
+    return sum(found.values()) / steps, found
 
 
 def memory(case: Case, options: dict[str, Any] | None, device: str) -> tuple[float, float]:
@@ -229,6 +237,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--waits", action="store_true", help="say where steps wait for the device")
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--out", type=Path, default=RESULTS / "accelerator.jsonl")
     args = parser.parse_args()
@@ -245,9 +254,11 @@ def main() -> None:
             count, places = result["syncs"][variant]
             print(
                 f"    {variant:10} {result['ratio'][variant]:.3f}   memory {held:+.2f} P, peak {peak:+.2f} P   "
-                f"waits {count:.2f} {places[:5]} {result['information'][variant]}",
+                f"waits {count:.2f} {result['information'][variant]}",
                 flush=True,
             )
+            if args.waits:
+                print("".join(f"        {times:4} {place}\n" for place, times in places.items()), end="")
 
 
 if __name__ == "__main__":
