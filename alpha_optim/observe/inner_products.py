@@ -308,6 +308,9 @@ def total(values: Sequence[Number | None], device: torch.device, *factors: Seque
         for each in factors:
             numbers = [number * factor for number, factor in zip(numbers, read(each), strict=True)]
         return torch.tensor(sum(numbers), dtype=torch.float64)
+    if len(values) == 1 and isinstance(values[0], Tensor) and not any(isinstance(each[0], Tensor) for each in factors):
+        factor = math.prod(each[0] for each in factors)  # a kernel less for each of them
+        return (values[0].to(device).double() * factor) if factor != 1.0 else values[0].to(device).double()
     together = stacked([None if value is None else torch.as_tensor(value) for value in values], device)
     for each in factors:
         together = scaled(together, each)

@@ -24,18 +24,25 @@ _REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @lru_cache(maxsize=4096)
-def layout(elements: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides of what is looked at; runs start in different columns, whatever the shape."""
+def layout(elements: int, runs: bool = True) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of what is looked at; runs start in different columns, whatever the shape.
+
+    Args:
+        elements: Elements of the tensor.
+        runs: Whether neighbours are looked at together; of an accelerator one vector for each tensor is put into one
+            with the others by one kernel, which takes longer to start than to read.
+    """
     if elements <= BLOCKS * RUN:
         return (elements,), (1,)
-    stride = (elements - RUN) // (BLOCKS - 1)
+    blocks, length = (BLOCKS, RUN) if runs else (BLOCKS * RUN, 1)
+    stride = (elements - length) // (blocks - 1)
     while math.gcd(stride, elements) != 1:
         stride -= 1
-    return (BLOCKS, RUN), (stride, 1)
+    return ((BLOCKS, RUN), (stride, 1)) if runs else ((blocks,), (stride,))
 
 
 def view_of(tensor: Tensor) -> Tensor:
-    """Some elements of a tensor; a view, except of tensors with gaps ``[blocks, run]`` or ``[n]``."""
+    """Some elements of a tensor; a view, except of tensors with gaps; ``[blocks, run]`` on the CPU, or ``[n]``."""
     values = local(tensor)
     values = values.detach() if values.requires_grad else values
     if values.is_sparse:
@@ -46,7 +53,7 @@ def view_of(tensor: Tensor) -> Tensor:
         values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
     ):
         values = values.flatten()
-    return values.as_strided(*layout(values.numel()))
+    return values.as_strided(*layout(values.numel(), values.is_cpu))
 
 
 def stays_view(tensor: Tensor) -> bool:
@@ -72,7 +79,7 @@ class Views:
         kinds = set()
         for tensor in tensors:
             if type(tensor) in _USUAL and tensor.dtype in _REAL and tensor.is_contiguous():  # in a third of the time
-                shape, strides = layout(tensor.numel())
+                shape, strides = layout(tensor.numel(), tensor.is_cpu)
                 view = tensor.detach().as_strided(shape, strides)
             else:
                 view = view_of(tensor)

@@ -35,7 +35,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from alpha_optim.observe.backward_passes import BackwardPass, loss_weight, scale_of, total_samples
 from alpha_optim.observe.hooks import inside_functorch, map_tensors, tensors_in
-from alpha_optim.observe.inner_products import at_least_float32
+from alpha_optim.observe.inner_products import TOGETHER, at_least_float32
 from alpha_optim.observe.model_calls import ModelCall, innermost
 from alpha_optim.observe.model_inputs import CannotCutError, cut, cut_rows, folded
 from alpha_optim.observe.numbers import read
@@ -429,7 +429,7 @@ class ForwardMode:
                 raise CannotDifferentiateError(
                     INTERACT if chosen is not None else "the model gives another output when it is called again"
                 )
-            rows = folded(gradient.double() * tangent.double(), samples, self._sample_dim)
+            rows = _contracted(gradient, tangent, samples, self._sample_dim)
             if rows is None:
                 raise CannotDifferentiateError(
                     f"an output of shape {list(call.shapes[place])} that the loss depends on has no rows of samples"
@@ -632,6 +632,15 @@ def _random_numbers(call: ModelCall, replay: bool, seed: int | None) -> Abstract
     if not call.drew:  # the generators are those of all threads
         return nullcontext()
     return call.random.replayed() if replay else untouched(call.random.own, seed)
+
+
+def _contracted(gradient: Tensor, tangent: Tensor, samples: int, sample_dim: int) -> Tensor | None:
+    """Inner products of two tensors over what belongs to each sample ``[N]``; None if samples do not fit."""
+    if gradient.numel() <= TOGETHER or sample_dim != 0 or gradient.shape[0] % max(1, samples):
+        return folded(gradient.double() * tangent.double(), samples, sample_dim)
+    # Logits of a language model: in float64, and all at once, they would take more memory than training does.
+    pairs = zip(gradient.reshape(samples, -1), tangent.reshape(samples, -1), strict=True)
+    return torch.stack([(one.double() * other.double()).sum() for one, other in pairs])
 
 
 def _added(values: Sequence[Tensor]) -> Tensor:

@@ -42,6 +42,7 @@ class Reading(NamedTuple):
     can_return: bool = True
 
 
+_USUAL = (Tensor, nn.Parameter)
 UNSEEN = Reading(None, None, 0)
 UNSEEN_LOSS = BatchLoss(None, None, 0)
 
@@ -139,8 +140,10 @@ class Readings:
         self._finite = None if state is None else list(map(bool, state))
 
 
-def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
     """The norm of each tensor ``[]``, in a type wide enough."""
+    if all(type(t) in _USUAL and t.dtype is torch.float32 and t.layout is torch.strided for t in tensors):
+        return list(torch._foreach_norm(tensors))  # nearly always, in a third of the time
     plain = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in map(local, tensors)]
     plain = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in plain]
     narrow = [t.dtype in (torch.float16, torch.bfloat16) for t in plain]
@@ -155,7 +158,7 @@ def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _together(norms: list[Tensor], *others: Any) -> tuple[Any, ...]:
     """Fetch norms and other numbers; in one transfer where they lie on one device."""
     first = norms[0]
-    if any(norm.dtype is not first.dtype or norm.get_device() != first.get_device() for norm in norms):
+    if len({(norm.dtype, norm.get_device()) for norm in norms}) > 1:
         values = read([*norms, *others])
         return values[: len(norms)], *values[len(norms) :]
     stacked = torch.stack(norms)

@@ -96,8 +96,8 @@ CASES = {
     "ViT, AdamW, batch 256": Case(MODELS["ViT"].build, images(256, 10, 3, 32, 32), adamw, exact=True),
     "GPT 10 M, AdamW, batch 32": Case(GPT, tokens(32, 128, 8192), adamw, exact=True),
     "GPT 10 M, fused AdamW, batch 64, bf16": Case(GPT, tokens(64, 128, 8192), fused, autocast=True, exact=True),
-    "GPT 124 M, fused AdamW, batch 16, bf16": Case(
-        lambda: GPT(50304, 1024, 768, 12, 12), tokens(16, 1024, 50304), fused, autocast=True
+    "GPT 124 M, fused AdamW, batch 32, bf16": Case(
+        lambda: GPT(50304, 1024, 768, 12, 12), tokens(32, 1024, 50304), fused, autocast=True
     ),
 }
 

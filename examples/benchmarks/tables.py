@@ -9,13 +9,16 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def load(name: str) -> list[dict[str, Any]]:
+KEYS = ("data", "model", "optimizer", "base", "batch", "variant")
+"""What makes a case, where nothing else is said."""
+
+
+def load(name: str, keys: tuple[str, ...] = KEYS) -> list[dict[str, Any]]:
     """Read a file of raw results; of several of one case the last counts."""
     path = RESULTS / name
     if not path.exists():
         return []
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    keys = ("data", "model", "optimizer", "base", "batch", "variant")
     return list({tuple(str(row.get(key)) for key in keys): row for row in rows}.values())
 
 
