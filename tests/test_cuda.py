@@ -30,8 +30,9 @@ OPTIMIZERS = {
 
 
 class Attention(nn.Module):
-    def __init__(self, width=32, dropout=0.0):
+    def __init__(self, width=32, dropout=0.0, fused_dropout=0.0):
         super().__init__()
+        self.fused_dropout = fused_dropout
         self.embedding, self.positions = nn.Embedding(VOCABULARY, width), nn.Parameter(torch.zeros(LENGTH, width))
         self.qkv, self.out, self.norm = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.LayerNorm(width)
         self.head, self.dropout = nn.Linear(width, VOCABULARY), nn.Dropout(dropout)
@@ -39,8 +40,21 @@ class Attention(nn.Module):
     def forward(self, x):
         h = self.dropout(self.embedding(x) + self.positions)
         q, k, v = self.qkv(self.norm(h)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
-        h = h + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.fused_dropout, is_causal=True)
+        h = h + self.out(mixed.transpose(1, 2).flatten(2))
         return self.head(self.dropout(h)).transpose(1, 2)
+
+
+class Recurrent(nn.Module):
+    """cuDNN's layer returns a state that nobody uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.cell = nn.Embedding(VOCABULARY, 16), nn.LSTM(16, 32, batch_first=True)
+        self.head = nn.Linear(32, VOCABULARY)
+
+    def forward(self, x):
+        return self.head(self.cell(self.embedding(x))[0]).transpose(1, 2)
 
 
 class Pooled(nn.Module):
@@ -58,13 +72,15 @@ MODELS = {
     "cnn": Pooled,
     "attention": Attention,
     "dropout": lambda: Attention(dropout=0.2),
+    "fused dropout": lambda: Attention(fused_dropout=0.2),
+    "lstm": Recurrent,
 }
 
 
 def batch(name, k, size=N):
     """The same batch on every machine."""
     generator = torch.Generator().manual_seed(k)
-    if name in ("attention", "dropout"):
+    if name in ("attention", "dropout", "fused dropout", "lstm"):
         x = torch.randint(0, VOCABULARY, (size, LENGTH), generator=generator)
         return x.to(DEVICE), x.roll(-1, 1).to(DEVICE)
     x = torch.randn(size, *((20,) if name == "mlp" else (1, 8, 8)), generator=generator)
@@ -226,7 +242,7 @@ def test_alpha_is_that_of_one_backward_pass_per_sample(name, kind):
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "adamw, fused"])
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"lstm"}))  # cuDNN's, in 16 bits, is repeated too coarsely
 def test_autocast_with_a_gradient_scaler(name, precision, kind):
     def run(wrapped):
         model, loss_fn = make(name)
@@ -335,7 +351,7 @@ def test_a_range_test_leaves_everything_as_it_was():
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     random = torch.cuda.get_rng_state()
     found = find_lr(model, optimizer, [batch("dropout", k) for k in range(100)], loss_fn)
-    assert found.steps > 20
+    assert len(found.history) > 20
     assert equal_states(before, (model.state_dict(), optimizer.state_dict()))
     assert torch.equal(random, torch.cuda.get_rng_state())
 

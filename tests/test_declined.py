@@ -470,3 +470,37 @@ def test_a_model_with_a_compiled_child():
             guided.step()
     assert {m.information for m in guided.alpha_history} == {"full"}
     torch._dynamo.reset()
+
+
+class SplitOutput(nn.Module):
+    """Returns two outputs of one function."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 6, 6))
+
+    def forward(self, x):
+        return torch.einsum("ni,kij->nkj", x, self.weight).unbind(1)
+
+
+class UsesOne(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.split, self.head = SplitOutput(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.split(x)[0].tanh())
+
+
+@pytest.mark.parametrize("backend", ["auto", "layerwise", "cached"])
+def test_an_output_that_nobody_uses_of_a_function_with_several(backend):
+    """Torch calls hooks on it with None; so it does for the state that cuDNN's recurrent layers return."""
+    torch.manual_seed(0)
+    model, loss_fn = UsesOne(), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.AdamW(model.parameters()), model, loss_fn, backend=backend, variance="exact")
+    for _ in range(5):
+        guided.zero_grad()
+        loss_fn(model(torch.randn(12, 6)), torch.randint(0, 3, (12,))).backward()
+        guided.step()
+    assert {m.information for m in guided.alpha_history} == {"full"}
+    assert guided.alpha_history.dropped == {}

@@ -15,7 +15,7 @@ from alpha_optim.measure.refresh import Role
 from alpha_optim.measure.step_ends import BatchLoss, PendingStart, batch_loss
 from alpha_optim.observe.backward_passes import BackwardPasses, LossCall
 from alpha_optim.observe.gradients import Gradients, LossGradients
-from alpha_optim.observe.hooks import harmless, ours, tensors_in, weakly
+from alpha_optim.observe.hooks import of_gradient, ours, tensors_in, weakly
 from alpha_optim.observe.losses import matches_loss
 from alpha_optim.observe.memory import sparing
 from alpha_optim.observe.model_calls import ModelCall
@@ -190,7 +190,7 @@ class Iteration:
             if not passes.muted:
                 passes.anchor(replace(call, gamma=gradient.detach()))
 
-        loss.register_hook(harmless(start, passes.failed))
+        loss.register_hook(of_gradient(start, passes.failed))
 
     def output_reached(self, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor) -> None:
         """A backward pass has reached an output of the model."""

@@ -54,6 +54,19 @@ def harmless(call: Callable[..., Any], failed: Failed) -> Callable[..., Any]:
     return run
 
 
+def of_gradient(call: Callable[[Tensor], Any], failed: Failed) -> Callable[[Tensor | None], Any]:
+    """A hook on a tensor for `Tensor.register_hook`, called with the gradient that reaches the tensor; see `harmless`.
+
+    Torch calls it with None, too: for an output that nobody used of a function with several, `unbind` or cuDNN's LSTM.
+    """
+    guarded = harmless(call, failed)
+
+    def run(gradient: Tensor | None) -> Any:
+        return None if gradient is None else guarded(gradient)
+
+    return run
+
+
 class Hook:
     """A forward hook bound to one module.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses, LossCall
-from alpha_optim.observe.hooks import Hook, harmless, weakly
+from alpha_optim.observe.hooks import Hook, of_gradient, weakly
 from alpha_optim.observe.inner_products import at_least_float32
 from alpha_optim.observe.model_calls import ModelCall
 from alpha_optim.observe.model_inputs import fits, folded
@@ -98,7 +98,7 @@ class LossHooks:
 
     def _on_backward(self, loss: Tensor, call: Callable[[Tensor], None]) -> None:
         """Call a function with the gradient that reaches a loss."""
-        loss.register_hook(harmless(call, self._failed))
+        loss.register_hook(of_gradient(call, self._failed))
 
     # ---------------------------------------------------------------- losses handed over, or of reduction "none"
 

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from alpha_optim.observe.hooks import Hook, harmless, inside_functorch, map_tensors, tensors_in, versions_of
+from alpha_optim.observe.hooks import (
+    Hook,
+    harmless,
+    inside_functorch,
+    map_tensors,
+    of_gradient,
+    tensors_in,
+    versions_of,
+)
 from alpha_optim.observe.model_inputs import detached, samples_of
 from alpha_optim.observe.random_state import RandomState
 
@@ -305,7 +313,7 @@ def _arrival(hooks: ModelHooks, samples: int | None, call: ModelCall | None, pla
     def arrived(gradient: Tensor) -> None:
         hooks.arrived(samples, call, place, gradient)
 
-    return harmless(arrived, hooks._failed)
+    return of_gradient(arrived, hooks._failed)
 
 
 def _register_first(tensor: Tensor, hook: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from alpha_optim.observe.hooks import Failed, Hook, harmless, map_tensors, tensors_in, versions_of
+from alpha_optim.observe.hooks import Failed, Hook, map_tensors, of_gradient, tensors_in, versions_of
 
 UNITS: tuple[type[nn.Module], ...] = (nn.MultiheadAttention,)
 """Modules that use parameters of their children without calling them; treated as one layer."""
@@ -229,7 +229,7 @@ class LayerHooks:
                             )
                         )
 
-                tensor.register_hook(harmless(arrived, self._failed))
+                tensor.register_hook(of_gradient(arrived, self._failed))
 
     def _report(self, call: LayerCall) -> None:
         self._muted = True  # recomputing a layer calls modules that may carry our hooks

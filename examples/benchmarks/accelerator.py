@@ -27,9 +27,9 @@ from examples.benchmarks.cost import Calibrated
 from examples.benchmarks.models import GPT, MODELS, Residual
 from examples.benchmarks.tables import RESULTS
 
-SECONDS = 0.3
+SECONDS = 0.2
 """How long a block of plain steps takes."""
-ROUNDS = 8
+ROUNDS = 6
 WARM = 30
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},

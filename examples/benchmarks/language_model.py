@@ -32,7 +32,6 @@ MOST = 8_000_000
 """Characters that are read."""
 CHOSEN = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 STEERED = (1e-6, 1e-3, 10.0)
-AT_ONCE = 4
 KEYS = ("lr", "steered", "steps", "seed", "device")
 
 
@@ -102,6 +101,7 @@ def compared(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", action="store_true", help="all of them, each in a process of its own")
+    parser.add_argument("--at-once", type=int, default=1, help="runs that share the GPU")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--steered", action="store_true")
     parser.add_argument("--steps", type=int, default=2000)
@@ -120,7 +120,7 @@ def main() -> None:
         done = subprocess.run(command + ["--steered"] * case[1], capture_output=True, text=True, check=False)
         return done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr[-2000:]
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(args.at_once) as pool:
         for line in pool.map(run, wanted):
             print(line, flush=True)
             if line.startswith("{"):
