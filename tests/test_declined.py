@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from alpha_optim import AlphaGuided
+from alpha_optim.slopes import forward_mode
 from tests.test_transparency import equal_states
 from tests.today import GPT, Experts, Recurrent, T, V
 
@@ -504,3 +505,14 @@ def test_an_output_that_nobody_uses_of_a_function_with_several(backend):
         guided.step()
     assert {m.information for m in guided.alpha_history} == {"full"}
     assert guided.alpha_history.dropped == {}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_declined_in_tf32(name, monkeypatch):
+    """Rounding is allowed for where a GPU's products are coarser; samples that interact are noticed all the same."""
+    monkeypatch.setattr(forward_mode, "in_tf32", lambda model: True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, guided, _ = train(name, True, 40, torch.optim.SGD)
+    assert [warning for warning in caught if CASES[name][3] in str(warning.message)]
+    assert {m.information for m in guided.alpha_history} == {"slopes"}

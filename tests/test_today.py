@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from alpha_optim import AlphaGuided
+from alpha_optim.observe import random_state
 from alpha_optim.slopes import forward_mode
 from tests.reference.losses_of_samples import observe
 from tests.test_transparency import equal_states
@@ -80,3 +81,18 @@ def test_large_outputs_are_contracted_a_sample_at_a_time(name, monkeypatch):
         _, guided, _ = train(case, True, 5, torch.float64)
         found.append([(m.slope_variance_start, m.slope_variance_end) for m in guided.alpha_history])
     assert found[0] == [pytest.approx(pair, rel=1e-10) for pair in found[1]]
+
+
+@pytest.mark.parametrize("name", ["gpt, dropout", "gpt, dropout, 24 samples"])
+def test_dropout_that_cannot_be_repeated(name, monkeypatch):
+    """A GPU's fused attention drops other units than its plain kernels do with the same random numbers."""
+
+    def others(call, replay, seed):
+        return random_state.untouched(call.random.own, 1000 + (seed or 0))
+
+    monkeypatch.setattr(forward_mode, "_random_numbers", others)
+    with pytest.warns(UserWarning, match="another run of the model does not repeat it"):
+        train(CASES[name], True, 12)
+    monkeypatch.setattr(forward_mode.ForwardMode, "_draws_otherwise", lambda *_: True)
+    _, guided, _ = train(CASES[name], True, 12)
+    assert {m.information for m in guided.alpha_history} == {"full"}

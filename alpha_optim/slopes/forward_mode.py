@@ -44,11 +44,11 @@ from alpha_optim.slopes.base import SAMPLES, Expected, Names, SampleSlopes
 from alpha_optim.slopes.inner_losses import SeesLosses
 from alpha_optim.slopes.isolation import PROCESS_WIDE, as_in_its_call
 
-TOLERANCE, TOLERANCE_HALF = 1e-4, 3e-2
-"""Deviation of a mean over samples from what is known, relative to it or to its standard error; in 16 bits."""
+TOLERANCE, TOLERANCE_TF32, TOLERANCE_HALF = 1e-4, 3e-3, 3e-2
+"""Deviation of a mean over samples from what is known, relative to it or to its standard error; in TF32; in 16 bits."""
 CHANCE = 5.0
 """Standard errors within which two means with other dropout lie: a false alarm is one in a million."""
-APART, APART_HALF = 1e-3, 5e-2
+APART, APART_TF32, APART_HALF = 1e-3, 1e-2, 5e-2
 """Deviation of a sample by itself from the same sample in its batch, relative to the largest sample."""
 CHECK_AGAIN = 16
 """So many refreshes lie between two checks; a check costs about four of them."""
@@ -145,7 +145,7 @@ class ForwardMode:
         self._whole = exact
         self._sums = False  # whether a loss that the model returns is a sum, of which some samples have a share
         self._way = 0  # which of `_WAYS` works
-        self.half = False  # whether the model computes in 16 bits or in TF32, as far as was seen
+        self.half = False  # whether the model computes in 16 bits, as far as was seen
         self._drew = False  # whether its last call drew random numbers
         self._signature: str | None = None
         self._refreshes = 0
@@ -200,7 +200,6 @@ class ForwardMode:
         if not passes:
             raise CannotDifferentiateError("no backward pass", passing=True)
         groups = [_calls_of(entry) for entry in passes]
-        self.half = self.half or in_tf32(innermost(self.model))
         if self.half or any(calls.half for calls in groups):
             line = line.as_long_as_the_point()
         signature = self._signature_of(groups)
@@ -244,7 +243,8 @@ class ForwardMode:
         together = torch.cat([part.to(parts[0].device) for part in parts])
         single = [loss for loss in losses if loss is not None]
         known = torch.cat(single) if single and len(single) == len(losses) else None
-        return SampleSlopes(together, len(together) == total, known)
+        complete = len(together) == total and not self._draws_otherwise(groups)
+        return SampleSlopes(together, complete, known)
 
     def _checked(
         self, passes: Sequence[BackwardPass], groups: Sequence[_Calls], line: Line, expected: Expected
@@ -264,11 +264,15 @@ class ForwardMode:
         if self._others_moved(groups, line) or not _true(torch.isfinite(every.values).all()):
             self._signature = None  # nothing can be compared: check the next time
             return every
-        tolerance = TOLERANCE_HALF if half else TOLERANCE
+        tolerance, apart = TOLERANCE, APART
+        if half:
+            tolerance, apart = TOLERANCE_HALF, APART_HALF
+        elif in_tf32(innermost(self.model)):
+            tolerance, apart = TOLERANCE_TF32, APART_TF32
         mean, deviation = every.values.mean(), every.values.std()
         error = deviation / max(1, len(every.values)) ** 0.5
         by_chance = CHANCE * error if self._draws_otherwise(groups) else 0.0 * error
-        if half:  # rounding of the user's own pass, which is the same for all samples
+        if tolerance != TOLERANCE:  # rounding of the user's own pass, which is the same for all samples
             error = every.values.abs().mean()
         if expected.slope is not None:
             slope = expected.slope.to(mean.device)
@@ -284,7 +288,7 @@ class ForwardMode:
             if _true(far):
                 raise CannotDifferentiateError(OTHER_TERMS)
         if not mixes_samples(innermost(self.model)):
-            self._compare_some(passes, groups, line, APART_HALF if half else APART)
+            self._compare_some(passes, groups, line, apart)
         return every
 
     def _draws_otherwise(self, groups: Sequence[_Calls]) -> bool:
@@ -677,7 +681,7 @@ def _true(value: Tensor) -> bool:
 
 
 def in_tf32(module: nn.Module) -> bool:
-    """Whether products of float32 are formed in TF32, which rounds like float16: cuDNN's are, unless one says no."""
+    """Whether products of float32 are formed in TF32, which rounds to 10 bits: cuDNN's are, unless one says no."""
     if not any(param.is_cuda and param.dtype is torch.float32 for param in module.parameters()):
         return False
     try:
