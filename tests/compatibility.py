@@ -21,9 +21,10 @@ AREAS = [
     "Resume",
     "Process",
     "find_lr",
+    "GPU",
 ]
 UNTESTED = [
-    ("GPU", "CUDA and other accelerators, capturable and fused optimizers there, CUDA graphs"),
+    ("GPU", "several GPUs, accelerators other than CUDA's; recurrent layers under autocast (slopes only)"),
     ("Distributed", "NCCL, FSDP1, pipeline parallelism, expert parallelism, `torch.compile` around DDP"),
     ("Models", "ScriptModules (torch cannot hook them)"),
     ("Frameworks", "DeepSpeed, Fabric, Ignite, Keras"),
@@ -52,8 +53,8 @@ HEAD = """# What it works with
 Written by `python -m tests.compatibility` from the marks on the tests; each row names the test that shows it.
 *supported*: works as without alpha, and alpha is measured or the reason why not is said. *refused*: an error
 that says what to do instead. Shown on a CPU with torch 2.13, Lightning 2.6, Accelerate 1.15 and
-Transformers 5.24; with torch 2.6, the oldest that is supported, the same tests pass but for what that has not (Muon;
-`fully_shard` on CPUs, which are skipped).
+Transformers 5.24, the rows of a GPU on one H100 with torch 2.11; with torch 2.6, the oldest that is supported, the same
+tests pass but for what that has not (Muon; `fully_shard` on CPUs, which are skipped).
 
 | | what | | test |
 |---|---|---|---|

@@ -135,6 +135,9 @@ def waits(run):
     return sum("synchroniz" in str(entry.message) for entry in caught)
 
 
+@pytest.mark.compatibility(
+    "GPU", "no step waits for the GPU but for the guard, once; fused, capturable and foreach optimizers"
+)
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("steered", [False, True])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -199,6 +202,10 @@ def test_between_steps_there_is_one_more_copy_of_the_parameters(kind):
         gc.enable()
 
 
+@pytest.mark.compatibility(
+    "GPU",
+    "CUDA: parameters, buffers and random numbers bit for bit; dropout, fused attention, cuDNN's recurrent layers",
+)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_is_bit_for_bit_that_of_the_bare_optimizer(name, kind):
@@ -240,6 +247,7 @@ def test_alpha_is_that_of_one_backward_pass_per_sample(name, kind):
             assert getattr(m, quantity) == pytest.approx(row[quantity], rel=1e-8, abs=1e-10), quantity
 
 
+@pytest.mark.compatibility("GPU", "autocast in bf16 and fp16 with a GradScaler")
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "adamw, fused"])
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"lstm"}))  # cuDNN's, in 16 bits, is repeated too coarsely
@@ -260,6 +268,7 @@ def test_autocast_with_a_gradient_scaler(name, precision, kind):
     assert {m.information for m in optimizer.alpha_history} == {"full"}
 
 
+@pytest.mark.compatibility("GPU", "checkpoints, loaded with map_location")
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "adamw, capturable"])
 def test_a_run_goes_on_bit_for_bit_from_a_checkpoint_that_was_moved_to_the_cpu(kind, tmp_path):
     def build():
@@ -282,6 +291,7 @@ def test_a_run_goes_on_bit_for_bit_from_a_checkpoint_that_was_moved_to_the_cpu(k
     assert [m.alpha for m in guided.alpha_history][-30:] == [m.alpha for m in other.alpha_history][-30:]
 
 
+@pytest.mark.compatibility("GPU", "the guard, with its points on the GPU or on the CPU")
 @pytest.mark.parametrize("place", [True, "cpu"])
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "adamw, capturable"])
 def test_the_guard_skips_takes_back_and_keeps_points_where_it_is_told_to(kind, place):
@@ -374,6 +384,7 @@ def test_a_model_that_was_moved_after_the_optimizer_was_wrapped():
     assert {m.information for m in optimizer.alpha_history} == {"full"}
 
 
+@pytest.mark.compatibility("GPU", "parameters on two devices")
 def test_a_model_on_two_devices():
     class Spread(nn.Module):
         def __init__(self):
@@ -406,6 +417,7 @@ def test_a_model_on_two_devices():
     assert {m.information for m in optimizer.alpha_history} == {"full"}
 
 
+@pytest.mark.compatibility("GPU", "CUDA graphs: a captured step is made and not measured, which is said")
 def test_a_step_that_is_captured_into_a_graph_is_made_and_not_looked_at():
     def run(wrapped):
         model, loss_fn = make("mlp")
@@ -455,6 +467,7 @@ def test_graphed_callables_keep_their_slopes():
     assert all(math.isfinite(m.alpha) for m in guided.alpha_history)
 
 
+@pytest.mark.compatibility("GPU", "torch.compile with Inductor, mode='reduce-overhead' too")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_model(mode):
     def run(wrapped):

@@ -17,8 +17,8 @@ HEAD = """# What alpha costs, and what it gives
 
 Written by `python -m examples.benchmarks.report` from the raw results in `examples/benchmarks/results/` (torch
 {torch}, {cpu}, one thread). `python -m examples.benchmarks.cost --all` measures every case of cost and memory and
-writes this page; `--models`, `--optimizers`, `--batch`, `--references` pick some for the screen. No GPU was at
-hand: the same table there was not run.
+writes this page; `--models`, `--optimizers`, `--batch`, `--references` pick some for the screen. On a GPU another table is
+made, see below.
 
 Time of a training step as a multiple of the plain step; every kind of step (measured, with variances anew, not
 measured) is timed beside plain ones in one process, and the medians are put together by how often each kind comes.
@@ -104,6 +104,38 @@ def memory_table(rows: list[dict[str, Any]]) -> str:
     return table(header, cells)
 
 
+ON_A_GPU = """
+## On a GPU
+
+`python -m examples.benchmarks.accelerator` measures what a training loop sees that reads nothing: blocks of steps of
+every variant in turn, each timed from one synchronisation to the next. {device}, torch {torch}, one process on a
+virtual machine whose processor takes 10 microseconds to start a kernel, twice of what is usual; so even the step of
+the largest model here waits for the processor more than for the GPU. In brackets how often a step waits for the device:
+never between two refreshes of the variances, once where the guard judges. The rows marked * are older than the last
+savings.
+
+Beside the kernels there is Python: about a millisecond on this machine for a small model, 4 for the 148 tensors of the
+large one. A step of a millisecond or two therefore doubles with alpha of every step; `every=10` is for those, and for
+training that waits for the processor. What the guard costs is that the processor cannot run ahead of the GPU:
+the step is made once its gradients are known to be finite.
+
+"""
+
+
+def gpu_table(rows: list[dict[str, Any]]) -> str:
+    """Ratios and waits on an accelerator, and memory."""
+    names = ("default", "gradients", "every=10", "steered", "guard", "exact")
+    cells = []
+    for row in rows:
+        ratios = [
+            f"{row['ratio'][name]:.2f} ({row['waits'][name]:.1f})" if name in row["ratio"] else "" for name in names
+        ]
+        held = " / ".join(f"{row['memory'][name][0]:.2f}" for name in ("default", "guard") if name in row["memory"])
+        mark = " *" if row.get("earlier") else ""
+        cells.append([row["case"] + mark, f"{row['plain_ms']:.3g} ms", *ratios, held])
+    return table(["", "plain", *names, "memory kept, default / guard"], cells)
+
+
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
     """Overheads on a log scale."""
     import matplotlib as mpl
@@ -152,6 +184,11 @@ def write() -> None:
         "(one), and as much again while variances are measured. Included are what the C library does not "
         "give back and, under SGD, 12 MB of imported BackPACK.\n\n" + memory_table(memory)
     )
+    gpu = load("accelerator.jsonl", ("case", "device"))
+    if gpu:
+        text = ON_A_GPU.format(device=gpu[-1]["device"], torch=gpu[-1]["torch"].split("+")[0])
+        note = "\nMemory that is kept between steps, beyond the plain run's, in multiples of the parameters.\n"
+        parts.append(text + gpu_table(gpu) + note)
     rates = rate_free.kept()
     if rates:
         parts.append(rate_report.section(rates, DOCS / "rates.png"))
