@@ -17,8 +17,8 @@ HEAD = """# What alpha costs, and what it gives
 
 Written by `python -m examples.benchmarks.report` from the raw results in `examples/benchmarks/results/` (torch
 {torch}, {cpu}, one thread). `python -m examples.benchmarks.cost --all` measures every case of cost and memory and
-writes this page; `--models`, `--optimizers`, `--batch`, `--references` pick some for the screen. On a GPU another table is
-made, see below.
+writes this page; `--models`, `--optimizers`, `--batch`, `--references` pick some for the screen. A GPU has a table of
+its own, below.
 
 Time of a training step as a multiple of the plain step; every kind of step (measured, with variances anew, not
 measured) is timed beside plain ones in one process, and the medians are put together by how often each kind comes.
