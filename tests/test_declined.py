@@ -145,7 +145,7 @@ CASES = {
 }
 
 
-def train(name, wrapped, samples, kind, **options):
+def train(name, wrapped, samples, kind, autocast=None, **options):
     build, loss_of, make, _ = CASES[name]
     torch.manual_seed(0)
     model, loss_fn, generator = build(), nn.CrossEntropyLoss(), torch.Generator().manual_seed(0)
@@ -159,7 +159,9 @@ def train(name, wrapped, samples, kind, **options):
     for _ in range(9):
         batch = make(samples, generator)
         optimizer.zero_grad()
-        loss_of(model, loss_fn, batch).backward()
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            loss = loss_of(model, loss_fn, batch)
+        loss.backward()
         before = [p.detach().clone() for p in model.parameters()]
         gradients = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
         optimizer.step()
@@ -514,5 +516,20 @@ def test_what_is_declined_in_tf32(name, monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _, guided, _ = train(name, True, 40, torch.optim.SGD)
+    assert [warning for warning in caught if CASES[name][3] in str(warning.message)]
+    assert {m.information for m in guided.alpha_history} == {"slopes"}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("samples", [N, 40])
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name != "balance of a router"]
+)  # torch runs it in no 16 bits
+def test_what_is_declined_under_autocast(name, precision, samples, kind):
+    """Rounding to 16 bits could hide that samples interact."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, guided, _ = train(name, True, samples, kind, torch.bfloat16)
     assert [warning for warning in caught if CASES[name][3] in str(warning.message)]
     assert {m.information for m in guided.alpha_history} == {"slopes"}

@@ -22,8 +22,8 @@ import importlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -147,6 +147,7 @@ class ForwardMode:
         self._way = 0  # which of `_WAYS` works
         self.half = False  # whether the model computes in 16 bits, as far as was seen
         self._drew = False  # whether its last call drew random numbers
+        self._ran_in_half = False  # whether it computed in 16 bits
         self._signature: str | None = None
         self._refreshes = 0
         self._seed = 0
@@ -264,11 +265,8 @@ class ForwardMode:
         if self._others_moved(groups, line) or not _true(torch.isfinite(every.values).all()):
             self._signature = None  # nothing can be compared: check the next time
             return every
-        tolerance, apart = TOLERANCE, APART
-        if half:
-            tolerance, apart = TOLERANCE_HALF, APART_HALF
-        elif in_tf32(innermost(self.model)):
-            tolerance, apart = TOLERANCE_TF32, APART_TF32
+        tf32 = in_tf32(innermost(self.model))
+        tolerance = TOLERANCE_HALF if half else TOLERANCE_TF32 if tf32 else TOLERANCE
         mean, deviation = every.values.mean(), every.values.std()
         error = deviation / max(1, len(every.values)) ** 0.5
         by_chance = CHANCE * error if self._draws_otherwise(groups) else 0.0 * error
@@ -288,7 +286,7 @@ class ForwardMode:
             if _true(far):
                 raise CannotDifferentiateError(OTHER_TERMS)
         if not mixes_samples(innermost(self.model)):
-            self._compare_some(passes, groups, line, apart)
+            self._compare_some(passes, groups, line, APART_TF32 if tf32 else APART)
         return every
 
     def _draws_otherwise(self, groups: Sequence[_Calls]) -> bool:
@@ -324,7 +322,7 @@ class ForwardMode:
         count = min(SAMPLES, samples // 2)
         chosen = (torch.arange(count) * samples) // count + (samples // count - 1)
         try:
-            some, drew = self._counted(entry, calls, line, chosen)
+            some, drew, calls = self._some_by_themselves(entry, calls, line, chosen)
         except CannotCutError:
             return  # always the whole batch
         except CannotDifferentiateError as error:
@@ -334,6 +332,7 @@ class ForwardMode:
         if drew:
             return  # other random numbers than those of dropout: some samples by themselves get others
         every, _ = self._counted(entry, calls, line, None)
+        tolerance = APART_HALF if self._ran_in_half else tolerance
         if every.ratio is not None and some.ratio is not None:
             share, of_ratio = count / samples, read([some.ratio / every.ratio])[0]
             if not math.isfinite(of_ratio):  # none of them counts: other samples tell, the next time
@@ -352,8 +351,23 @@ class ForwardMode:
             raise CannotDifferentiateError(INTERACT)
         self._whole = self._exact
 
+    def _some_by_themselves(
+        self, entry: BackwardPass, calls: _Calls, line: Line, chosen: Tensor
+    ) -> tuple[_Part, bool, _Calls]:
+        """Some samples without dropout, and without autocast if the model runs so: rounding hides what interacts.
+
+        Returns:
+            The part, whether random numbers were drawn for it all the same, and the calls as they were repeated.
+        """
+        if calls.half:
+            with suppress(CannotDifferentiateError):
+                without = calls.without_autocast()
+                return *self._counted(entry, without, line, chosen), without
+        return *self._counted(entry, calls, line, chosen), calls
+
     def _counted(self, entry: BackwardPass, calls: _Calls, line: Line, chosen: Tensor | None) -> tuple[_Part, bool]:
         """A part without dropout, and whether random numbers were drawn for it all the same."""
+        self._ran_in_half = False
         part = self._part(entry, calls, line, chosen, replay=False, without_dropout=True)
         return part, self._drew
 
@@ -517,7 +531,7 @@ class ForwardMode:
             held = {**{name: param.detach() for name, param in params.items()}, **held}
         with SeesLosses(without_dropout) as seen:
             output: Any = torch.func.functional_call(model, {**held, **values}, args, kwargs)
-        self.half = self.half or seen.half
+        self.half, self._ran_in_half = self.half or seen.half, self._ran_in_half or seen.half
         tensors = list(tensors_in(output))
         if not inner:
             if places and places[-1] >= len(tensors):
@@ -611,6 +625,13 @@ class _Calls:
         """Whether the calls have samples of their own, which belong to one loss of ``samples``."""
         counts = [call.samples or 0 for call, _ in self.items]
         return len(counts) > 1 and sum(counts) == samples
+
+    def without_autocast(self) -> _Calls:
+        """The same calls as if there had been no autocast."""
+        off = [
+            (replace(call, autocast=replace(call.autocast, enabled=False)), gradients) for call, gradients in self.items
+        ]
+        return _Calls(off)
 
     @property
     def half(self) -> bool:
