@@ -285,6 +285,16 @@ def test_events_of_the_guard_are_recorded(tmp_path):
     assert len(AlphaHistory.load(path)) == len(optimizer.alpha_history)
 
 
+def test_batches_skipped_for_one_reason_are_told_together(tmp_path):
+    path = tmp_path / "run.jsonl"
+    train(60, path, broken=(5, 9, 20, 31, 44))
+    lines = [line for line in told(Recording.read(path)) if "skipped" in line]
+    assert len(lines) == 2
+    assert lines[0].startswith("Iteration 5: ")
+    assert "4 more batches were skipped, since the loss is not finite" in lines[1]
+    assert len(Recording.read(path).events) == 5
+
+
 def test_what_was_told_before_a_resume_is_not_told_again(tmp_path):
     def build():
         torch.manual_seed(0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from alpha_optim.alpha.records import GuardEvent
+from alpha_optim.alpha.records import GuardEvent, GuardReason
 from alpha_optim.report.recording import Recording
 from alpha_optim.report.sampling import extremes
 
@@ -126,10 +127,7 @@ def told(recording: Recording) -> list[str]:
     if len(parts) > LONGEST:
         lines.append((parts[LONGEST].first, 0, f"... and {len(parts) - LONGEST} further turns of the learning rate."))
     lines += [(iteration, 1, f"Iteration {iteration}: {text}.") for iteration, text in recording.notes[:LONGEST]]
-    events = recording.events
-    lines += [(event.iteration, 2, _sentence(event)) for event in events[:LONGEST]]
-    if len(events) > LONGEST:
-        lines.append((events[LONGEST].iteration, 2, f"... and {len(events) - LONGEST} further events of the guard."))
+    lines += _of_guard(recording.events)
     lines.sort(key=lambda line: line[:2])  # those of one iteration and kind stay as they came
     story = [*_in_short(recording), *(text for _, _, text in lines)]
     if recording.dropped:
@@ -158,6 +156,30 @@ def _in_short(recording: Recording) -> list[str]:
     if "annealed" in begins:
         text += f", and was annealed from iteration {begins['annealed']:,} on"
     return [f"{text}. It is {after[-1]:.3g} at iteration {iterations[-1]:,}."]
+
+
+def _of_guard(events: Sequence[GuardEvent]) -> list[tuple[int, int, str]]:
+    """What the guard did; of many batches that it skipped for one reason, and nothing more, the first and how many."""
+    skipped: dict[str, list[int]] = {}
+    lines, told = [], 0
+    for event in events:
+        if event.skipped and not event.restored and event.scale_factor == 1.0:
+            alike = skipped.setdefault(event.reason, [])
+            alike.append(event.iteration)
+            if len(alike) > 1:
+                continue
+        told += 1
+        if told <= LONGEST:
+            lines.append((event.iteration, 2, _sentence(event)))
+        else:
+            lines[LONGEST:] = [(event.iteration, 2, f"... and {told - LONGEST} further events of the guard.")]
+    for reason, iterations in skipped.items():
+        count, first, last = len(iterations) - 1, iterations[1:2], iterations[-1]
+        if count:
+            batches = "1 more batch was" if count == 1 else f"{count:,} more batches were"
+            where = f"Iteration {last}" if count == 1 else f"Iterations {first[0]}–{last}"
+            lines.append((first[0], 2, f"{where}: {batches} skipped, since {GuardReason(reason).explanation}."))
+    return lines
 
 
 def _sentence(event: GuardEvent) -> str:
