@@ -34,13 +34,15 @@ def read(values: Sequence[Number | Truth | None]) -> list[Any]:
     """
     # tolist reads memory; item() would be counted (and on an accelerator wait) as a synchronisation.
     found: list[Any] = [value.tolist() if isinstance(value, Tensor) and value.is_cpu else value for value in values]
-    waiting: dict[torch.device, list[int]] = {}
+    waiting: dict[torch.device, dict[torch.dtype, list[int]]] = {}
     for place, value in enumerate(found):
         if isinstance(value, Tensor):
-            waiting.setdefault(value.device, []).append(place)
-    for places in waiting.values():
-        together = torch.stack([found[place].detach().double() for place in places]).tolist()
-        for place, value in zip(places, together, strict=True):
+            waiting.setdefault(value.device, {}).setdefault(value.dtype, []).append(place)
+    for kinds in waiting.values():
+        # Converted together: a kernel for each of thousands of measurements would take longer than reading them.
+        parts = [torch.stack([found[place].detach() for place in places]).double() for places in kinds.values()]
+        together = (parts[0] if len(parts) == 1 else torch.cat(parts)).tolist()
+        for place, value in zip((place for places in kinds.values() for place in places), together, strict=True):
             found[place] = value
     return found
 
