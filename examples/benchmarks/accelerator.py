@@ -16,118 +16,78 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from alpha_optim import AlphaGuided, AlphaScheduler
-from examples.benchmarks.cost import Calibrated
-from examples.benchmarks.models import GPT, MODELS, Residual
+from alpha_optim import AlphaGuided
+from examples.benchmarks import models
+from examples.benchmarks.cost import OURS, plain
+from examples.benchmarks.models import MODELS, OPTIMIZERS
 from examples.benchmarks.tables import RESULTS
 
 SECONDS = 0.2
 """How long a block of plain steps takes."""
 ROUNDS = 6
 WARM = 30
-VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "gradients": {"backend": "gradients"},
-    "every=10": {"every": 10},
-    "steered": {"every": None, "steered": True},
-    "guard": {"every": lambda n: False, "steered": True},
-    "exact": {"variance": "exact"},
-}
-Optimizers = Callable[[nn.Module], torch.optim.Optimizer]
+VARIANTS = {name: options for name, options in OURS.items() if name != "layerwise"}
 
 
 class Case(NamedTuple):
-    """Something to train."""
+    """Something to train.
 
-    build: Callable[[], nn.Module]
-    batch: Callable[[], tuple[Tensor, Tensor]]
-    optimizer: Optimizers
+    Attributes:
+        task: The model, and what goes in.
+        samples: Samples of a batch.
+        optimizer: The optimizer.
+        autocast: Whether it runs in bf16.
+        exact: Whether all samples are tried at every step, too.
+    """
+
+    task: models.Case
+    samples: int
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     autocast: bool = False
-    exact: bool = False
-
-
-def images(samples: int, classes: int, *shape: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    return lambda: (torch.randn(samples, *shape), torch.randint(0, classes, (samples,)))
-
-
-def tokens(samples: int, length: int, vocabulary: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    return lambda: (
-        torch.randint(0, vocabulary, (samples, length)),
-        torch.randint(0, vocabulary, (samples, length)),
-    )
-
-
-def resnet() -> nn.Module:
-    """The ResNet of the other table, four times as wide."""
-    return nn.Sequential(
-        nn.Conv2d(3, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
-        Residual(128, 128, 1), Residual(128, 256, 2), Residual(256, 512, 2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10),
-    )  # fmt: skip
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.01)
-
-
-def momentum(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-4)
+    exact: bool = True
 
 
 def fused(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
+WIDE = models.Case(lambda: models.resnet(128), (3, 32, 32), 10)
+LARGE = models.Case(lambda: models.GPT(50304, 1024, 768, 12, 12), (1024,), 50304, tokens=True)
 CASES = {
-    "MLP, SGD, batch 128": Case(MODELS["MLP"].build, images(128, 10, 784), sgd, exact=True),
-    "MLP, AdamW, batch 128": Case(MODELS["MLP"].build, images(128, 10, 784), adamw, exact=True),
-    "CNN, momentum, batch 128": Case(MODELS["CNN"].build, images(128, 10, 1, 28, 28), momentum, exact=True),
-    "ResNet (4x wide), momentum, batch 256": Case(resnet, images(256, 10, 3, 32, 32), momentum, exact=True),
-    "ViT, AdamW, batch 256": Case(MODELS["ViT"].build, images(256, 10, 3, 32, 32), adamw, exact=True),
-    "GPT 10 M, AdamW, batch 32": Case(GPT, tokens(32, 128, 8192), adamw, exact=True),
-    "GPT 10 M, fused AdamW, batch 64, bf16": Case(GPT, tokens(64, 128, 8192), fused, autocast=True, exact=True),
-    "GPT 124 M, fused AdamW, batch 16, bf16": Case(
-        lambda: GPT(50304, 1024, 768, 12, 12), tokens(16, 1024, 50304), fused, autocast=True
-    ),
+    "MLP, SGD, batch 128": Case(MODELS["MLP"], 128, OPTIMIZERS["SGD"]),
+    "MLP, AdamW, batch 128": Case(MODELS["MLP"], 128, OPTIMIZERS["AdamW"]),
+    "CNN, momentum, batch 128": Case(MODELS["CNN"], 128, OPTIMIZERS["momentum"]),
+    "ResNet (4x wide), momentum, batch 256": Case(WIDE, 256, OPTIMIZERS["momentum"]),
+    "ViT, AdamW, batch 256": Case(MODELS["ViT"], 256, OPTIMIZERS["AdamW"]),
+    "GPT 10 M, AdamW, batch 32": Case(MODELS["GPT"], 32, OPTIMIZERS["AdamW"]),
+    "GPT 10 M, fused AdamW, batch 64, bf16": Case(MODELS["GPT"], 64, fused, autocast=True),
+    "GPT 124 M, fused AdamW, batch 16, bf16": Case(LARGE, 16, fused, autocast=True, exact=False),
 }
 
 
 class Trained:
-    """A model in training, with its variant of the optimizer."""
+    """A model in training, with its variant of the optimizer; None: the plain one."""
 
     def __init__(self, case: Case, options: dict[str, Any] | None, device: str) -> None:
         torch.manual_seed(0)
-        self.model = case.build().to(device)
-        self.x, self.y = (t.to(device) for t in case.batch())
-        self.device, self.autocast = device, case.autocast
-        self.loss_fn, self.scheduler = nn.CrossEntropyLoss(), None
-        self.optimizer: Any = case.optimizer(self.model)
-        if options is not None:
-            options = dict(options)
-            steered = options.pop("steered", False)
-            self.optimizer = AlphaGuided(self.optimizer, self.model, self.loss_fn, **options)
-            if steered:
-                self.scheduler = AlphaScheduler(self.optimizer, Calibrated())
-
-    def step(self) -> None:
-        self.optimizer.zero_grad()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
-            output = self.model(self.x)
-            loss = self.loss_fn(output.flatten(0, self.y.dim() - 1), self.y.flatten())
-        loss.backward()
-        self.optimizer.step()
-        if self.scheduler is not None:
-            self.scheduler.step()
+        model = case.task.build().to(device)
+        x, y = (tensor.to(device) for tensor in case.task.batch(case.samples))
+        step = plain(
+            model,
+            case.optimizer(model),
+            case.autocast,
+            guided=options is not None,
+            **({} if options is None else options),
+        )
+        self.step = partial(step, x, y)
+        self.optimizer: Any = step.optimizer  # type: ignore[attr-defined] # - see `plain`
 
     def seconds(self, steps: int) -> float:
         """Time of some steps, from one synchronisation to the next."""
@@ -202,7 +162,7 @@ def measure(name: str, device: str, variants: list[str], long: float) -> dict[st
         "syncs": {},
     }
     result["torch"] = torch.__version__
-    size = 4.0 * sum(param.numel() for param in case.build().parameters())
+    size = 4.0 * sum(param.numel() for param in case.task.build().parameters())
     chosen: dict[str, Any] = {v: VARIANTS[v] for v in variants if v != "exact" or case.exact}
     memory(case, None, device)  # libraries take their work space
     held, most = memory(case, None, device)

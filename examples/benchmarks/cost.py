@@ -25,6 +25,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,8 @@ class Calibrated(Hold):
         return iteration % SPARSE == 0
 
 
-def plain(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Step:
-    """A training step; with options that of `AlphaGuided`, which is its attribute ``optimizer``."""
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer, autocast: bool = False, **options: Any) -> Step:
+    """A training step, in bf16 or not; with options that of `AlphaGuided`, which is its attribute ``optimizer``."""
     loss_fn, scheduler = nn.CrossEntropyLoss(), None
     steered = options.pop("steered", False)
     if options.pop("guided", False):
@@ -100,8 +101,10 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) ->
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
-        output = model(x)
-        loss_fn(output.flatten(0, y.dim() - 1), y.flatten()).backward()
+        with torch.autocast(x.device.type, torch.bfloat16) if autocast else nullcontext():
+            output = model(x)
+            loss = loss_fn(output.flatten(0, y.dim() - 1), y.flatten())
+        loss.backward()
         optimizer.step()
         if scheduler is not None:
             scheduler.step()

@@ -131,11 +131,11 @@ def cnn() -> nn.Module:
     )  # fmt: skip
 
 
-def resnet() -> nn.Module:
+def resnet(width: int = 32) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-        Residual(32, 32, 1), Residual(32, 64, 2), Residual(64, 128, 2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10),
+        nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+        Residual(width, width, 1), Residual(width, 2 * width, 2), Residual(2 * width, 4 * width, 2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10),
     )  # fmt: skip
 
 
