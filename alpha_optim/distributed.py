@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-_PLAIN = (Tensor, nn.Parameter)
+USUAL = (Tensor, nn.Parameter)
+"""Types of tensors that lie on one rank as a whole; nearly all are of these."""
 _STEERED = 1 << 36
 """Added to a fingerprint: sums of the rest stay below it."""
 SAME_MODEL = 1e-6
@@ -31,12 +32,12 @@ SAME_MODEL = 1e-6
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that lies on this rank: of a DTensor its shard, of any other tensor the tensor itself."""
-    return tensor if type(tensor) in _PLAIN else getattr(tensor, "_local_tensor", tensor)
+    return tensor if type(tensor) in USUAL else getattr(tensor, "_local_tensor", tensor)
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor."""
-    return type(tensor) not in _PLAIN and hasattr(tensor, "_local_tensor")
+    return type(tensor) not in USUAL and hasattr(tensor, "_local_tensor")
 
 
 def initialised() -> bool:

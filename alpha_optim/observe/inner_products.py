@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Sequence
-from itertools import repeat
-from operator import is_ as is_same
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from alpha_optim.distributed import local
+from alpha_optim.distributed import USUAL, local
 from alpha_optim.observe.numbers import Number, free_to_read, read
 
 Rate = float | Tensor
@@ -31,7 +29,7 @@ TOGETHER = 1 << 24
 SAFE = (1e-15, 1e15)
 """Norms whose squares are neither 0 nor infinite in float32, with room for the sum over parameters."""
 _PLAIN = (torch.float32, torch.float64)
-_FLOATS = (*_PLAIN, torch.float16, torch.bfloat16)
+FLOATS = (*_PLAIN, torch.float16, torch.bfloat16)
 
 
 # -------------------------------------------------------------------- products
@@ -147,8 +145,11 @@ def norm(tensors: Iterator[Tensor], weights: Sequence[float] | None) -> Tensor:
 
 def _locals(tensors: Sequence[Any]) -> Sequence[Any]:
     """The parts of tensors that lie on this rank; None for None."""
-    plain = not set(map(type, tensors)) - {Tensor, nn.Parameter}
-    return tensors if plain else [None if tensor is None else local(tensor) for tensor in tensors]
+    return (
+        tensors
+        if set(map(type, tensors)).issubset(USUAL)
+        else [None if tensor is None else local(tensor) for tensor in tensors]
+    )
 
 
 def _bundles(
@@ -160,7 +161,7 @@ def _bundles(
     """Places of the tensors that go together, at most `TOGETHER` elements each time; of one kind, with one factor."""
     dense, found = torch.strided, []
     latest: dict[Hashable, tuple[list[int], int]] = {}
-    varied = [each for each in factors if not _all_the_same(each)]
+    varied = [each for each in factors if common_rate(each) is None]
     wanted = [None] * len(ones) if thirds is None else thirds
     for place, (a, b, c) in enumerate(zip(ones, others, wanted, strict=True)):
         if a is None or b is None:
@@ -170,7 +171,7 @@ def _bundles(
         dtype, size = a.dtype, a.numel()
         if (
             size >= ALONE
-            or dtype not in _FLOATS
+            or dtype not in FLOATS
             or b.dtype is not dtype
             or a.layout is not dense
             or b.layout is not dense
@@ -190,13 +191,6 @@ def _bundles(
 
 def _value(factor: Rate) -> Hashable:
     return id(factor) if isinstance(factor, Tensor) else factor
-
-
-def _all_the_same(factors: Sequence[Rate]) -> bool:
-    first = factors[0] if factors else None
-    return all(map(is_same, factors, repeat(first))) or (
-        isinstance(first, float) and not any(isinstance(factor, Tensor) or factor != first for factor in factors)
-    )
 
 
 def _vector(tensors: Sequence[Tensor | None]) -> Tensor:

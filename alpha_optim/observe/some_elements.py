@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from alpha_optim.distributed import local
+from alpha_optim.distributed import USUAL, local
+from alpha_optim.observe.inner_products import FLOATS
 from alpha_optim.observe.numbers import Truth, free_to_read
 
 BLOCKS, RUN = 16, 16  # a run of float32 is one cache line, and a cache line is what reading costs
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_USUAL = (Tensor, nn.Parameter)
-_REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @lru_cache(maxsize=4096)
@@ -78,7 +77,7 @@ class Views:
         self.lasting = True
         kinds = set()
         for tensor in tensors:
-            if type(tensor) in _USUAL and tensor.dtype in _REAL and tensor.is_contiguous():  # in a third of the time
+            if type(tensor) in USUAL and tensor.dtype in FLOATS and tensor.is_contiguous():  # in a third of the time
                 shape, strides = layout(tensor.numel(), tensor.is_cpu)
                 view = tensor.detach().as_strided(shape, strides)
             else:

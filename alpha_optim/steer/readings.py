@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from alpha_optim.distributed import local
+from alpha_optim.distributed import USUAL, local
 from alpha_optim.measure.across_ranks import Report, Together
 from alpha_optim.measure.step_ends import BatchLoss
 from alpha_optim.observe.numbers import Number, free_to_read, read, saved
@@ -42,7 +42,6 @@ class Reading(NamedTuple):
     can_return: bool = True
 
 
-_USUAL = (Tensor, nn.Parameter)
 UNSEEN = Reading(None, None, 0)
 UNSEEN_LOSS = BatchLoss(None, None, 0)
 
@@ -142,7 +141,7 @@ class Readings:
 
 def _norms(tensors: list[Tensor]) -> list[Tensor]:
     """The norm of each tensor ``[]``, in a type wide enough."""
-    if all(type(t) in _USUAL and t.dtype is torch.float32 and t.layout is torch.strided for t in tensors):
+    if all(type(t) in USUAL and t.dtype is torch.float32 and t.layout is torch.strided for t in tensors):
         return list(torch._foreach_norm(tensors))  # nearly always, in a third of the time
     plain = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in map(local, tensors)]
     plain = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in plain]
