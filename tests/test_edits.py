@@ -1,12 +1,14 @@
 """What is written to parameters and gradients between passes and steps, and steps without a pass."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from alpha_optim import AlphaGuided
+from alpha_optim.observe.some_elements import Views
 from tests.loops import check_same, make_batches, make_model, plain_run, train, wrap
 
 
@@ -212,3 +214,57 @@ def test_an_optimizer_that_writes_into_gradients_behind_their_versions_costs_one
     assert history.dropped == {"gradients_modified": 1}
     assert {m.information for m in history} == {"full"}
     assert [m.slope_start for m in history] == pytest.approx(products[1:5], rel=1e-9)
+
+
+class Elsewhere(torch.Tensor):
+    """Numbers that say they lie on a device."""
+
+    is_cpu = False
+
+
+@pytest.fixture
+def on_a_device(monkeypatch):
+    """Nothing is free to read."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("alpha_optim.") and hasattr(module, "free_to_read"):
+            monkeypatch.setattr(module, "free_to_read", lambda device: False)
+    now = Views.now
+    monkeypatch.setattr(Views, "now", lambda self: torch.Tensor._make_subclass(Elsewhere, now(self)))
+
+
+@pytest.mark.parametrize("model_given", [False, True])
+def test_gradients_scaled_behind_their_versions_from_some_step_on(model_given, on_a_device):
+    """A gradient scaler's unscaling counts no versions, and its scale may be 1 at first."""
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    given = (model, loss_fn) if model_given else ()
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), *given)
+    products = []
+    for k, (x, y) in enumerate(make_batches(12)):
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).clone()
+        if k > 3:
+            for p in model.parameters():
+                p.grad.data.mul_(0.5)
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        guided.step()
+        step = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+        products.append(float(gradient @ step / step.norm()))
+    assert guided.alpha_history.dropped == {}
+    assert [m.slope_start for m in guided.alpha_history] == pytest.approx(products[:11], rel=1e-6)
+
+
+def test_an_optimizer_that_begins_to_write_into_gradients_is_noticed_at_the_next_refresh(on_a_device):
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    optimizer = DecaysIntoTheGradient(model.parameters(), decay=0.0)
+    guided = AlphaGuided(optimizer, model, loss_fn)
+    for k, (x, y) in enumerate(make_batches(60)):
+        guided.param_groups[0]["decay"] = 0.5 if k > 8 else 0.0
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+    history = guided.alpha_history
+    assert (
+        1 <= sum(m.status == "gradients_modified" for m in history) + history.dropped.get("gradients_modified", 0) < 20
+    )
+    assert history[-1].iteration == 58

@@ -427,6 +427,8 @@ class Pairing:
         altered: Truth = not gradients.intact()
         if altered is False and not is_of_torch(optimizer):
             altered = iteration.gradients.altered_by_step(gradients)
+            if iteration.task.due:  # a device is waited for then anyway
+                altered = read([altered])[0] != 0.0
         if isinstance(altered, Tensor):
             lost = altered | torch.as_tensor(gradients.lost, device=altered.device)
             gradients = iteration.used_gradients = replace(gradients, lost=lost)
@@ -471,11 +473,8 @@ class Pairing:
         slope = slope if gamma is None else slope / gamma
         gradients = iteration.used_gradients
         lost = gradients is not None and gradients.lost
-        if isinstance(lost, Tensor) and not free_to_read(lost.device) and not iteration.task.checks:
-            slope = torch.where(lost.to(slope.device), math.nan, slope)  # with which nothing is compared
-        elif read([lost])[0]:
-            iteration.gradients.found_lost()
-            return Expected(None, iteration.loss.mean, iteration.interacting, iteration.all_of_loss())
+        if isinstance(lost, Tensor):  # nan is compared with nothing, and asks no device
+            slope = torch.where(lost.to(slope.device), math.nan, slope)
         return Expected(slope, iteration.loss.mean, iteration.interacting, iteration.all_of_loss())
 
     # ---------------------------------------------------------------- resume

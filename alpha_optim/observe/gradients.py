@@ -71,16 +71,11 @@ class Habits:
         compare_norms: Gradients are written to between backward pass and step.
         keep_copies: They are changed by more than a factor, and copied when the backward pass ends.
         asked: Whether a device was asked for that once.
-        behind: Whether they are written to in ways of which their versions tell nothing (``.data``); None before a
-            device was asked for that once.
-        steps_alter: Whether an optimizer does so; likewise.
     """
 
     compare_norms: bool = False
     keep_copies: bool = False
     asked: bool = False
-    behind: bool | None = None
-    steps_alter: bool | None = None
 
 
 class _Seen(NamedTuple):
@@ -186,15 +181,11 @@ class Gradients:
         return found
 
     def altered_by_step(self, gradients: LossGradients) -> Truth:
-        """Whether the step has written to the gradients it was given, behind their versions (``.data``)."""
+        """Whether the step has written to the gradients it was given in ways that versions do not tell (``.data``)."""
         if self._taken is None or self._taken[0] is not gradients:
             return False
         _, views, before = self._taken
-        altered = differ(views.now(), before)
-        if isinstance(altered, Tensor) and self._habits.steps_alter is None:  # a device is asked once
-            self._habits.steps_alter = bool(altered)
-            return self._habits.steps_alter
-        return altered
+        return differ(views.now(), before)
 
     def _compared(
         self, tensors: list[Tensor | None], now: Tensor, left: _Left, written: bool, device: torch.device
@@ -202,12 +193,6 @@ class Gradients:
         """What happened to the gradients between the backward pass and the step, from some elements of them."""
         if not written and now.is_cpu and torch.equal(now, left.elements):
             return LossGradients(tensors, None, False)
-        if not written and not now.is_cpu and not self._habits.behind:
-            changed = torch.as_tensor(differ(now, left.elements), device=device)
-            if self._habits.behind is None:
-                self._habits.behind = bool(changed)
-            if not self._habits.behind:  # finding a factor takes a dozen kernels
-                return LossGradients(tensors, None, changed)
         factor, lost = factor_between(now, left.elements)
         surely = lost
         if written:
@@ -225,10 +210,6 @@ class Gradients:
         elif written and habits.compare_norms and not habits.asked:
             habits.asked, habits.keep_copies = True, bool(lost)
         habits.compare_norms = habits.compare_norms or written
-
-    def found_lost(self) -> None:
-        """A device was asked whether the gradients of the loss are lost, and they are: look closer from now on."""
-        self._habits.behind = True
 
     def params_edited(self, params: Sequence[Tensor]) -> bool:
         """Whether a parameter was written to between its gradient and now."""
