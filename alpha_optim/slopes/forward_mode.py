@@ -22,7 +22,7 @@ import importlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -47,7 +47,8 @@ from alpha_optim.slopes.isolation import PROCESS_WIDE, as_in_its_call
 TOLERANCE, TOLERANCE_TF32, TOLERANCE_HALF = 1e-4, 3e-3, 3e-2
 """Deviation of a mean over samples from what is known, relative to it or to its standard error; in TF32; in 16 bits."""
 CHANCE = 5.0
-"""Standard errors within which two means with other dropout lie: a false alarm is one in a million."""
+"""Standard errors within which two means with other dropout have to lie. A slope along the very step that its dropout
+has led to may lie further away: then variances are not measured, though nothing is wrong."""
 APART, APART_TF32, APART_HALF = 1e-3, 1e-2, 5e-2
 """Deviation of a sample by itself from the same sample in its batch, relative to the largest sample."""
 CHECK_AGAIN = 16
@@ -269,7 +270,8 @@ class ForwardMode:
         tolerance = TOLERANCE_HALF if half else TOLERANCE_TF32 if tf32 else TOLERANCE
         mean, deviation = every.values.mean(), every.values.std()
         error = deviation / max(1, len(every.values)) ** 0.5
-        by_chance = CHANCE * error if self._draws_otherwise(groups) else 0.0 * error
+        chance = CHANCE if self._draws_otherwise(groups) else 0.0
+        by_chance = chance * error
         if tolerance != TOLERANCE:  # rounding of the user's own pass, which is the same for all samples
             error = every.values.abs().mean()
         if expected.slope is not None:
@@ -279,11 +281,10 @@ class ForwardMode:
                 raise CannotDifferentiateError(OTHER_TERMS)
         if every.losses is not None and expected.loss is not None:
             loss = every.losses.mean()
-            scatter = every.losses.std() / max(1, len(every.losses)) ** 0.5
-            far = (loss - expected.loss.to(loss.device)).abs() > tolerance * loss.abs().clamp_min(1e-30) + (
-                CHANCE * scatter if self._draws_otherwise(groups) else 0.0
-            )
-            if _true(far):
+            limit = tolerance * loss.abs().clamp_min(1e-30)
+            if chance:
+                limit = limit + chance * every.losses.std() / len(every.losses) ** 0.5
+            if _true((loss - expected.loss.to(loss.device)).abs() > limit):
                 raise CannotDifferentiateError(OTHER_TERMS)
         if not mixes_samples(innermost(self.model)):
             self._compare_some(passes, groups, line, APART_TF32 if tf32 else APART)
@@ -322,16 +323,9 @@ class ForwardMode:
         count = min(SAMPLES, samples // 2)
         chosen = (torch.arange(count) * samples) // count + (samples // count - 1)
         try:
-            some, drew, calls = self._some_by_themselves(entry, calls, line, chosen)
+            every, some = self._all_and_some(entry, calls, line, chosen)
         except CannotCutError:
             return  # always the whole batch
-        except CannotDifferentiateError as error:
-            if str(error) == INTERACT:
-                raise
-            return  # cut wrongly, it seems
-        if drew:
-            return  # other random numbers than those of dropout: some samples by themselves get others
-        every, _ = self._counted(entry, calls, line, None)
         tolerance = APART_HALF if self._ran_in_half else tolerance
         if every.ratio is not None and some.ratio is not None:
             share, of_ratio = count / samples, read([some.ratio / every.ratio])[0]
@@ -351,25 +345,33 @@ class ForwardMode:
             raise CannotDifferentiateError(INTERACT)
         self._whole = self._exact
 
-    def _some_by_themselves(
-        self, entry: BackwardPass, calls: _Calls, line: Line, chosen: Tensor
-    ) -> tuple[_Part, bool, _Calls]:
-        """Some samples without dropout, and without autocast if the model runs so: rounding hides what interacts.
+    def _all_and_some(self, entry: BackwardPass, calls: _Calls, line: Line, chosen: Tensor) -> tuple[_Part, _Part]:
+        """All samples, and some by themselves; without autocast if the model runs so: rounding hides what interacts.
 
-        Returns:
-            The part, whether random numbers were drawn for it all the same, and the calls as they were repeated.
+        Raises:
+            CannotCutError: If some cannot be run by themselves.
+            CannotDifferentiateError: If all cannot be run.
         """
         if calls.half:
-            with suppress(CannotDifferentiateError):
-                without = calls.without_autocast()
-                return *self._counted(entry, without, line, chosen), without
-        return *self._counted(entry, calls, line, chosen), calls
+            way = self._way
+            try:
+                return self._without_dropout(entry, calls.without_autocast(), line, chosen)
+            except Exception:  # no memory for it, code of the model that asks for a type: as the loop runs it, then
+                self._way = way
+        return self._without_dropout(entry, calls, line, chosen)
 
-    def _counted(self, entry: BackwardPass, calls: _Calls, line: Line, chosen: Tensor | None) -> tuple[_Part, bool]:
-        """A part without dropout, and whether random numbers were drawn for it all the same."""
+    def _without_dropout(self, entry: BackwardPass, calls: _Calls, line: Line, chosen: Tensor) -> tuple[_Part, _Part]:
         self._ran_in_half = False
-        part = self._part(entry, calls, line, chosen, replay=False, without_dropout=True)
-        return part, self._drew
+        every = self._part(entry, calls, line, None, replay=False, without_dropout=True)
+        try:
+            some = self._part(entry, calls, line, chosen, replay=False, without_dropout=True)
+        except CannotDifferentiateError as error:
+            if str(error) == INTERACT:
+                raise
+            raise CannotCutError(str(error)) from None  # cut wrongly, it seems
+        if self._drew:  # other random numbers than those of dropout: some samples by themselves get others
+            raise CannotCutError("it draws random numbers")
+        return every, some
 
     def _part(
         self,
@@ -702,8 +704,11 @@ def _true(value: Tensor) -> bool:
 
 
 def in_tf32(module: nn.Module) -> bool:
-    """Whether products of float32 are formed in TF32, which rounds to 10 bits: cuDNN's are, unless one says no."""
-    if not any(param.is_cuda and param.dtype is torch.float32 for param in module.parameters()):
+    """Whether products of float32 are formed in TF32, which rounds to 10 bits: cuDNN's are, unless one says no.
+
+    Parameters of 16 bits are widened to float32 where samples are compared.
+    """
+    if not any(param.is_cuda and param.dtype is not torch.float64 for param in module.parameters()):
         return False
     try:
         if torch.get_float32_matmul_precision() != "highest":
