@@ -535,23 +535,25 @@ def test_what_is_declined_under_autocast(name, samples, kind):
 class AsksForAType(nn.Module):
     """Knows what to do in bf16 only, or has no memory for more."""
 
-    def __init__(self, error):
+    def __init__(self, error, rows):
         super().__init__()
-        self.one, self.two, self.error = nn.Linear(6, 16), nn.Linear(16, 3), error
+        self.one, self.two = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.error, self.rows = error, rows
 
     def forward(self, x):
         h = self.one(x)
-        if h.dtype is not torch.bfloat16:
+        if h.dtype is not torch.bfloat16 and len(x) >= self.rows:
             raise self.error
         return self.two(h.tanh())
 
 
+@pytest.mark.parametrize("rows", [1, 64])
 @pytest.mark.parametrize(
     "error", [KeyError("float32"), torch.OutOfMemoryError("out of memory")], ids=["type", "memory"]
 )
-def test_a_model_that_runs_under_autocast_only(error):
+def test_a_model_that_runs_under_autocast_only(error, rows):
     torch.manual_seed(0)
-    model, loss_fn = AsksForAType(error), nn.CrossEntropyLoss()
+    model, loss_fn = AsksForAType(error, rows), nn.CrossEntropyLoss()
     guided = AlphaGuided(torch.optim.AdamW(model.parameters()), model, loss_fn)
     for _ in range(6):
         guided.zero_grad()

@@ -297,3 +297,39 @@ def test_torchs_checkpoints_are_as_they_were(reentrant, raises):
     assert optimizer.alpha_history[-1].information == ("slopes" if raises else "full")
     assert exchanged
     assert found == (torch_checkpoint._checkpoint_without_reentrant_generator, torch_checkpoint.CheckpointFunction)
+
+
+class Unloaded(nn.Module):
+    """A part of it was never loaded, and is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.other = nn.Linear(5, 3), nn.Linear(5, 3, device="meta").requires_grad_(False)
+
+    def forward(self, x):
+        return self.used(nn.functional.dropout(x, 0.2))
+
+
+def test_parameters_that_were_never_loaded():
+    model, loss_fn = Unloaded(), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.AdamW(model.used.parameters()), model, loss_fn)
+    for _ in range(6):
+        guided.zero_grad()
+        loss_fn(model(torch.randn(N, 5)), torch.randint(0, 3, (N,))).backward()
+        guided.step()
+    assert [m.information for m in guided.alpha_history] == ["full"] * 5
+    assert guided.alpha_history.dropped == {}
+
+
+def test_generators_of_devices_that_are_not_the_models_are_left_alone(monkeypatch):
+    """`torch.manual_seed` would seed those of all devices."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    model, loss_fn = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Linear(8, 3)), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.AdamW(model.parameters()), model, loss_fn)
+    for _ in range(6):
+        guided.zero_grad()
+        loss_fn(model(torch.randn(40, 5)), torch.randint(0, 3, (40,))).backward()
+        guided.step()
+    assert {m.information for m in guided.alpha_history} == {"full"}
+    assert seeded == []

@@ -34,7 +34,7 @@ from alpha_optim.report import html_page, recording, terminal
 from alpha_optim.report.command_line import main
 from alpha_optim.report.recording import BadFileError, Recording
 from alpha_optim.report.sampling import extremes, trailing_mean
-from alpha_optim.report.story import stretches, told
+from alpha_optim.report.story import _of_guard, stretches, told
 from tests.browser import chromium, in_a_browser, photograph
 
 
@@ -293,6 +293,13 @@ def test_batches_skipped_for_one_reason_are_told_together(tmp_path):
     assert lines[0].startswith("Iteration 5: ")
     assert "4 more batches were skipped, since the loss is not finite" in lines[1]
     assert len(Recording.read(path).events) == 5
+
+
+def test_batches_skipped_in_a_row_are_of_one_iteration(tmp_path):
+    events = [GuardEvent(12, "loss_not_finite", 1.0, math.nan, restored=False) for _ in range(5)]
+    lines = [text for _, _, text in _of_guard(events)]
+    assert len(lines) == 2
+    assert lines[1].startswith("Iteration 12: 4 more batches")
 
 
 def test_what_was_told_before_a_resume_is_not_told_again(tmp_path):

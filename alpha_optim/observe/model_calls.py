@@ -288,8 +288,8 @@ class ModelHooks:
 
 
 def _devices_of(model: nn.Module) -> set[torch.device]:
-    """Where a model is now; it may be moved after it was hooked."""
-    return {param.device for param in model.parameters()}
+    """Where a model is now; it may be moved after it was hooked, and a part of it may never be loaded."""
+    return {param.device for param in model.parameters() if not param.is_meta}
 
 
 class _CompiledCall:

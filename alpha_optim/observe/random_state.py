@@ -48,7 +48,11 @@ class RandomState:
 @contextmanager
 def untouched(devices: Iterable[torch.device], seed: int | None = None) -> Iterator[None]:
     """Leave the generators as they were; inside they start from a seed of ours if one is given."""
-    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
-        if seed is not None:
-            torch.random.manual_seed(seed)
+    cuda = [device for device in devices if device.type == "cuda"]
+    with torch.random.fork_rng(devices=cuda):
+        if seed is not None:  # torch.manual_seed would seed every device there is
+            torch.default_generator.manual_seed(seed)
+            for device in cuda:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
         yield

@@ -338,8 +338,12 @@ def same_tensors(first: Sequence[Tensor | None], second: Sequence[Tensor | None]
 
 
 def is_of_torch(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is one of torch's own, which write to no gradient without counting its versions."""
-    parts = getattr(optimizer, "optimizers", (optimizer,))
+    """Whether an optimizer is one of torch's own, which write to no gradient without counting its versions.
+
+    So are several of those as one, if it is this package that puts them together.
+    """
+    ours = type(optimizer).__module__.startswith(__name__.split(".")[0] + ".")
+    parts = getattr(optimizer, "optimizers", ()) if ours else (optimizer,)
     return all(type(part).__module__.startswith("torch.optim.") for part in parts)
 
 

@@ -174,11 +174,12 @@ def _of_guard(events: Sequence[GuardEvent]) -> list[tuple[int, int, str]]:
         else:
             lines[LONGEST:] = [(event.iteration, 2, f"... and {told - LONGEST} further events of the guard.")]
     for reason, iterations in skipped.items():
-        count, first, last = len(iterations) - 1, iterations[1:2], iterations[-1]
-        if count:
-            batches = "1 more batch was" if count == 1 else f"{count:,} more batches were"
-            where = f"Iteration {last}" if count == 1 else f"Iterations {first[0]}–{last}"
-            lines.append((first[0], 2, f"{where}: {batches} skipped, since {GuardReason(reason).explanation}."))
+        others = iterations[1:]
+        if others:
+            first, last = others[0], others[-1]  # the same where batches are skipped in a row
+            batches = "1 more batch was" if len(others) == 1 else f"{len(others):,} more batches were"
+            where = f"Iteration {last}" if first == last else f"Iterations {first}–{last}"
+            lines.append((first, 2, f"{where}: {batches} skipped, since {GuardReason(reason).explanation}."))
     return lines
 
 

@@ -265,11 +265,11 @@ class Session:
             self._tell_accepted()
             self.iteration += 1
             return self.optimizer.step(**_with(closure, kwargs))
-        if self._fills_state(closure):
-            return self.optimizer.step(**kwargs)
-        if being_captured():
+        if being_captured():  # before a rate is read
             self.reminders.captured()
             return self._step_unwatched(closure, kwargs)
+        if self._fills_state(closure):
+            return self.optimizer.step(**kwargs)
         if self.pairing.iteration.idle:
             return self._step_unwatched(closure, kwargs)
         if self.processes.ranks is not None and self.processes.ranks.leave_early():
