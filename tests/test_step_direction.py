@@ -30,9 +30,8 @@ def points(dtype=torch.float32, step=1e-2, scale=1.0):
     return before, after, gradients
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_length_and_products_are_those_of_whole_vectors(dtype, overwrite):
+def check_length_and_products(dtype, overwrite):
+    """Against whole vectors."""
     before, after, gradients = points(dtype)
     moved = [inner_products.at_least_float32(a.detach()) - b for a, b in zip(after, before, strict=True)]
     d, g = flat(moved), flat(gradients)
@@ -49,6 +48,12 @@ def test_length_and_products_are_those_of_whole_vectors(dtype, overwrite):
     change, rounding = flat(direction.change().tensors()), 1e-2 if dtype == torch.bfloat16 else 1e-5
     assert torch.allclose(change, d, rtol=rounding, atol=rounding * float(d.abs().max()))
     assert torch.allclose(flat(direction.start()), flat(before), atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_length_and_products_are_those_of_whole_vectors(dtype, overwrite):
+    check_length_and_products(dtype, overwrite)
 
 
 @pytest.mark.parametrize("step", [1e-25, 1e15])
@@ -182,11 +187,21 @@ def waits(monkeypatch):
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_many_tensors_as_one_vector_give_the_same(dtype, overwrite, waits, monkeypatch):
-    test_length_and_products_are_those_of_whole_vectors(dtype, overwrite)
-    monkeypatch.setattr(inner_products, "TOGETHER", 40)
-    test_length_and_products_are_those_of_whole_vectors(dtype, overwrite)
-    monkeypatch.setattr(inner_products, "ALONE", 10)
-    test_length_and_products_are_those_of_whole_vectors(dtype, overwrite)
+    bundles, found = inner_products._bundles, []
+
+    def noted(*args):
+        found.append(bundles(*args))
+        return found[-1]
+
+    monkeypatch.setattr(inner_products, "_bundles", noted)
+    sizes = []
+    for name, elements in ((None, None), ("TOGETHER", 40), ("ALONE", 10)):
+        if name is not None:
+            monkeypatch.setattr(inner_products, name, elements)
+        found.clear()
+        check_length_and_products(dtype, overwrite)
+        sizes.append(max(len(bundle) for each in found for bundle in each))
+    assert sizes == [len(SHAPES), 2, 2]  # all of them, then at most 40 elements, then those below 10
 
 
 def test_of_tensors_with_gaps_sparse_ones_and_many_rates(waits):
