@@ -24,7 +24,10 @@ AREAS = [
     "GPU",
 ]
 UNTESTED = [
-    ("GPU", "several GPUs, accelerators other than CUDA's; recurrent layers under autocast (slopes only)"),
+    (
+        "GPU",
+        "several GPUs, accelerators other than CUDA's; recurrent layers under autocast, dropout inside fused attention (mostly slopes only)",
+    ),
     ("Distributed", "NCCL, FSDP1, pipeline parallelism, expert parallelism, `torch.compile` around DDP"),
     ("Models", "ScriptModules (torch cannot hook them)"),
     ("Frameworks", "DeepSpeed, Fabric, Ignite, Keras"),

@@ -204,7 +204,7 @@ def test_between_steps_there_is_one_more_copy_of_the_parameters(kind):
 
 @pytest.mark.compatibility(
     "GPU",
-    "CUDA: parameters, buffers and random numbers bit for bit; dropout, fused attention, cuDNN's recurrent layers",
+    "CUDA: parameters, buffers and random numbers bit for bit; dropout, attention, cuDNN's recurrent layers",
 )
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("name", MODELS)

@@ -109,15 +109,15 @@ ON_A_GPU = """
 
 `python -m examples.benchmarks.accelerator` measures what a training loop sees that reads nothing: blocks of steps of
 every variant in turn, each timed from one synchronisation to the next. {device}, torch {torch}, one process on a
-virtual machine whose processor takes 10 microseconds and more to start a kernel; so even the step of
-the largest model here waits for the processor more than for the GPU. In brackets how often a step waits for the device:
-never between two refreshes of the variances, once where the guard judges. The rows marked * are older than the last
-savings; all are older than the dozen kernels of a step by which gradients are compared with what the backward pass left.
+virtual machine whose processor takes 10 microseconds and more to start a kernel; so even the step of the largest
+model here waits for the processor more than for the GPU. In brackets how often a step waits for the device: never
+between two refreshes of the variances, once where the guard judges. The rows marked * are older than the last
+savings; all are older than the dozen kernels by which gradients are compared with what the backward pass left.
 
-Kernels and Python together take about two milliseconds of every step on this machine for a small model, five for the
-148 tensors of the large one. A step of a millisecond or two therefore doubles with alpha of every step; `every=10` is for
-those, and for training that waits for the processor. What the guard costs is that the processor cannot run ahead of the GPU:
-the step is made once its gradients are known to be finite.
+Kernels and Python together take about two milliseconds of every step on this machine for a small model, five for
+the 148 tensors of the large one. A step of a millisecond or two therefore doubles with alpha of every step;
+`every=10` is for those, and for training that waits for the processor. What the guard costs is that the processor
+cannot run ahead of the GPU: the step is made once its gradients are known to be finite.
 
 """
 
