@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from alpha_optim.observe.backward_passes import BackwardPasses
 from alpha_optim.observe.checks import named_parameters
 from alpha_optim.observe.step_direction import is_plain_sgd
 from alpha_optim.slopes.base import Backend
@@ -74,20 +75,24 @@ class Plan:
         """Build backends anew."""
         self._built = {}
 
-    def saw_step(self, passes: int, turned: bool) -> None:
+    def saw_step(self, passes: BackwardPasses, turned: bool) -> None:
         """Leave the fast path of SGD where it cannot give all.
 
         Args:
-            passes: Number of backward passes of the step; it needs one.
+            passes: Backward passes of the step; it needs one, and losses that are seen outside the model.
             turned: Whether steps are no multiples of the gradient (clipping by value).
         """
         if self.wanted != "auto" or self.choice.name != "backpack":
             return
         built = self._built.get("backpack")
-        if passes > 1:
+        if len(passes.reached) > 1:
             self.choice = Choice("layerwise", "several backward passes per step")
         elif turned:
             self.choice = Choice("layerwise", "steps are no multiples of the gradient")
+        elif passes.losses_inside:
+            self.choice = Choice(
+                "layerwise", "the model returns its loss, and losses of samples are seen inside it only"
+            )
         elif built is not None and built.unaccounted.reasons:
             names = summarised(sorted(built.unaccounted.reasons))
             self.choice = Choice("layerwise", f"backpack could not account for {names}")

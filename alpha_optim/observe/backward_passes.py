@@ -140,6 +140,12 @@ class BackwardPasses:
         return [entry for entry in self._passes if entry.reached]
 
     @property
+    def losses_inside(self) -> bool:
+        """Whether losses of samples can only be seen inside the model, which returns their mean."""
+        calls = [call for entry in self.reached for call in entry.calls]
+        return bool(calls) and all(call.returned and call.individual is None for call in calls)
+
+    @property
     def recorded(self) -> list[LossCall]:
         """Losses that were handed over, in order."""
         return [call for _, call in self._recorded]

@@ -111,8 +111,7 @@ class LayerwiseBackend:
     def _leave_rules_for_losses(self) -> None:
         """Losses of samples inside a model that returns their mean are seen when the model as a whole is run again."""
         assert self._passes is not None
-        calls = [call for entry in self._passes.reached for call in entry.calls]
-        if self._by_rules and calls and all(call.returned and call.individual is None for call in calls):
+        if self._by_rules and self._passes.losses_inside:
             self._by_rules = False
             self._rules.close()
 

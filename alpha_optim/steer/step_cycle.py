@@ -489,7 +489,7 @@ class Session:
                 reason = pairing.after_step(self.optimizer)
                 if reason is not None:
                     self.history.drop(reason)
-            self.plan.saw_step(len(iteration.passes.reached), pairing.habits.keep_copies)
+            self.plan.saw_step(iteration.passes, pairing.habits.keep_copies)
             self.plan.warn_unaccounted()
 
     def _looks_finite(self, params: list[Tensor]) -> bool:
