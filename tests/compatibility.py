@@ -26,8 +26,8 @@ AREAS = [
 UNTESTED = [
     (
         "GPU",
-        "several GPUs, accelerators other than CUDA's; recurrent layers under autocast, dropout inside fused attention "
-        "(mostly slopes only)",
+        "several GPUs, accelerators other than CUDA's; recurrent layers under autocast (slopes only), dropout inside "
+        "fused attention (simulated on a CPU)",
     ),
     ("Distributed", "NCCL, FSDP1, pipeline parallelism, expert parallelism, `torch.compile` around DDP"),
     ("Models", "ScriptModules (torch cannot hook them)"),

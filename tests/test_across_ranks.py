@@ -118,6 +118,38 @@ def test_slopes_of_samples_have_to_give_the_slope_of_the_gradients(role):
     assert world.together(**{f"{role}_product": 9.0}).adds_up(role, world.together(), 0.0, 1e-4)
 
 
+def test_samples_repeated_with_other_random_numbers_give_the_slope_but_for_chance():
+    """Ranks leave one out each to say that they are such; at the start of a step they give no slope at all."""
+    counts, length = (64, 32), 0.5
+    weights = [1.0 / n for n in counts]
+
+    def together(role, values, slope):
+        reports = [
+            Report(
+                samples=float(n),
+                gamma=1.0,
+                **{
+                    role: Scatter.of(torch.tensor(v[1:]), weight, getattr(CENTRES, role)),
+                    f"{role}_product": slope * length / 2,
+                },
+            )
+            for n, v, weight in zip(counts, values, weights, strict=True)
+        ]
+        return added_up(reports)
+
+    noise, wrong = np.random.default_rng(0), 0
+    for _ in range(200):
+        of_pass, repeated = ([noise.normal(0.3, 1.0, n) for n in counts] for _ in range(2))
+        slope = sum(v.mean() for v in of_pass) / 2
+        found = together("end", repeated, slope)
+        wrong += not found.adds_up("end", found, length, 1e-4)
+        far = together("end", repeated, slope + 2.0)
+        assert not far.adds_up("end", far, length, 1e-4)
+        at_start = together("start", repeated, slope + 2.0)
+        assert at_start.adds_up("start", at_start, length, 1e-4)
+    assert wrong == 0
+
+
 def test_what_one_rank_could_not_see_nobody_has():
     world = World((5, 7))
     for name in ("loss_unseen", "losses_unseen", "slopes_unseen"):

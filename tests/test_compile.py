@@ -1,8 +1,11 @@
 """`torch.compile`: a compiled model and a compiled step give what they give without alpha.
 
 With the "eager" backend, which traces and guards like any other but leaves the arithmetic alone, so that
-results can be compared bit for bit.
+results can be compared bit for bit; with Inductor where it matters that code draws random numbers of its own.
 """
+
+import shutil
+import warnings
 
 import pytest
 import torch
@@ -124,3 +127,49 @@ def test_a_compiled_step_of_the_wrapped_optimizer(kind):
     model, optimizer = run(kind, compile_step="wrapped one's")
     assert equal_states(bare.state_dict(), model.state_dict())
     assert len(optimizer.alpha_history) == STEPS - 1
+
+
+class Dropping(nn.Module):
+    """A layer that is worth compiling by itself: of torch's own ones the compiler leaves the code as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, h):
+        return nn.functional.dropout(self.linear(h).relu(), 0.3, self.training)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles for the CPU with g++")
+@pytest.mark.compatibility("torch.compile", "dropout in code that Inductor has made, which draws other random numbers")
+@pytest.mark.parametrize("part", ["model", "layer"])
+def test_dropout_in_compiled_code(part):
+    """No repetition drops the same units: slopes of samples are compared at the end of a step, but for chance."""
+
+    def train(wrapped, unseen=0.0):
+        torch.manual_seed(0)
+        dropping = Dropping()
+        model, loss_fn = nn.Sequential(nn.Linear(6, 32), dropping, nn.Linear(32, 3)), nn.CrossEntropyLoss()
+        if part == "layer":
+            dropping.compile()
+        net = torch.compile(model) if part == "model" else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        optimizer = AlphaGuided(optimizer, net, loss_fn) if wrapped else optimizer
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(STEPS):
+            x, y = torch.randn(48, 6, generator=generator), torch.randint(0, 3, (48,), generator=generator)
+            optimizer.zero_grad()
+            (loss_fn(net(x), y) + unseen * sum(p.sum() for p in model.parameters())).backward()
+            optimizer.step()
+        return model, optimizer, torch.get_rng_state()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch")  # of what the compiler imports
+        bare, _, random = train(wrapped=False)
+        model, optimizer, same_random = train(wrapped=True)
+    assert equal_states(bare.state_dict(), model.state_dict())
+    assert torch.equal(random, same_random)
+    assert {m.information for m in optimizer.alpha_history} == {"full"}
+    with pytest.warns(UserWarning, match="not all of the loss that is sent backward"):
+        _, optimizer, _ = train(wrapped=True, unseen=3.0)
+    assert {m.information for m in optimizer.alpha_history} == {"slopes"}

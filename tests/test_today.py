@@ -1,5 +1,7 @@
 """Alpha in full for what people train today, and nothing of the run changed by it."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from alpha_optim.observe import random_state
 from alpha_optim.slopes import forward_mode
 from tests.reference.losses_of_samples import observe
 from tests.test_transparency import equal_states
-from tests.today import CASES
+from tests.today import CASES, CROSS, GPT, Case, flattened, tokens
 
 QUANTITIES = [
     "step_length",
@@ -83,16 +85,53 @@ def test_large_outputs_are_contracted_a_sample_at_a_time(name, monkeypatch):
     assert found[0] == [pytest.approx(pair, rel=1e-10) for pair in found[1]]
 
 
-@pytest.mark.parametrize("name", ["gpt, dropout", "gpt, dropout, 24 samples"])
-def test_dropout_that_cannot_be_repeated(name, monkeypatch):
+WIDE = Case(lambda: GPT(width=64, dropout=0.2), lambda g, d: tokens(g, d, 16), flattened, None, CROSS, samples=16)
+UNREPEATABLE = {"gpt, dropout": CASES["gpt, dropout"], "24 samples": CASES["gpt, dropout, 24 samples"], "wide": WIDE}
+
+
+@pytest.fixture
+def drops_others(monkeypatch):
     """A GPU's fused attention drops other units than its plain kernels do with the same random numbers."""
 
     def others(call, replay, seed):
         return random_state.untouched(call.random.own, 1000 + (seed or 0))
 
     monkeypatch.setattr(forward_mode, "_random_numbers", others)
+    return lambda: monkeypatch.setattr(forward_mode.ForwardMode, "_may_draw_others", lambda *_: True)
+
+
+@pytest.mark.parametrize("name", UNREPEATABLE)
+def test_dropout_that_cannot_be_repeated(name, drops_others):
     with pytest.warns(UserWarning, match="another run of the model does not repeat it"):
-        train(CASES[name], True, 12)
-    monkeypatch.setattr(forward_mode.ForwardMode, "_draws_otherwise", lambda *_: True)
-    _, guided, _ = train(CASES[name], True, 12)
+        train(UNREPEATABLE[name], True, 12)
+    drops_others()
+    _, guided, _ = train(UNREPEATABLE[name], True, 24)
     assert {m.information for m in guided.alpha_history} == {"full"}
+
+
+def test_variances_with_other_dropout_are_those_of_the_dropout_of_the_loop(request):
+    _, same, _ = train(WIDE, True, 24, variance="exact")
+    request.getfixturevalue("drops_others")()
+    _, others, _ = train(WIDE, True, 24, variance="exact")
+    assert [m.information for m in others.alpha_history[1:]] == ["full"] * 22
+    pairs = list(zip(others.alpha_history, same.alpha_history, strict=True))[1:]
+    for name in ("slope_variance_start", "slope_variance_end"):
+        ratios = [getattr(m, name) / getattr(n, name) for m, n in pairs]
+        assert ratios != [1.0] * 22
+        assert sum(ratios) / len(ratios) == pytest.approx(1.0, abs=0.25)  # each scatters by about a third
+    assert [m.slope_end for m in others.alpha_history] == [m.slope_end for m in same.alpha_history]
+
+
+@pytest.mark.parametrize("name", UNREPEATABLE)
+def test_a_term_of_the_loss_that_is_not_seen_where_dropout_cannot_be_repeated(name, drops_others):
+    """The sum over samples then tells only at the end of a step, and but for chance."""
+    case = UNREPEATABLE[name]
+
+    def loss(optimizer, model, loss_fn, batch):
+        case.loss(optimizer, model, loss_fn, batch)
+        (3.0 * sum(p.sum() for p in model.parameters())).backward()
+
+    drops_others()
+    with pytest.warns(UserWarning, match="not all of the loss that is sent backward"):
+        _, guided, _ = train(dataclasses.replace(case, loss=loss), True, 12)
+    assert {m.information for m in guided.alpha_history} == {"slopes"}

@@ -24,6 +24,7 @@ from alpha_optim.alpha.measurement import AlphaMeasurement, measure_alpha
 from alpha_optim.alpha.records import DropReason, Observation
 from alpha_optim.distributed import Ranks, Sum
 from alpha_optim.observe.numbers import Number, Truth, read
+from alpha_optim.slopes.base import OF_OTHER_GRADIENTS, chance_of_means
 
 RANKS = 1 << 17
 """Counts of ranks lie below this, so that three of them fit into the 53 bits in which float64 counts exactly."""
@@ -278,6 +279,9 @@ class Together:
     def adds_up(self, role: str, at: Together, length: float, tolerance: float) -> bool:
         """Whether the slopes of all samples give the slope of the gradients; True if only some samples were looked at.
 
+        Ranks that repeat their samples with random numbers other than the training loop's leave one out each. Those
+        that are left give it but for chance (`slopes.base.by_chance`), and only at the end of a step.
+
         Args:
             role: At which end of the step.
             at: The sum of the iteration at that end.
@@ -286,13 +290,18 @@ class Together:
         """
         scatter = self.sums.end if role == "end" else self.sums.start
         product = float(self.sums.end_product if role == "end" else self.sums.start_product)
-        if not scatter.count or scatter.count != at.sums.samples or not length:
+        left_out = at.sums.samples - scatter.count
+        compared = 0 <= left_out <= (self._size if role == "end" else 0)
+        if not scatter.count or not compared or not length:
             return True
         mean = scatter.mean(self.centres.end if role == "end" else self.centres.start)
         slope = product / length
-        every = scatter.count / self._size  # from one sample's contribution to the mean over ranks
+        every = at.sums.samples / self._size  # from one sample's contribution to the mean over ranks
         size = abs(slope) + every * math.sqrt(scatter.variance() + mean * mean)
-        return not abs(mean * every - slope) > tolerance * size  # True for nan, which has a status of its own
+        limit = tolerance * size
+        if left_out:
+            limit = OF_OTHER_GRADIENTS * size + chance_of_means(scatter.count) * every * math.sqrt(scatter.variance())
+        return not abs(mean * every - slope) > limit  # True for nan, which has a status of its own
 
     def next_centres(self, before: Centres) -> Centres:
         """Means of this step; where there are none, those of the last."""

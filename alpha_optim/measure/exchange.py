@@ -263,5 +263,6 @@ def _scatter(slopes: SampleSlopes | None, direction: Direction, share: Number, c
     """Scatter of the slopes of this rank's samples along d / |d|."""
     if slopes is None:
         return Scatter()
-    values = slopes.values
+    # One is left out where random numbers were others: a sum of which samples are missing is compared otherwise.
+    values = slopes.values if slopes.repeated else slopes.values[1:]
     return Scatter.of(values / direction.length.to(values.device), share, centre)

@@ -48,7 +48,7 @@ from alpha_optim.observe.step_direction import (
     parameters_of,
     same_tensors,
 )
-from alpha_optim.slopes.base import Backend, Expected, SampleSlopes
+from alpha_optim.slopes.base import OF_OTHER_GRADIENTS, Backend, Expected, SampleSlopes, by_chance
 from alpha_optim.slopes.forward_mode import OTHER_TERMS
 
 
@@ -89,6 +89,7 @@ class Pairing:
         self._buffer: list[Tensor] = []  # for copies of gradients, reused
         self._before: list[Tensor] = []  # parameters before a step, reused
         self._some_elements = SomeElements()
+        self._untold = False  # whether samples did not add up in an iteration without a backend
         self._keep_direction = False  # the gradients of a step are written to before the next
         self.exchange: Exchange | None = None  # with the other processes that train the model, if there are any
         nothing = Task(0, False, None, None, frozenset(), sample_dim, guarded=False, checks=False)
@@ -142,6 +143,9 @@ class Pairing:
             if backend is None
             else self._due(backend, number, starts, self.pending is not None if ranks is None else ended)
         )
+        if self._untold and backend is not None:
+            self._untold = False
+            backend.doubted(OTHER_TERMS)
         checks = "start" in due and backend is not None and backend.check_due()
         task = Task(number, starts, self.pending, backend, due, self._sample_dim, guarded, checks)
         last, self.iteration = self.iteration, self._new(task, params)
@@ -273,7 +277,8 @@ class Pairing:
         start, direction = seen.start, seen.start.direction
         if not isinstance(start.point, EndPoint):  # made when others were there
             return DropReason.OTHER_RANK
-        point = self._observe("end", direction, seen.product, None, False, seen.slopes)
+        # Where somebody has changed the parameters since, the slopes of samples are those of another point.
+        point = self._observe("end", direction, seen.product, None, seen.edited, seen.slopes)
         return PendingPair(
             start.iteration,
             direction.length,
@@ -314,7 +319,7 @@ class Pairing:
             if slopes is not None:
                 # Along d / |d|, so that it can stand in for other steps.
                 slope_variance = sample_variance(slopes.values / direction.length.to(slopes.values.device))
-                doubtful = self._doubtful(slopes, product, factor, gamma, lost)
+                doubtful = self._doubtful(role, slopes, product, factor, gamma, lost)
                 if doubtful is True:  # already told
                     doubtful, slope_variance = False, None
                 if slopes.losses is not None:
@@ -332,16 +337,24 @@ class Pairing:
         return EndPoint(product, factor, gamma, loss.mean, loss_variance, slope_variance, lost, doubtful, loss.samples)
 
     def _doubtful(
-        self, slopes: SampleSlopes, product: Tensor, factor: Tensor | None, gamma: Tensor | None, lost: Truth
+        self,
+        role: Role,
+        slopes: SampleSlopes,
+        product: Tensor,
+        factor: Tensor | None,
+        gamma: Tensor | None,
+        lost: Truth,
     ) -> Truth:
         """Whether all samples together do not give the slope of the gradients."""
-        if not slopes.complete:
+        if not slopes.complete or (role == "start" and not slopes.repeated):
             return False
         slope = product if factor is None else product / factor
         slope = slope if gamma is None else slope / gamma
         values = slopes.values
         slope = slope.to(values.device)
-        size = (slope.abs() + values.abs().mean()) * tolerance_of(self.iteration.params)
+        tolerance = tolerance_of(self.iteration.params) if slopes.repeated else OF_OTHER_GRADIENTS
+        size = (slope.abs() + values.abs().mean()) * tolerance
+        size = size if slopes.repeated else size + by_chance(values)
         # A sum that is not finite is told by its own status, not by this one.
         apart = (values.mean() - slope).abs() > size
         apart = apart & ~torch.as_tensor(lost, device=values.device)
@@ -353,11 +366,11 @@ class Pairing:
         return apart
 
     def _doubt(self) -> None:
-        """Samples did not add up to the gradient; the backend that found them is told."""
+        """Samples did not add up to the gradient: tell the backend that found them, or the next one that is at hand."""
         backend = self.iteration.task.backend
-        failed = getattr(backend, "failed", None)
-        if failed is not None:
-            failed(OTHER_TERMS)
+        self._untold = backend is None
+        if backend is not None:
+            backend.doubted(OTHER_TERMS)
 
     # ---------------------------------------------------------------- the start of a step
 

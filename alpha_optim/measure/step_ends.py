@@ -208,12 +208,12 @@ class PendingPair:
         start = EndPoint(*(next(numbers) for _ in self.start.numbers))
         end = EndPoint(*(next(numbers) for _ in self.end.numbers))
         lr = tuple(float(next(numbers)) for _ in self.lr)
-        if start.doubtful or end.doubtful:
-            self.on_doubt()
         if edited:
             return DropReason.PARAMETERS_CHANGED
         if start.lost or end.lost:
             return DropReason.GRADIENTS_MODIFIED
+        if start.doubtful or end.doubtful:
+            self.on_doubt()
         length = length if moved or not math.isfinite(length) else 0.0
         return measure_alpha(self.iteration, length, start.observation(length), end.observation(length), lr)
 

@@ -23,7 +23,7 @@ from alpha_optim.observe.backward_passes import BackwardPass
 from alpha_optim.observe.gradients import LossGradients
 from alpha_optim.observe.inner_products import at_least_float32
 from alpha_optim.observe.step_direction import Direction, same_tensors
-from alpha_optim.slopes.base import Expected, Names, SampleSlopes, in_pass_cost
+from alpha_optim.slopes.base import ALL, Expected, Names, SampleSlopes, in_pass_cost
 from alpha_optim.slopes.contractions import Contraction, contraction_of
 from alpha_optim.slopes.in_pass import InPass
 from alpha_optim.slopes.individual import backpack_rules
@@ -102,7 +102,7 @@ class BackpackBackend(InPass):
         elif not same_tensors(change.bases, gradients.tensors):
             reason = "the step is no multiple of the gradient"
         if reason is not None:
-            self.unaccounted.add(["all parameters"], f"{reason}; backend='layerwise' can")
+            self.unaccounted.add(ALL, f"{reason}; backend='layerwise' can")
             return None
         rates = {id(param): rate for param, rate in zip(self._params, change.rates, strict=True)}
         factor = 1.0 if gradients.factor is None else gradients.factor
@@ -111,7 +111,7 @@ class BackpackBackend(InPass):
         slopes = self._combine(self._at_start, lambda values, key: values * rates[key] * factor)
         reason = self._check.objection(self._recorder.passes, self._params, direction, expected, slopes)
         if reason is not None:
-            self.unaccounted.add(["all parameters"], reason)
+            self.unaccounted.add(ALL, reason)
             return None
         return slopes
 

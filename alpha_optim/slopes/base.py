@@ -7,12 +7,15 @@ no two ways can disagree about a factor N.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from alpha_optim.alpha.loss_level import MISTAKEN, quantile
 from alpha_optim.observe.backward_passes import BackwardPasses
 from alpha_optim.observe.gradients import LossGradients
 from alpha_optim.observe.step_direction import Direction
@@ -20,6 +23,8 @@ from alpha_optim.observe.step_direction import Direction
 SAMPLES = 16
 """How many samples ``variance="sampled"`` uses: the relative error of a variance is then about a third."""
 
+ALL = ("all parameters",)
+"""Names for `Unaccounted.add` where a reason concerns all of them."""
 DERIVATIVES = "the loss contains derivatives of the model (create_graph=True)"
 
 
@@ -31,11 +36,37 @@ class SampleSlopes:
         values: <d, gradient of one sample's loss>, float64 ``[n]``.
         complete: Whether every sample of the iteration is in it (else a bounded number).
         losses: Losses of the same samples ``[n]``, where they were seen on the way.
+        repeated: Whether random numbers were those of the training loop. With others samples give the slope of the
+            gradients but for chance, and only at the end of a step: a step was made from the very numbers of its start.
     """
 
     values: Tensor
     complete: bool
     losses: Tensor | None = None
+    repeated: bool = True
+
+
+CHECKS = 100
+"""Checks of one run that `chance_of_means` allows for: they lie hundreds of steps apart."""
+OF_OTHER_GRADIENTS = 0.1
+"""Deviation of such a mean from the slope of the gradients that is no chance, relative to the slopes of samples: the
+gradients that reached the outputs are those of the loop's own dropout. At a dropout of 0.2 to 0.3 it is 0.05 to 0.1."""
+
+
+def chance_of_means(samples: float) -> float:
+    """How far two means of so many samples may lie apart by chance, relative to the standard deviation of samples.
+
+    One is that of the training loop, the other one of a repetition with other random numbers. Both scatter by no more
+    than samples do. The chance to lie further apart once in a run is `loss_level.MISTAKEN`.
+    """
+    return quantile(samples - 1.0, MISTAKEN / CHECKS / 2.0) * math.sqrt(2.0 / samples)
+
+
+def by_chance(values: Tensor) -> Tensor:
+    """The same for these samples ``[n]``."""
+    if len(values) < 2:
+        return torch.full_like(values.sum(), math.inf)
+    return chance_of_means(len(values)) * values.std()
 
 
 @dataclass(frozen=True)
@@ -116,6 +147,9 @@ class Backend(Protocol):
             expected: What the mean has to be.
         """
 
+    def doubted(self, reason: str) -> None:
+        """The slopes of all samples were compared with that of the gradients, and are not those of the loss."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned about the model and a resumed run must not learn anew."""
 
@@ -133,6 +167,7 @@ class Silent:
     """The parts of a backend that watches nothing during the passes and learns nothing."""
 
     records = False
+    unaccounted: Unaccounted
 
     def check_due(self) -> bool:
         """Nothing is checked."""
@@ -143,6 +178,10 @@ class Silent:
 
     def discard(self) -> None:
         """Forget nothing."""
+
+    def doubted(self, reason: str) -> None:
+        """Say so of all parameters."""
+        self.unaccounted.add(ALL, reason)
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: nothing is learned."""

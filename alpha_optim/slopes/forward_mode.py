@@ -11,7 +11,9 @@ a sample does not depend on the others, else the whole batch is run, more rarely
 samples can be told apart at all, is found out by two checks:
 
 1. Over all samples, with the random numbers of the user's pass, the mean slope is that of the gradients and the
-   mean loss that of the training loop. It is not where a term of the loss comes from elsewhere.
+   mean loss that of the training loop. It is not where a term of the loss comes from elsewhere. Dropout in compiled
+   code or in fused attention drops units that no repetition drops: there both are so but for chance, and the slope
+   at the end of the step, since the step was made from what was dropped at its start.
 2. Some samples by themselves give what they give in the whole batch. They do not where samples interact
    (contrastive losses), or do not lie along ``sample_dim``.
 """
@@ -40,15 +42,12 @@ from alpha_optim.observe.model_calls import ModelCall, innermost
 from alpha_optim.observe.model_inputs import CannotCutError, cut, cut_rows, folded
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.random_state import RandomState, untouched
-from alpha_optim.slopes.base import SAMPLES, Expected, Names, SampleSlopes
+from alpha_optim.slopes.base import SAMPLES, Expected, Names, SampleSlopes, by_chance
 from alpha_optim.slopes.inner_losses import SeesLosses
 from alpha_optim.slopes.isolation import PROCESS_WIDE, as_in_its_call
 
 TOLERANCE, TOLERANCE_TF32, TOLERANCE_HALF = 1e-4, 3e-3, 3e-2
 """Deviation of a mean over samples from what is known, relative to it or to its standard error; in TF32; in 16 bits."""
-CHANCE = 5.0
-"""Standard errors within which two means with other dropout have to lie. A slope along the very step that its dropout
-has led to may lie further away: then variances are not measured, though nothing is wrong."""
 APART, APART_TF32, APART_HALF = 1e-3, 1e-2, 5e-2
 """Deviation of a sample by itself from the same sample in its batch, relative to the largest sample."""
 CHECK_AGAIN = 16
@@ -59,8 +58,7 @@ Values = dict[str, Tensor]
 
 OTHER_TERMS = (
     "the loss that was seen is not all of the loss that is sent backward (a penalty, a balance loss, a second loss), "
-    "or another run of the model does not repeat it: it keeps state, or draws random numbers in compiled code (dropout "
-    "under torch.compile)"
+    "or another run of the model does not repeat it, as where it keeps state"
 )
 INTERACT = (
     "samples interact (a contrastive loss?) or do not lie along sample_dim; models that are fed time first take "
@@ -151,6 +149,8 @@ class ForwardMode:
         self._ran_in_half = False  # whether it computed in 16 bits
         self._signature: str | None = None
         self._refreshes = 0
+        self._draws_others = False  # whether its random numbers are not those of the loop, as the last check found
+        self._unproved = False  # whether the slopes of all samples are to be compared at the end of the step
         self._seed = 0
 
     @property
@@ -222,12 +222,17 @@ class ForwardMode:
             raise CannotDifferentiateError("the model was called otherwise", passing=True)
         if self.reason is not None:
             raise CannotDifferentiateError(self.reason)
-        return self._put_together(passes, groups, line)
+        at_end = expected is None
+        every = self._whole or (at_end and self._unproved)
+        self._unproved = self._unproved and not at_end
+        return self._put_together(passes, groups, line, every)
 
-    def _put_together(self, passes: Sequence[BackwardPass], groups: Sequence[_Calls], line: Line) -> SampleSlopes:
-        """Slopes of the samples of all passes, a bounded number of them where they can be run by themselves."""
+    def _put_together(
+        self, passes: Sequence[BackwardPass], groups: Sequence[_Calls], line: Line, whole: bool
+    ) -> SampleSlopes:
+        """Slopes of the samples of all passes; not ``whole``: of a bounded number of them, run by themselves."""
         total = total_samples(passes)
-        left = total if self._whole else SAMPLES
+        left = total if whole else SAMPLES
         parts: list[Tensor] = []
         losses: list[Tensor | None] = []
         scale = scale_of(passes)
@@ -236,17 +241,17 @@ class ForwardMode:
             if count == 0:
                 continue
             left -= count
-            every = self._whole or count == entry.samples or calls.of_different_samples(entry.samples)
+            every = whole or count == entry.samples or calls.of_different_samples(entry.samples)
             chosen = None if every else torch.arange(count)
-            part = self._part(entry, calls, line, chosen, replay=self._whole or chosen is None)
+            part = self._part(entry, calls, line, chosen, replay=whole or chosen is None)
             parts.append(part.along * (total * scale * line.unit))
             weight = loss_weight(entry, passes)
             losses.append(None if part.losses is None else part.losses.double() * weight)
         together = torch.cat([part.to(parts[0].device) for part in parts])
         single = [loss for loss in losses if loss is not None]
         known = torch.cat(single) if single and len(single) == len(losses) else None
-        complete = len(together) == total and not self._draws_otherwise(groups)
-        return SampleSlopes(together, complete, known)
+        others = self._draws_others if self._signature is not None else self._may_draw_others(groups)
+        return SampleSlopes(together, len(together) == total, known, not others)
 
     def _checked(
         self, passes: Sequence[BackwardPass], groups: Sequence[_Calls], line: Line, expected: Expected
@@ -256,12 +261,12 @@ class ForwardMode:
         Raises:
             CannotDifferentiateError: If a check fails.
         """
-        self.reason, self._whole = None, True
+        self.reason, self._whole, self._draws_others, self._unproved = None, True, False, False
         if expected.interacting:
             raise CannotDifferentiateError(INTERACT)
         if not expected.all_of_loss:
             raise CannotDifferentiateError(OTHER_TERMS)
-        every = self._put_together(passes, groups, line)
+        every = self._put_together(passes, groups, line, whole=True)
         half = self.half or any(calls.half for calls in groups)
         if self._others_moved(groups, line) or not _true(torch.isfinite(every.values).all()):
             self._signature = None  # nothing can be compared: check the next time
@@ -270,34 +275,37 @@ class ForwardMode:
         tolerance = TOLERANCE_HALF if half else TOLERANCE_TF32 if tf32 else TOLERANCE
         mean, deviation = every.values.mean(), every.values.std()
         error = deviation / max(1, len(every.values)) ** 0.5
-        chance = CHANCE if self._draws_otherwise(groups) else 0.0
-        by_chance = chance * error
+        may_draw_others = self._may_draw_others(groups)
         if tolerance != TOLERANCE:  # rounding of the user's own pass, which is the same for all samples
             error = every.values.abs().mean()
-        if expected.slope is not None:
+        if expected.slope is None:  # that of all ranks, who cannot tell whether one has drawn others
+            self._draws_others = may_draw_others
+        else:
             slope = expected.slope.to(mean.device)
-            far = (mean - slope).abs() > tolerance * torch.maximum(slope.abs(), error) + by_chance
-            if _true(far):
+            self._draws_others = _true((mean - slope).abs() > tolerance * torch.maximum(slope.abs(), error))
+            if self._draws_others and not may_draw_others:
                 raise CannotDifferentiateError(OTHER_TERMS)
+        self._unproved = self._draws_others
         if every.losses is not None and expected.loss is not None:
             loss = every.losses.mean()
             limit = tolerance * loss.abs().clamp_min(1e-30)
-            if chance:
-                limit = limit + chance * every.losses.std() / len(every.losses) ** 0.5
+            if self._draws_others:
+                limit = limit + by_chance(every.losses)
             if _true((loss - expected.loss.to(loss.device)).abs() > limit):
                 raise CannotDifferentiateError(OTHER_TERMS)
         if not mixes_samples(innermost(self.model)):
             self._compare_some(passes, groups, line, APART_TF32 if tf32 else APART)
-        return every
+        return replace(every, repeated=not self._draws_others)
 
-    def _draws_otherwise(self, groups: Sequence[_Calls]) -> bool:
-        """Whether a repetition drops other units than the pass did: plain kernels use a GPU's numbers in another order.
+    def _may_draw_others(self, groups: Sequence[_Calls]) -> bool:
+        """Whether a repetition may drop other units than the pass did.
 
-        Fused attention with dropout is the case. Its samples are then compared within their scatter only.
+        Plain kernels use a GPU's random numbers in another order than fused ones, compiled code in an order of its own.
         """
         _, plain_kernels, _ = _WAYS[self._way]
         calls = [call for each in groups for call, _ in each.items]
-        return plain_kernels and any(call.drew and call.random.own for call in calls)
+        compiled = is_compiled(self.model)
+        return any(call.drew and (compiled or (plain_kernels and call.random.own)) for call in calls)
 
     def _others_moved(self, groups: Sequence[_Calls], line: Line) -> bool:
         """Whether parameters that this step does not move were changed since the calls, by another optimizer."""
@@ -606,6 +614,8 @@ class ForwardMode:
             "seed": self._seed,
             "half": self.half,
             "signature": self._signature,
+            "draws_others": self._draws_others,
+            "unproved": self._unproved,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -613,7 +623,8 @@ class ForwardMode:
         self._whole, self._way = bool(state["whole"]), int(state["way"])
         self.reason, self._refreshes = state["reason"], int(state["refreshes"])
         self._seed, self.half = int(state["seed"]), bool(state["half"])
-        self._sums = bool(state.get("sums", False))
+        self._sums, self._unproved = bool(state.get("sums", False)), bool(state.get("unproved", False))
+        self._draws_others = bool(state.get("draws_others", False))
         self._signature = state["signature"] if "sums" in state else None  # of an older version: check anew
 
 
@@ -717,6 +728,11 @@ def in_tf32(module: nn.Module) -> bool:
     except RuntimeError:  # set by a newer interface, which the older one cannot tell
         return True
     return of_cudnn and any(isinstance(child, (_ConvNd, nn.RNNBase)) for child in module.modules())
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, runs as `torch.compile` has made it."""
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
 
 
 def mixes_samples(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from alpha_optim.observe.backward_passes import BackwardPasses
 from alpha_optim.observe.gradients import LossGradients
 from alpha_optim.observe.model_calls import innermost
 from alpha_optim.observe.step_direction import Direction
-from alpha_optim.slopes.base import DERIVATIVES, SAMPLES, Expected, Names, SampleSlopes, Unaccounted, in_pass_cost
+from alpha_optim.slopes.base import ALL, DERIVATIVES, SAMPLES, Expected, Names, SampleSlopes, Unaccounted, in_pass_cost
 from alpha_optim.slopes.forward_mode import ForwardMode, Line
 from alpha_optim.slopes.layer_rules import LayerRules, without_rule
 from alpha_optim.slopes.verification import Verification
@@ -108,6 +108,11 @@ class LayerwiseBackend:
             self._rules.close()
         return self._from_model(direction.start(), direction, expected)
 
+    def doubted(self, reason: str) -> None:
+        """Say so of all parameters, and measure no samples before the next check."""
+        self.unaccounted.add(ALL, reason)
+        self._forward.reason = reason
+
     def _leave_rules_for_losses(self) -> None:
         """Losses of samples inside a model that returns their mean are seen when the model as a whole is run again."""
         assert self._passes is not None
@@ -128,7 +133,7 @@ class LayerwiseBackend:
         assert self._passes is not None
         passes = self._passes.reached
         if self._passes.differentiated_twice:
-            self.unaccounted.add(["all parameters"], DERIVATIVES)
+            self.unaccounted.add(ALL, DERIVATIVES)
             return None
         if not self._passes.forwards and passes:
             self._without_model_calls()
@@ -139,7 +144,7 @@ class LayerwiseBackend:
             return None
         slopes, reason = self._forward.slopes(passes, line, expected)
         if reason is not None:
-            self.unaccounted.add(["all parameters"], reason)
+            self.unaccounted.add(ALL, reason)
         return slopes
 
     def _without_model_calls(self) -> None:
@@ -150,7 +155,7 @@ class LayerwiseBackend:
             self._rules_wanted = True  # in this iteration nothing was seen of the layers
         else:
             self.unaccounted.add(
-                ["all parameters"],
+                ALL,
                 "no call of the model was seen; give AlphaGuided the very module that the loop calls (the compiled "
                 "one, if it is compiled)",
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses, scale_of, total_samples
-from alpha_optim.slopes.base import DERIVATIVES, SAMPLES, Names, SampleSlopes, Unaccounted
+from alpha_optim.slopes.base import ALL, DERIVATIVES, SAMPLES, Names, SampleSlopes, Unaccounted
 from alpha_optim.slopes.layers import Layer, LayerCall, LayerHooks, UnsupportedLayerError
 
 BySample = dict[BackwardPass, dict[int, Tensor]]
@@ -102,7 +102,7 @@ class SampleRecorder:
         elif self.passes.differentiated_twice:
             reason = DERIVATIVES
         if reason is not None:
-            self.unaccounted.add(["all parameters"], reason)
+            self.unaccounted.add(ALL, reason)
         return reason is not None
 
     def sampled_passes(self) -> list[BackwardPass]:

@@ -67,7 +67,9 @@ class Verification:
         judge, reason = self._forward.slopes(passes.reached, line, expected, anew=True)
         if reason in (INTERACT, OTHER_TERMS):
             return reason
-        if judge is None or mixes_samples(innermost(self._model)) or len(judge.values) < len(slopes.values):
+        if judge is None or not judge.repeated:
+            return None
+        if mixes_samples(innermost(self._model)) or len(judge.values) < len(slopes.values):
             return None  # on the statistics of a batch the share of each position is taken
         all_of_them = judge.values[: len(slopes.values)]
         size = judge.values.abs().max()

@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from alpha_optim import AlphaGuided, AlphaScheduler, Hold
 from alpha_optim.distributed import Sum
+from alpha_optim.observe.random_state import untouched
+from alpha_optim.slopes import forward_mode
 
 FSDP_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 needs_fsdp = pytest.mark.skipif(not FSDP_ON_CPU, reason="fully_shard runs on CPUs from torch 2.7 on")
@@ -196,6 +198,30 @@ def returns_loss(rank, size, variance="exact"):
         net(*of_rank(step, rank, size))["loss"].backward()
         guided.step()
     return record(guided)
+
+
+def unrepeatable_dropout(rank, size, unseen):
+    """Dropout of which a repetition drops other units, as fused attention on a GPU; ``unseen``: a term of the loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Dropout(0.2), nn.Linear(64, 3))
+    loss_fn, net = nn.CrossEntropyLoss(), wrapped(model, size)
+    torch.manual_seed(1 + rank)
+    guided = AlphaGuided(OPTIMIZERS["adamw"](model.parameters()), net, loss_fn, backend="layerwise")
+
+    def others(call, replay, seed):
+        return untouched(call.random.own, 1000 + (seed or 0))
+
+    with (
+        mock.patch.object(forward_mode, "_random_numbers", others),
+        mock.patch.object(forward_mode.ForwardMode, "_may_draw_others", return_value=True),
+    ):
+        for step in range(8):
+            x, y = of_rank(step, rank, size, dtype=torch.float32, total=64)
+            guided.zero_grad()
+            (loss_fn(net(x), y) + unseen * sum(p.sum() for p in model.parameters())).backward()
+            guided.step()
+            list(guided.alpha_history)  # sums over ranks are compared when they are read
+        return record(guided)
 
 
 def shares_of_one_mean(rank, size, how):

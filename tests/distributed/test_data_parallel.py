@@ -43,6 +43,9 @@ def on_ranks(rank, size, folder):
     if size == 2:
         found["ways"] = {case: setups.said(setups.way, rank, size, *case) for case in WAYS}
         found["returns"] = {v: setups.returns_loss(rank, size, v) for v in ("exact", "sampled")}
+        found["dropout"] = {
+            unseen: setups.said(setups.unrepeatable_dropout, rank, size, unseen) for unseen in (0.0, 3.0)
+        }
         found["shares"] = {how: setups.shares_of_one_mean(rank, size, how) for how in ("in place", "anew")}
         found["bad batch"] = setups.one_bad_batch(rank, size)
         found["waits"] = setups.steps_that_wait(rank, size)
@@ -130,6 +133,18 @@ def test_ways_of_data_parallel_training(two, case):
         assert history[5][0] == "full" or name == "a rank without data"
         return
     assert_same(history, setups.way(0, 1, name), 1e-11)
+
+
+def test_dropout_that_cannot_be_repeated(two):
+    history, said = two[0]["dropout"][0.0]
+    assert [information for information, _ in history.values()] == ["full"] * 7
+    assert said == []
+
+
+def test_a_term_of_the_loss_that_was_not_seen_is_told_where_dropout_cannot_be_repeated(two):
+    history, said = two[0]["dropout"][3.0]
+    assert history[0][0] == "slopes"
+    assert "not all of the loss" in said[0]
 
 
 def test_a_model_that_returns_its_loss(two):

@@ -155,7 +155,8 @@ def flipped(number, dice):
     if isinstance(number, int):
         return number ^ 1 << dice.randrange(16)
     (bits,) = struct.unpack("<q", struct.pack("<d", number))
-    return struct.unpack("<d", struct.pack("<q", bits ^ 1 << dice.randrange(63)))[0]
+    first = 52 if math.isnan(number) else 0  # any other fraction is nan again, the same number to everybody
+    return struct.unpack("<d", struct.pack("<q", bits ^ 1 << dice.randrange(first, 63)))[0]
 
 
 def state_checks(count=250):
