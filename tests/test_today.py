@@ -7,7 +7,7 @@ import torch
 
 from alpha_optim import AlphaGuided
 from alpha_optim.observe import random_state
-from alpha_optim.slopes import forward_mode
+from alpha_optim.slopes import forward_mode, repetition
 from tests.reference.losses_of_samples import observe
 from tests.test_transparency import equal_states
 from tests.today import CASES, CROSS, GPT, Case, flattened, tokens
@@ -78,8 +78,8 @@ def test_exact_variances_are_those_of_one_backward_pass_per_sample(name):
 def test_large_outputs_are_contracted_a_sample_at_a_time(name, monkeypatch):
     """In float64 the logits of a language model would take more memory than training it does."""
     case, found = CASES[name], []
-    for elements in (forward_mode.TOGETHER, 8):
-        monkeypatch.setattr(forward_mode, "TOGETHER", elements)
+    for elements in (repetition.TOGETHER, 8):
+        monkeypatch.setattr(repetition, "TOGETHER", elements)
         _, guided, _ = train(case, True, 5, torch.float64)
         found.append([(m.slope_variance_start, m.slope_variance_end) for m in guided.alpha_history])
     assert found[0] == [pytest.approx(pair, rel=1e-10) for pair in found[1]]
@@ -96,7 +96,7 @@ def drops_others(monkeypatch):
     def others(call, replay, seed):
         return random_state.untouched(call.random.own, 1000 + (seed or 0))
 
-    monkeypatch.setattr(forward_mode, "_random_numbers", others)
+    monkeypatch.setattr(repetition, "_random_numbers", others)
     return lambda: monkeypatch.setattr(forward_mode.ForwardMode, "_may_draw_others", lambda *_: True)
 
 

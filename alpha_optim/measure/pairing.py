@@ -48,8 +48,7 @@ from alpha_optim.observe.step_direction import (
     parameters_of,
     same_tensors,
 )
-from alpha_optim.slopes.base import OF_OTHER_GRADIENTS, Backend, Expected, SampleSlopes, by_chance
-from alpha_optim.slopes.forward_mode import OTHER_TERMS
+from alpha_optim.slopes.base import OF_OTHER_GRADIENTS, OTHER_TERMS, Backend, Expected, SampleSlopes, by_chance
 
 
 @dataclass(frozen=True)

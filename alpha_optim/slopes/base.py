@@ -25,6 +25,14 @@ SAMPLES = 16
 
 ALL = ("all parameters",)
 """Names for `Unaccounted.add` where a reason concerns all of them."""
+OTHER_TERMS = (
+    "the loss that was seen is not all of the loss that is sent backward (a penalty, a balance loss, a second loss), "
+    "or another run of the model does not repeat it, as where it keeps state"
+)
+INTERACT = (
+    "samples interact (a contrastive loss?) or do not lie along sample_dim; models that are fed time first take "
+    "sample_dim=1"
+)
 DERIVATIVES = "the loss contains derivatives of the model (create_graph=True)"
 
 

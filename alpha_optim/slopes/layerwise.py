@@ -18,7 +18,8 @@ from alpha_optim.observe.gradients import LossGradients
 from alpha_optim.observe.model_calls import innermost
 from alpha_optim.observe.step_direction import Direction
 from alpha_optim.slopes.base import ALL, DERIVATIVES, SAMPLES, Expected, Names, SampleSlopes, Unaccounted, in_pass_cost
-from alpha_optim.slopes.forward_mode import ForwardMode, Line
+from alpha_optim.slopes.derivative import Line
+from alpha_optim.slopes.forward_mode import ForwardMode
 from alpha_optim.slopes.layer_rules import LayerRules, without_rule
 from alpha_optim.slopes.verification import Verification
 

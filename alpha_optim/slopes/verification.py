@@ -16,8 +16,9 @@ from alpha_optim.observe.backward_passes import BackwardPasses
 from alpha_optim.observe.model_calls import innermost
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.step_direction import Direction
-from alpha_optim.slopes.base import Expected, SampleSlopes
-from alpha_optim.slopes.forward_mode import INTERACT, OTHER_TERMS, ForwardMode, Line, mixes_samples
+from alpha_optim.slopes.base import INTERACT, OTHER_TERMS, Expected, SampleSlopes
+from alpha_optim.slopes.derivative import Line
+from alpha_optim.slopes.forward_mode import ForwardMode, mixes_samples
 
 TOLERANCE, TOLERANCE_HALF = 1e-2, 1e-1
 """Deviation of a sample's slope relative to the largest; in 16 bits."""

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from alpha_optim import AlphaGuided, AlphaScheduler, Hold
 from alpha_optim.distributed import Sum
 from alpha_optim.observe.random_state import untouched
-from alpha_optim.slopes import forward_mode
+from alpha_optim.slopes import forward_mode, repetition
 
 FSDP_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 needs_fsdp = pytest.mark.skipif(not FSDP_ON_CPU, reason="fully_shard runs on CPUs from torch 2.7 on")
@@ -212,7 +212,7 @@ def unrepeatable_dropout(rank, size, unseen):
         return untouched(call.random.own, 1000 + (seed or 0))
 
     with (
-        mock.patch.object(forward_mode, "_random_numbers", others),
+        mock.patch.object(repetition, "_random_numbers", others),
         mock.patch.object(forward_mode.ForwardMode, "_may_draw_others", return_value=True),
     ):
         for step in range(8):
