@@ -153,13 +153,15 @@ def test_steering_two_wrappers_of_one_model_is_refused_with_the_recipe():
     model, optimizers = make()
     loss_fn = nn.CrossEntropyLoss()
     guided = [AlphaGuided(optimizer, model, loss_fn) for optimizer in optimizers]  # each watched along its own step
-    for x, y in batches(4):
-        for one in guided:
-            one.zero_grad()
-        loss_fn(model(x), y).backward()
-        for one in guided:
-            one.step()
-    assert all(len(one.alpha_history) for one in guided)
+    with pytest.warns(UserWarning, match="another optimizer has moved parameters of the model.*wrap both as one"):
+        for x, y in batches(4):
+            for one in guided:
+                one.zero_grad()
+            loss_fn(model(x), y).backward()
+            for one in guided:
+                one.step()
+    assert {m.information for m in guided[0].alpha_history} == {"full"}
+    assert "slopes" in {m.information for m in guided[1].alpha_history}
     scheduler = AlphaScheduler(guided[0], Hold())
     with pytest.raises(ValueError, match=r"AlphaGuided\(\[(muon|sgd), adamw\], model, loss_fn\)"):
         AlphaScheduler(guided[1], Hold())

@@ -53,6 +53,12 @@ from alpha_optim.slopes.repetition import (
 
 APART, APART_TF32, APART_HALF = 1e-3, 1e-2, 5e-2
 """Deviation of a sample by itself from the same sample in its batch, relative to the largest sample."""
+OTHERS_MOVED = 3e-3
+"""Deviation of the mean slope, relative to the slopes of samples, after another optimizer has moved its parameters."""
+OTHERS = (
+    "another optimizer has moved parameters of the model before this one made its step; wrap both as one, "
+    "AlphaGuided([one, other], model, loss_fn)"
+)
 CHECK_AGAIN = 16
 """So many refreshes lie between two checks; a check costs about four of them."""
 
@@ -202,8 +208,13 @@ class ForwardMode:
             raise CannotDifferentiateError(OTHER_TERMS)
         every = self._put_together(passes, groups, line, whole=True)
         half = self.half or any(calls.half for calls in groups)
-        if self._others_moved(groups, line) or not true(torch.isfinite(every.values).all()):
+        if not true(torch.isfinite(every.values).all()):
             self._signature = None  # nothing can be compared: check the next time
+            return every
+        if self._others_moved(groups, line):
+            self._signature = None
+            if expected.slope is not None and true(_far(every.values, expected.slope, OTHERS_MOVED)):
+                raise CannotDifferentiateError(OTHERS)
             return every
         tf32 = in_tf32(innermost(self.model))
         tolerance = TOLERANCE_HALF if half else TOLERANCE_TF32 if tf32 else TOLERANCE
@@ -335,6 +346,12 @@ def _apart(some: Tensor, expected: Tensor, every: Tensor, tolerance: float) -> b
     if some.shape != expected.shape:
         return True
     return not true((some - expected).abs().max() <= tolerance * every.abs().max())
+
+
+def _far(values: Tensor, slope: Tensor, tolerance: float) -> Tensor:
+    """Whether the mean of samples is not the slope of the gradients, relative to the slopes of samples."""
+    slope = slope.to(values.device)
+    return (values.mean() - slope).abs() > tolerance * (slope.abs() + values.abs().mean())
 
 
 def in_tf32(module: nn.Module) -> bool:
