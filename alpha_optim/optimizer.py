@@ -162,6 +162,7 @@ class AlphaGuided(Optimizer):
         # What torch refuses, it refuses below, in its own words.
         fit = [entry for entry in named if isinstance(entry, Tensor) and entry.is_leaf]
         check_membership(fit, self._session.plan.model, self._session.plan.loss_fn, "the new group")
+        self._session.supervision.group_comes()
         self.optimizer.add_param_group(param_group)
         self._session.begin()
 

@@ -366,6 +366,16 @@ class AlphaScheduler(LRScheduler):
             "guard=False."
         )
 
+    def _group_comes(self) -> None:
+        """A search ends before a param group is added: no point without its parameters can be gone back to."""
+        if self._decision.searching and self._cut is None and self._session.iteration:
+            self._end_search(base.cut_short)
+            self._once.say(
+                "a param group is added while the learning rate is searched, so the search ends: with the best trial "
+                "so far or, if there is none, where it began and at the rates given. Add groups before training, or "
+                "once the search is over (print(scheduler) says so)."
+            )
+
     @contextmanager
     def _around_step(self) -> Iterator[None]:
         """Apply the guard's cut to rates that the training loop owns, inside the step only."""
@@ -535,6 +545,12 @@ class _Listener:
         scheduler = self._scheduler()
         if scheduler is not None:
             scheduler._reached_by_others()
+
+    def group_comes(self) -> None:
+        """Tell the scheduler."""
+        scheduler = self._scheduler()
+        if scheduler is not None:
+            scheduler._group_comes()
 
     def around_step(self) -> AbstractContextManager[None]:
         """Ask the scheduler."""

@@ -1,12 +1,14 @@
 """The history: reading, windows, files, bounds."""
 
+import copy
 import json
 import math
 
 import numpy as np
 import pytest
+import torch
 
-from alpha_optim import AlphaHistory, AlphaStatus, Observation, measure_alpha
+from alpha_optim import AlphaGuided, AlphaHistory, AlphaStatus, Observation, measure_alpha
 from alpha_optim.alpha.records import DropReason
 
 
@@ -257,3 +259,23 @@ def test_who_has_unsubscribed_may_do_so_again():
     stop()
     history.append(measurement(0))
     assert seen == []
+
+
+def test_a_history_that_waits_for_its_numbers_is_pickled_with_them(tmp_path):
+    torch.manual_seed(0)
+    model, loss_fn = torch.nn.Linear(4, 2), torch.nn.CrossEntropyLoss()
+    optimizer, seen = AlphaGuided(torch.optim.Adam(model.parameters()), model, loss_fn), []
+    for step in range(6):
+        optimizer.zero_grad()
+        loss_fn(model(torch.randn(8, 4)), torch.randint(0, 2, (8,))).backward()
+        optimizer.step()
+        if step == 2:
+            stop = optimizer.alpha_history.subscribe(seen.append)
+        if step == 3:
+            stop()
+    torch.save({"history": optimizer.alpha_history}, tmp_path / "history.pt")
+    loaded = torch.load(tmp_path / "history.pt", weights_only=False)["history"]
+    assert list(loaded) == list(optimizer.alpha_history)
+    assert len(loaded) == 5
+    optimizer.alpha_history.subscribe(seen.append)
+    assert len(copy.deepcopy(optimizer.alpha_history)._callbacks) == 0  # who follows one does not follow its copy

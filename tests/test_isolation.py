@@ -333,3 +333,28 @@ def test_generators_of_devices_that_are_not_the_models_are_left_alone(monkeypatc
         guided.step()
     assert {m.information for m in guided.alpha_history} == {"full"}
     assert seeded == []
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_watched_model_is_traced_as_a_bare_one_and_scripted_once_it_is_no_longer_watched():
+    torch.manual_seed(0)
+    model, loss_fn = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), nn.CrossEntropyLoss()
+    x, y = torch.randn(8, 4), torch.randint(0, 2, (8,))
+
+    def traced():
+        return [node.kind() for node in torch.jit.trace(model, x).inlined_graph.nodes()]
+
+    bare = traced()
+    optimizer = AlphaGuided(torch.optim.Adam(model.parameters()), model, loss_fn)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+    count = len(optimizer.alpha_history)
+    assert traced() == bare
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+    with pytest.raises(AttributeError, match=r"call optimizer\.detach\(\) first"):
+        torch.jit.script(model)
+    optimizer.detach()
+    assert torch.equal(torch.jit.script(model)(x), model(x))
+    assert len(optimizer.alpha_history) == count

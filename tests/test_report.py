@@ -266,13 +266,14 @@ def test_reading_on_takes_what_was_added_and_begins_anew_when_the_file_shrank(tm
 # ---------------------------------------------------------------- recording while training
 
 
-def test_a_run_records_itself_and_a_resumed_one_goes_on(tmp_path):
+def test_a_run_records_itself_and_one_that_was_killed_is_kept_when_it_begins_anew(tmp_path):
     path = tmp_path / "run.jsonl"
     optimizer = train(12, path)
     assert np.array_equal(AlphaHistory.load(path).alphas, optimizer.alpha_history.alphas)
     add(path, '{"iteration": 11, "al')  # killed while it wrote
     train(8, path)
-    assert len(AlphaHistory.load(path)) == 11 + 7
+    assert len(AlphaHistory.load(path)) == 7
+    assert len(AlphaHistory.load(tmp_path / "run.1.jsonl")) == 11
 
 
 def test_events_of_the_guard_are_recorded(tmp_path):
@@ -343,6 +344,19 @@ def test_recording_refuses_a_file_that_is_something_else(tmp_path):
     with pytest.raises(ValueError, match="line 1"):
         record(optimizer, tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "my notes\nsecond line\n"
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_no_page_is_written_over_a_run(command, tmp_path, capsys):
+    path, page = tmp_path / "run.jsonl", tmp_path / "page.html"
+    run_file(path, count=20)
+    before = path.read_bytes()
+    page.write_text("<!doctype html><html>an older page</html>")
+    assert main([command, str(path), "-o", str(path)]) == 2
+    assert "is no page of HTML, so it is not written over" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert main([command, str(path), "-o", str(page)]) == 0
+    assert "an older page" not in page.read_text()
 
 
 # ---------------------------------------------------------------- words

@@ -371,13 +371,57 @@ def test_the_rate_given_with_an_added_group_is_the_one_it_gets():
     assert [group["lr"] for group in base.param_groups] == pytest.approx([0.0125, 0.04])
 
 
+@pytest.mark.parametrize("at", [0, 1, 5, 30, 45, 60, 300])
+def test_a_group_added_during_a_search(at):
+    """No point of the search can be gone back to with it: the search ends where it began, or at its best trial."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 20)
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    model, loss_fn = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 2)), nn.CrossEntropyLoss()
+    optimizer = AlphaGuided(torch.optim.AdamW(model[2].parameters(), lr=1e-3), model, loss_fn)
+    scheduler = AlphaScheduler(optimizer, total_steps=400)
+    begin, generator = copy.deepcopy(model.state_dict()), torch.Generator().manual_seed(0)
+
+    def train(steps):
+        for _ in range(steps):
+            picked = torch.randint(len(x), (64,), generator=generator)
+            optimizer.zero_grad()
+            loss_fn(model(x[picked]), y[picked]).backward()
+            optimizer.step()
+            scheduler.step()
+
+    train(at)
+    searching, before = not scheduler.policy.calibrated, copy.deepcopy(model.state_dict())
+    assert searching == (at < 300)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.add_param_group({"params": model[0].parameters(), "lr": 1e-4})
+    after = model.state_dict()
+    if at in (0, 300):
+        assert not caught
+        assert all(torch.equal(after[name], before[name]) for name in after)
+    else:
+        assert "a param group is added while the learning rate is searched" in str(caught[0].message)
+        assert scheduler.policy.calibrated
+        # The first step or two of a search move no weight that can be seen.
+        assert scheduler.policy.story[-1][1].startswith("the best rate so far") or all(
+            torch.allclose(after[name], begin[name], atol=1e-6) for name in after
+        )
+    train(1)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if searching:
+        assert rates[1] / rates[0] == pytest.approx(0.1)
+    else:
+        assert rates[1] == pytest.approx(1e-4, rel=0.05)  # it is annealed from there
+
+
 @pytest.mark.parametrize("path", ["cool down", "not stepped"])
 def test_a_group_added_since_the_last_call_disturbs_nothing(path):
     model, base = make()
     loss_fn, extra = nn.CrossEntropyLoss(), nn.Parameter(torch.zeros(2))
     guided = AlphaGuided(base, nn.ModuleList([model, nn.ParameterList([extra])]), loss_fn)
     scheduler = AlphaScheduler(guided, Hold()) if path == "cool down" else AlphaScheduler(guided, total_steps=1000)
-    train(model, loss_fn, guided, scheduler, batches(3))
+    train(model, loss_fn, guided, scheduler, batches(3) if path == "cool down" else [])  # a search would end
     guided.add_param_group({"params": [extra], "lr": 0.04})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

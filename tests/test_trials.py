@@ -423,7 +423,7 @@ def test_a_run_that_ends_in_its_search_ends_at_the_best_trial_so_far_or_where_th
         assert "the best rate so far is" in told
         assert optimizer.param_groups[0]["lr"] == pytest.approx(scheduler.policy.found_lr)
     else:
-        assert told == "the search was cut short: the rate given is kept"
+        assert told == "the search was cut short, and the model put back to where it began: the rate given is kept"
         assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)
         assert any(equal_states(now, seen[n]) for n in (1, 2, 3))  # where the search began
 

@@ -76,6 +76,11 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         self.abandoned: list[tuple[int, int]] = []
         """First and last iteration of trials that were taken back as a whole; `windowed` leaves them out."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: the numbers; who follows this history does not follow its copy."""
+        self._fetch()
+        return {**self.__dict__, "_callbacks": []}
+
     # ---------------------------------------------------------------- writing
 
     def append(self, measurement: AlphaMeasurement | Pending) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from alpha_optim.alpha.window import window_alpha
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.scheduler import AlphaScheduler
 
+LOG = logging.getLogger(__name__)
 Metrics = dict[str, float]
 HISTOGRAM = 100
 """TensorBoard gets the distribution of so many alphas at a time."""
@@ -235,9 +238,10 @@ def record(
     """Write every measurement to a file when it is made, what the guard did, and what the scheduler says of the rate.
 
     ``python -m alpha_optim watch PATH`` shows the run while it trains, ``... report PATH`` afterwards, and
-    `AlphaHistory.load` reads the measurements. A file that is there is continued. After a resume call it once the
-    state is loaded: what the file says of later iterations is cut off, since they are made again. Every line is written
-    at once. On several ranks only one should record.
+    `AlphaHistory.load` reads the measurements. After a resume the file is continued; call `record` once the state is
+    loaded: what the file says of later iterations is cut off, since they are made again. Before the first step of a run
+    a file that is there is of another one, and is kept as ``run.1.jsonl``, ``run.2.jsonl`` and so on. Every line is
+    written at once. On several ranks only one should record.
 
     Args:
         optimizer: The optimizer.
@@ -284,6 +288,10 @@ class _Recorder:
         if os.path.exists(path) and os.path.getsize(path):
             _mend_last_line(path)
             written = AlphaHistory.load(path)  # raises where lines of ours would not belong
+            if optimizer.iteration == 0 and len(written):
+                _set_aside(path)
+                written = AlphaHistory()
+                written.save(path)
             known = optimizer.alpha_history
             last = known[-1].iteration if len(known) else optimizer.iteration - 1
             if optimizer.iteration and len(written) and written.iterations.max() > last:
@@ -303,8 +311,8 @@ class _Recorder:
 
     def _told(self) -> list[dict[str, Any]]:
         """Rows of what the guard did and the policy said since this was asked last."""
-        count = self._optimizer.guard_counts["events"]
-        events = self._optimizer.guard_events[-(count - self._events) :] if count > self._events else ()
+        so_far = self._optimizer.guard_counts["events"]
+        events = self._optimizer.guard_events[-(so_far - self._events) :] if so_far > self._events else ()
         policy = getattr(self._scheduler, "policy", None)
         notes, phases = getattr(policy, "story", ()), getattr(policy, "phases", ())
         rows: list[dict[str, Any]] = [
@@ -315,7 +323,7 @@ class _Recorder:
             for iteration, name in phases[self._phases :]
         ]
         rows += [{NOTE: {"iteration": iteration, "text": text}} for iteration, text in notes[self._notes :]]
-        self._events, self._notes, self._phases = count, len(notes), len(phases)
+        self._events, self._notes, self._phases = so_far, len(notes), len(phases)
         return rows
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
@@ -339,6 +347,14 @@ def _mend_last_line(path: str | os.PathLike[str]) -> None:
         tail = file.read()
         if not tail.endswith(b"\n") and b"\n" in tail:
             file.truncate(begin + tail.rindex(b"\n") + 1)
+
+
+def _set_aside(path: str | os.PathLike[str]) -> None:
+    """Rename the file of another run: ``run.jsonl`` becomes ``run.1.jsonl``, or the next number that is free."""
+    root, suffix = os.path.splitext(os.fspath(path))
+    free = next(name for n in count(1) if not os.path.exists(name := f"{root}.{n}{suffix}"))
+    os.rename(path, free)
+    LOG.warning("%s held another run, which is kept as %s", os.fspath(path), free)
 
 
 def _cut_after(path: str | os.PathLike[str], last: int) -> None:

@@ -81,10 +81,22 @@ class Hook:
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         """Forward the call if it comes from the module that was hooked."""
-        # While Dynamo traces, or inside a transform of torch.func, the call is not one of the training loop's.
-        if module is not self._owner or torch.compiler.is_compiling() or inside_functorch():
+        # While somebody traces, or inside a transform of torch.func, the call is not one of the training loop's.
+        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if module is not self._owner or traced or inside_functorch():
             return None
         return self._call(module, *args)
+
+    @property
+    def __name__(self) -> str:
+        """Asked for by `torch.jit.script`, which compiles the hooks of a module along with it.
+
+        Raises:
+            AttributeError: Always.
+        """
+        raise AttributeError(
+            "torch.jit.script compiles the hooks of a module, and this model is watched: call optimizer.detach() first"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         """Become inert in a deep copy."""

@@ -86,7 +86,22 @@ def _seconds(text: str) -> float:
 
 
 def _report(options: argparse.Namespace) -> None:
+    _may_be_written(options.output)
     _write_page(list(read_all(options.files)), options.output)
+
+
+def _may_be_written(output: str) -> None:
+    """Refuse to write a page over anything but a page: a run that took a week is a file, too.
+
+    Raises:
+        FileExistsError: If something else is there.
+    """
+    if not os.path.isfile(output):
+        return
+    with open(output, "rb") as file:
+        there = file.read(64).lstrip().lower()
+    if there and not there.startswith((b"<!doctype html", b"<html")):
+        raise FileExistsError(f"{output} is there and is no page of HTML, so it is not written over; take another -o")
 
 
 def _write_page(recordings: list[Recording], output: str) -> None:
@@ -115,6 +130,8 @@ def _diagnose(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from alpha_optim.report.summary import SUMMARY, summary
 
+    if options.output is not None:
+        _may_be_written(options.output)
     recordings = list(read_all(options.files))
     rows = [("run", *SUMMARY), *((recording.name, *summary(recording)) for recording in recordings)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -79,7 +79,7 @@ class GroupRates:
         Returns:
             Whether anything was.
         """
-        self._match(groups)
+        self._match(groups, searching)
         now = rates_in(groups)
         factors = ratios(now, self.written)
         if all(factor == 1.0 for factor in factors):
@@ -100,8 +100,11 @@ class GroupRates:
         """What is written is what is scheduled."""
         self.scheduled, self.peaks = list(self.written), list(self.written)
 
-    def _match(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Follow param groups that were added or removed; the rate given with an added one is the one it gets now."""
+    def _match(self, groups: Sequence[Mapping[str, Any]], searching: bool) -> None:
+        """Follow param groups that were added or removed.
+
+        The rate given with an added one is the one it gets now; during a search it is one of the rates given.
+        """
         if list(map(id, groups)) == self._groups:
             return
         places = {key: place for place, key in enumerate(self._groups)}
@@ -109,9 +112,10 @@ class GroupRates:
         if len(groups) == len(self._groups) and all(place is None for place in known):
             known = list(range(len(groups)))  # the same groups, loaded anew
         now = rates_in(groups)
+        factor = 1.0 if searching else self.factor
         self.scheduled, self.peaks, self.written = (
             [new / share if place is None else rates[place] for place, new in zip(known, now, strict=True)]
-            for rates, share in ((self.scheduled, self.factor), (self.peaks, self.factor), (self.written, 1.0))
+            for rates, share in ((self.scheduled, factor), (self.peaks, factor), (self.written, 1.0))
         )
         self._groups = list(map(id, groups))
 

@@ -48,6 +48,9 @@ class Steering(Protocol):
     def reached_by_others(self) -> None:
         """Backward passes of another network come through the parameters."""
 
+    def group_comes(self) -> None:
+        """A param group is about to be added."""
+
     def around_step(self) -> AbstractContextManager[None]:
         """Entered while the wrapped optimizer steps."""
 
@@ -112,6 +115,11 @@ class Supervision:
             self._reached += 1
             if self._reached == OTHERS:
                 self.steering.reached_by_others()
+
+    def group_comes(self) -> None:
+        """A param group is about to be added."""
+        if self.steering is not None:
+            self.steering.group_comes()
 
     def around_step(self) -> AbstractContextManager[None]:
         """Entered while the wrapped optimizer steps."""

@@ -254,6 +254,22 @@ def test_a_resumed_run_cuts_off_what_it_makes_again(tmp_path):
     assert written.state_dict()["columns"] == two[1].alpha_history.state_dict()["columns"]
 
 
+def test_the_file_of_another_run_is_kept_under_another_name(tmp_path, caplog):
+    path = tmp_path / "run.jsonl"
+    for again in range(3):
+        torch.manual_seed(again)
+        model, optimizer = make()
+        stop = record(optimizer, path)
+        for _ in range(5 + again):
+            optimizer.zero_grad()
+            optimizer_loss(optimizer)(model(torch.randn(4, 6)), torch.tensor([0, 1, 2, 0])).backward()
+            optimizer.step()
+        stop()
+    found = {one.name: len(AlphaHistory.load(one)) for one in tmp_path.iterdir()}
+    assert found == {"run.1.jsonl": 4, "run.2.jsonl": 5, "run.jsonl": 6}
+    assert caplog.messages == [f"{path} held another run, which is kept as {tmp_path}/run.{n}.jsonl" for n in (1, 2)]
+
+
 @pytest.mark.parametrize("wrong", [None, torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)])
 def test_only_wrapped_optimizers_can_be_recorded(tmp_path, wrong):
     with pytest.raises(TypeError, match="takes the optimizer that AlphaGuided wraps others as, got"):

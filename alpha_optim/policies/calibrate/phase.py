@@ -80,5 +80,7 @@ class After(NamedTuple):
     text: str = ""
 
 
-CUT_SHORT = After(None, restore="start", corrected=False, text="the search was cut short")
+CUT_SHORT = After(
+    None, restore="start", corrected=False, text="the search was cut short, and the model put back to where it began"
+)
 """What follows where a run ends in its search, with no trial to go on from."""
