@@ -173,6 +173,12 @@ class AlphaScheduler(LRScheduler):
         self._step_count += 1
         session.scheduler_stepped()
         self._news.resumed_at(session.resumed_at)
+        if self._news.is_ahead_of(optimizer.iteration):
+            self._once.say(
+                "AlphaScheduler has seen more steps than the optimizer has made: of a checkpoint load both states, "
+                "optimizer.load_state_dict(...) and scheduler.load_state_dict(...), else moments, measurements and "
+                "what is known of the rate do not belong together."
+            )
         self._take_over_foreign_rates()
         if self._cut is not None:
             self._cut = min(1.0, self._cut * RECOVERY)

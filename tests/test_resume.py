@@ -1,6 +1,7 @@
 """A resumed run continues bit for bit; bare and wrapped state dicts load into each other."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -323,3 +324,24 @@ def test_an_optimizer_state_without_the_schedulers_explodes_nothing(kind, cut):
     assert policy.calibrated
     assert policy.phases[0] == (0, "jump")
     assert policy.phases[1][0] > cut
+
+
+@pytest.mark.parametrize("forgotten", ["optimizer", "scheduler", None])
+def test_a_state_that_was_forgotten_is_missed(forgotten):
+    """The scheduler's is of step 20; of the other one of the two nothing was loaded, or what an earlier one says."""
+    first = build("adamw")
+    train(*first, data(10))
+    early = copy.deepcopy([part.state_dict() for part in (first[2], first[3])])
+    train(*first, data(20)[10:])
+    late = [part.state_dict() for part in (first[2], first[3])]
+    second = build("adamw") if forgotten == "optimizer" else first
+    if forgotten != "optimizer":
+        second[2].load_state_dict(early[0])
+    if forgotten != "scheduler":
+        second[3].load_state_dict(late[1] if forgotten == "optimizer" else early[1])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(*second, data(30)[20:])
+    said = [str(entry.message) for entry in caught]
+    assert sum("load both states" in text for text in said) == (forgotten is not None)
+    assert second[2].alpha_history[-1].iteration == second[2].iteration - 2

@@ -51,6 +51,13 @@ class News:
             self.iteration = iteration
             self.skip_to(iteration)
 
+    def is_ahead_of(self, iteration: int) -> bool:
+        """Whether steps were told of that the optimizer has not made; from here on its own count holds."""
+        if self.iteration <= iteration:
+            return False
+        self.iteration, self._measured = iteration, iteration - 1
+        return True
+
     def skip_to(self, iteration: int) -> None:
         """Never tell of what was measured so far."""
         self._measured = max(self._measured, iteration - 1)
