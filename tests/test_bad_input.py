@@ -214,6 +214,8 @@ def test_scheduler_arguments(model, sgd):
         AlphaScheduler(guided, schedule=3)
     with pytest.raises(ValueError, match=r"expected 0 <= min_lr <= max_lr, got min_lr=1.0, max_lr=0.1"):
         AlphaScheduler(guided, min_lr=1.0, max_lr=0.1)
+    with pytest.raises(TypeError, match="max_lr must be a learning rate, got 'high'"):
+        AlphaScheduler(guided, max_lr="high")
     with pytest.raises(ValueError, match=r'guard must be True, False or "cpu" .*, got \'gpu\''):
         AlphaScheduler(guided, guard="gpu")
     with pytest.raises(TypeError, match=r"an accepted hook must be callable"):

@@ -561,6 +561,22 @@ def test_a_search_that_began_far_below_leaves_room_for_the_rates_held(tmp_path, 
     assert float(held.split("┤")[0]) == pytest.approx(0.08, rel=0.5)
 
 
+def test_watch_writes_into_a_pipe_as_it_looks(tmp_path):
+    path = tmp_path / "run.jsonl"
+    run_file(path, count=100)
+    command = [sys.executable, "-m", "alpha_optim", "watch", "--every", "0.05", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        try:
+            assert any("iteration 99 " in line for line in watching.stdout)  # the pipe stays open
+            more = AlphaHistory()
+            more.append(measurement(100, 0.1))
+            more.save(tmp_path / "more.jsonl")
+            add(path, (tmp_path / "more.jsonl").read_text().splitlines(keepends=True)[1])
+            assert any("iteration 100 " in line for line in watching.stdout)
+        finally:
+            watching.kill()
+
+
 def test_watch_follows_a_file_that_is_written_and_stops_at_a_broken_line(tmp_path, capsys):
     path = tmp_path / "run.jsonl"
     answer = []

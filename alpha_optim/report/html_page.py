@@ -291,7 +291,9 @@ def _beside_each_other(recordings: Sequence[Recording]) -> Any:
                 hovertemplate=f"{html.escape(recording.name)}<br>iteration %{{x}}<br>{hover}<extra></extra>",
                 row=row, col=1,
             )  # fmt: skip
+    ranges = [found for recording in recordings if (found := _decades(recording.rates)) is not None]
+    shown = [min(low for low, _ in ranges), max(high for _, high in ranges)] if ranges else None
     figure.update_yaxes(title="loss, averaged", row=1, col=1)
-    figure.update_yaxes(title="learning rate", type="log", exponentformat="power", row=2, col=1)
+    figure.update_yaxes(title="learning rate", type="log", exponentformat="power", range=shown, row=2, col=1)
     figure.update_xaxes(title="iteration", row=2, col=1)
     return figure

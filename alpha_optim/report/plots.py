@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 EARLY_TO_LATE = ("#3b528b", "#32658e", "#2b758e", "#25858e", "#1f958b", "#22a884", "#3dbc74", "#65cb5e", "#95d840")
 """The middle of viridis, which can be seen on white and on black."""
+BRIGHT = COLOURS[5]
+"""Of areas, which are drawn thinly: it can be seen on white and on black."""
 DASHES = ("-", "--", ":", "-.")
 """Told apart by these where there are more runs than colours."""
 SHADES = {"jump": 0.18, "climb": 0.12, "trials": 0.06}
@@ -155,7 +157,7 @@ def plot_steps(history: AlphaHistory, *, title: str = "", ax: Axes | None = None
     highest = 0.0
     for label, values, colour in (
         ("all steps", alphas, SINGLE),
-        ("latest tenth", alphas[-max(1, len(alphas) // 10) :], COLOURS[0]),
+        ("latest tenth", alphas[-max(1, len(alphas) // 10) :], BRIGHT),
     ):
         values = np.clip(values[np.isfinite(values)], bins[0], bins[-1])
         counts = 100.0 * np.histogram(values, bins)[0] / max(1, len(values))
@@ -163,7 +165,7 @@ def plot_steps(history: AlphaHistory, *, title: str = "", ax: Axes | None = None
         highest = max(highest, float(counts.max(initial=0.0)))
     line = np.linspace(*VISIBLE, 200)
     ax.plot(line, line**2 * highest / 2, color=COLOURS[1], lw=2, label="loss along a step")
-    ax.set_xlabel(r"step length $\alpha$  (−1 start, 0 minimum, +1 as high as the start; outer bars hold all beyond)")
+    ax.set_xlabel("step length $\\alpha$  (−1 start, 0 minimum, +1 as high as the start)\nouter bars hold all beyond")
     ax.set_ylabel("share of the steps, %")
     ax.grid(alpha=0.25)
     ax.legend(fontsize=8, framealpha=0.6)
@@ -194,6 +196,9 @@ def plot_alpha_against_rate(
     rates, iterations = (np.array(values) for values in zip(*((_rate(m), m.iteration) for m in items), strict=True))
     points = ax.scatter(rates[at], middle[at], c=iterations[at], cmap=_readable_colours(), s=8)
     ax.set_xscale("log")
+    lowest = lowest_shown(rates)
+    if lowest is not None:
+        ax.set_xlim(left=lowest / 2)
     ax.axhline(0.0, color=SINGLE, lw=0.9)
     ax.set_xlabel("learning rate, first param group")
     ax.set_ylabel(r"step length $\alpha$")
@@ -221,6 +226,7 @@ def compare(histories: Mapping[str, AlphaHistory], *, title: str = "", axes: Seq
     if axes is None:
         axes = _new_figure((8, 7)).subplots(3, 1, sharex=True)
     loss, alpha, rate = axes
+    shown = []
     for place, (name, history) in enumerate(histories.items()):
         items, size = _items(history), window_of(len(history))
         style: dict[str, Any] = {
@@ -238,7 +244,11 @@ def compare(histories: Mapping[str, AlphaHistory], *, title: str = "", axes: Seq
         for axis, values in curves.items():
             at = extremes(values)
             axis.plot(iterations[at], values[at], label=name, **style)
+        lowest = lowest_shown(rates)
+        shown += [] if lowest is None else [lowest]
     rate.set_yscale("log")
+    if shown:
+        rate.set_ylim(bottom=min(shown) / 2)
     alpha.axhline(0.0, color=SINGLE, lw=0.9)
     alpha.set_ylim(*VISIBLE)
     loss.set_ylabel("loss, averaged")
@@ -364,7 +374,7 @@ def _draw_alpha(axis: Any, items: Sequence[AlphaMeasurement], window: int) -> No
     at = extremes(middle)
     x, middle, error = iterations[at], middle[at], error[at]
     axis.plot(x, middle, color=COLOURS[0], lw=1.4, label=f"{window} steps, ± standard error")
-    axis.fill_between(x, middle - error, middle + error, color=COLOURS[0], alpha=0.2, lw=0)
+    axis.fill_between(x, middle - error, middle + error, color=BRIGHT, alpha=0.35, lw=0)
     axis.axhline(0.0, color=SINGLE, lw=0.9)
     axis.set_ylim(*VISIBLE)
     axis.set_ylabel(r"step length $\alpha$")

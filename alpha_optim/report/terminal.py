@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -134,7 +137,12 @@ def watch(path: str, every: float = 1.0, once: bool = False) -> None:
         recording.read_on()
         console.print(screen(recording, console.width, console.height))
         return
-    with Live(console=console, screen=True, auto_refresh=False) as live:
+    with ExitStack() as stack:
+        show: Callable[[Any], None] = console.print  # into a pipe or a file: one picture below the other
+        if console.is_terminal:
+            live = stack.enter_context(Live(console=console, screen=True, auto_refresh=False))
+            show = partial(live.update, refresh=True)
+        shown = False
         while True:
             try:
                 grown = recording.read_on()
@@ -144,10 +152,12 @@ def watch(path: str, every: float = 1.0, once: bool = False) -> None:
                 elif error.__cause__ is None or not recording.at_its_end:
                     raise
                 else:  # perhaps whoever writes it mends it
-                    live.update(Panel(f"{error} Waiting.", title="alpha_optim"), refresh=True)
+                    show(Panel(f"{error} Waiting.", title="alpha_optim"))
                     grown, recording = False, _once_it_changes(path, every)
-            if grown or not len(recording):
-                live.update(screen(recording, console.width, console.height), refresh=True)
+            if grown or not shown:
+                shown = True
+                show(screen(recording, console.width, console.height))
+            console.file.flush()
             time.sleep(every)
 
 

@@ -6,6 +6,7 @@ import math
 import struct
 from array import array
 from collections.abc import Callable
+from numbers import Real
 from operator import itemgetter
 from typing import Any
 from zlib import crc32
@@ -16,7 +17,7 @@ from alpha_optim.steer.rates import peak_of
 
 
 def check_scheduling(
-    optimizer: Any, policy: Any, total_steps: Any, schedule: Any, bounds: tuple[float, float], guard: Any
+    optimizer: Any, policy: Any, total_steps: Any, schedule: Any, bounds: tuple[Any, Any], guard: Any
 ) -> None:
     """Refuse arguments of `AlphaScheduler` that cannot work together.
 
@@ -41,6 +42,9 @@ def check_scheduling(
         )
     if not (isinstance(guard, bool) or guard == "cpu"):
         raise ValueError(f'guard must be True, False or "cpu" (copies in the memory of the CPU), got {guard!r}')
+    for name, bound in zip(("min_lr", "max_lr"), bounds, strict=True):
+        if isinstance(bound, bool) or not isinstance(bound, Real):
+            raise TypeError(f"{name} must be a learning rate, got {bound!r}")
     if not 0.0 <= bounds[0] <= bounds[1]:
         raise ValueError(f"expected 0 <= min_lr <= max_lr, got min_lr={bounds[0]}, max_lr={bounds[1]}")
     own = [index for index, group in enumerate(optimizer.param_groups) if group.get("lr", 0.0) is None]
