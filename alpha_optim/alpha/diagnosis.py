@@ -138,7 +138,7 @@ def _verdict(
     if not alpha - CERTAIN * std > (SHORT if large else 0.0):
         return "unknown", (
             "Alpha is not known well enough to tell." if large
-            else "Alpha of batches this small is near 0 at any learning rate."
+            else "Batches this small tell little: their alpha is near 0 at low and at good learning rates alike."
         )  # fmt: skip
     if _is_where_it_began(history, recent):
         return "unknown", "The loss is no lower than at the beginning: the learning rate may be far too high."
