@@ -1,6 +1,7 @@
 """What is written to parameters and gradients between passes and steps, and steps without a pass."""
 
 import copy
+import math
 import sys
 
 import pytest
@@ -283,3 +284,39 @@ def test_an_optimizer_that_begins_to_write_into_gradients_is_noticed_at_the_next
         1 <= sum(m.status == "gradients_modified" for m in history) + history.dropped.get("gradients_modified", 0) < 20
     )
     assert history[-1].iteration == 58
+
+
+@pytest.mark.parametrize("uncleared", [1, 2, 3])
+@pytest.mark.parametrize("again", [False, True])
+def test_gradients_that_are_added_to_those_of_the_step_before(uncleared, again):
+    """Of plain SGD they are the step: without a model nothing is seen before the first of them is overwritten."""
+    torch.manual_seed(0)
+    model, loss_fn = torch.nn.Linear(3, 2).double(), torch.nn.CrossEntropyLoss()
+    x, y = torch.randn(6, 5, 3).double(), torch.randint(0, 2, (6, 5))
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.5))
+    begin = copy.deepcopy([part.state_dict() for part in (model, guided)])
+
+    def train():
+        step, found = None, {}
+        for n in range(6):
+            if n != uncleared:
+                guided.zero_grad()
+            loss_fn(model(x[n]), y[n]).backward()
+            if step is not None:
+                pairs = list(zip(step, model.parameters(), strict=True))
+                length = math.sqrt(sum(float(d.square().sum()) for d in step))
+                found[n - 1] = sum(float((d * p.grad).sum()) for d, p in pairs) / length
+            before = [p.detach().clone() for p in model.parameters()]
+            guided.step()
+            step = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+        return found
+
+    found = train()
+    if again:  # gradients and what was seen of them are there from before
+        for part, state in zip((model, guided), begin, strict=True):
+            part.load_state_dict(state)
+        assert train() == found
+    assert len(guided.alpha_history) + guided.alpha_history.dropped.get("direction_overwritten", 0) == 5
+    assert len(guided.alpha_history) >= 4
+    for m in guided.alpha_history:
+        assert m.slope_end == pytest.approx(found[m.iteration], rel=1e-9)

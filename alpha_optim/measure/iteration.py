@@ -238,7 +238,7 @@ class Iteration:
         direction = pending.direction
         if isinstance(direction, AlongGradient):
             uncleared = zip(direction.change_.bases, self.params, strict=False)
-            if any(base is not None and base is param.grad for base, param in uncleared):
+            if direction.intact() and any(base is not None and base is param.grad for base, param in uncleared):
                 direction.keep()  # the coming gradients are going to be added to those of the step
         self.elements = self._some_elements.of(self.params)
         edited = differ(self.elements, pending.elements)

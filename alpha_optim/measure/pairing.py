@@ -470,7 +470,8 @@ class Pairing:
             point = self.exchange.start(iteration, direction, product, slopes, due and slopes is None)
         if isinstance(direction, AlongGradient):
             direction.before = None
-            if self._keep_direction or self.gradient_hooks.reused(params):
+            self._keep_direction = self._keep_direction or self.gradient_hooks.reused(params)
+            if self._keep_direction or iteration.task.number == 0:  # nothing is known of the loop yet
                 direction.keep()
         self.pending = PendingStart(iteration.task.number, direction, point, elements, iteration.lr)
         return None

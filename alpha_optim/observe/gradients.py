@@ -320,9 +320,9 @@ class GradientHooks:
         return False
 
     def reused(self, params: Sequence[Tensor]) -> bool:
-        """Whether gradients are written into the tensors of the step before, or may be."""
+        """Whether gradients are written into the tensors of the step before."""
         known = [(param, self._used.get(id(param))) for param in params if param.grad is not None]
-        return any(used is None or used[0]() is param.grad for param, used in known)
+        return any(used is not None and used[0]() is param.grad for param, used in known)
 
     def step_done(self, params: Sequence[Tensor]) -> None:
         """Remember which gradients the step used up."""
