@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 
 from alpha_optim import AlphaGuided
 from tests.test_transparency import equal_states
@@ -129,6 +130,15 @@ def test_a_compiled_step_of_the_wrapped_optimizer(kind):
     assert len(optimizer.alpha_history) == STEPS - 1
 
 
+@pytest.fixture(scope="module")
+def cache_of_its_own(tmp_path_factory):
+    """Code and headers that were compiled for other kernels of the CPU have the same names, and do not fit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        patch.setattr(inductor, "cpp_cache_precompile_headers", False)
+        yield
+
+
 class Dropping(nn.Module):
     """A layer that is worth compiling by itself: of torch's own ones the compiler leaves the code as it is."""
 
@@ -143,6 +153,7 @@ class Dropping(nn.Module):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles for the CPU with g++")
 @pytest.mark.compatibility("torch.compile", "dropout in code that Inductor has made, which draws other random numbers")
 @pytest.mark.parametrize("part", ["model", "layer"])
+@pytest.mark.usefixtures("cache_of_its_own")
 def test_dropout_in_compiled_code(part):
     """No repetition drops the same units: slopes of samples are compared at the end of a step, but for chance."""
 

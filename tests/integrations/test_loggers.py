@@ -192,7 +192,7 @@ def test_events_are_written_once_whatever_is_loaded(tmp_path):
         return sum('"event"' in line for line in (tmp_path / "run.jsonl").read_text().splitlines())
 
     train(bad=2)
-    state = copy.deepcopy(optimizer.state_dict())
+    state, of_scheduler = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
     broken = copy.deepcopy(state)
     broken["alpha_guided"]["pairing"] = "nonsense"
     del broken["alpha_guided"]["checksum"]
@@ -203,6 +203,7 @@ def test_events_are_written_once_whatever_is_loaded(tmp_path):
     train(bad=1)
     assert written() == 2
     optimizer.load_state_dict(state)
+    scheduler.load_state_dict(of_scheduler)
     train(bad=None)
     assert written() == 2
     train(bad=0)
