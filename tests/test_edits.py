@@ -286,37 +286,43 @@ def test_an_optimizer_that_begins_to_write_into_gradients_is_noticed_at_the_next
     assert history[-1].iteration == 58
 
 
-@pytest.mark.parametrize("uncleared", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("given", ["optimizer", "model", "all"])
+@pytest.mark.parametrize("uncleared", [{1}, {2}, {3}, {2, 3}, set(range(1, 6))])
 @pytest.mark.parametrize("again", [False, True])
-def test_gradients_that_are_added_to_those_of_the_step_before(uncleared, again):
-    """Of plain SGD they are the step: without a model nothing is seen before the first of them is overwritten."""
+def test_gradients_that_are_added_to_those_of_the_step_before(kind, given, uncleared, again):
+    """They are no gradients of the loss: every pair that is left is right, and it is told why others are missing."""
     torch.manual_seed(0)
     model, loss_fn = torch.nn.Linear(3, 2).double(), torch.nn.CrossEntropyLoss()
     x, y = torch.randn(6, 5, 3).double(), torch.randint(0, 2, (6, 5))
-    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.5))
+    base = torch.optim.SGD(model.parameters(), lr=0.5) if kind == "sgd" else torch.optim.Adam(model.parameters())
+    guided = AlphaGuided(base, *{"optimizer": (), "model": (model,), "all": (model, loss_fn)}[given])
     begin = copy.deepcopy([part.state_dict() for part in (model, guided)])
 
     def train():
         step, found = None, {}
         for n in range(6):
-            if n != uncleared:
+            if n not in uncleared:
                 guided.zero_grad()
-            loss_fn(model(x[n]), y[n]).backward()
+            loss = loss_fn(model(x[n]), y[n])
             if step is not None:
-                pairs = list(zip(step, model.parameters(), strict=True))
+                gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
                 length = math.sqrt(sum(float(d.square().sum()) for d in step))
-                found[n - 1] = sum(float((d * p.grad).sum()) for d, p in pairs) / length
+                found[n - 1] = sum(float((d * g).sum()) for d, g in zip(step, gradients, strict=True)) / length
             before = [p.detach().clone() for p in model.parameters()]
+            loss.backward()
             guided.step()
             step = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
         return found
 
-    found = train()
+    with pytest.warns(UserWarning, match=r"optimizer\.zero_grad\(\) was not called"):
+        found = train()
     if again:  # gradients and what was seen of them are there from before
         for part, state in zip((model, guided), begin, strict=True):
             part.load_state_dict(state)
         assert train() == found
-    assert len(guided.alpha_history) + guided.alpha_history.dropped.get("direction_overwritten", 0) == 5
-    assert len(guided.alpha_history) >= 4
+    lost = {n for at in uncleared for n in (at - 1, at)}
+    assert guided.alpha_history.iterations.tolist() == sorted(set(range(5)) - lost)
+    assert guided.alpha_history.dropped == {"gradients_modified": len(lost)}
     for m in guided.alpha_history:
         assert m.slope_end == pytest.approx(found[m.iteration], rel=1e-9)

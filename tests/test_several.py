@@ -246,4 +246,5 @@ def test_a_guard_inside_the_backward_pass_is_refused_by_name():
 
     with pytest.raises(RuntimeError, match=r"inside the backward pass.*guard=False"):
         stepped(True)
+    model.zero_grad()
     stepped(False)

@@ -391,6 +391,8 @@ class Pairing:
             return DropReason.OUT_OF_MEMORY if trouble.out_of_memory else DropReason.EXCEPTION
         if iteration.passes.skipped:
             return DropReason.STEP_SKIPPED
+        if iteration.gradients.added_to_old:
+            return DropReason.GRADIENTS_MODIFIED
         seen = iteration.gradients.any_seen or self.gradient_hooks.fresh(iteration.params)
         return None if seen else DropReason.NO_BACKWARD
 

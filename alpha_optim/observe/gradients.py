@@ -106,6 +106,8 @@ class Gradients:
             buffer: Memory for copies, shared as well.
         """
         self._habits, self._buffer = habits, buffer
+        self.added_to_old = False
+        """Whether they were added to those of the step before, which nobody had cleared."""
         self._params: dict[int, Tensor] = {}  # that got a gradient, by id; `GradientHooks` writes it
         self._seen: list[_Seen] = []
         self._left: _Left | None = None
@@ -114,7 +116,7 @@ class Gradients:
     def forget(self) -> None:
         """Forget the gradients seen so far: they were thrown away."""
         self._params.clear()
-        self._seen, self._left = [], None
+        self._seen, self._left, self.added_to_old = [], None, False
 
     def backward_ended(self, look: bool) -> None:
         """Take note of the gradients while nobody has touched them.
@@ -231,7 +233,7 @@ class GradientHooks:
         self._handles: list[RemovableHandle] = []
         self._hooked: list[Tensor] = []
         self._awaited: int | None = None  # backward pass at whose end we look
-        self._params: dict[int, Tensor] = {}
+        self._gradients = Gradients(Habits(), [])
         self._each: Callable[[Tensor], None] | None = None
         self._late = False
         self._waiting: list[Tensor] = []  # parameters that ``each`` is called with late
@@ -254,7 +256,7 @@ class GradientHooks:
                 `DistributedDataParallel` averages them over ranks there.
         """
         self._late, self._waiting = late, []
-        self._awaited, self._params, self._each = None, gradients._params, each
+        self._awaited, self._gradients, self._each = None, gradients, each
         # Parameters of lazy layers are hooked once they exist.
         wanted = [param for param in params if param.requires_grad and param.is_leaf and not is_lazy(param)]
         if self._handles and same_tensors(wanted, self._hooked):
@@ -278,13 +280,14 @@ class GradientHooks:
         try:  # as `harmless` does, but for every parameter: Ctrl-C need not wait for so little
             if being_captured():
                 return
-            self._params[id(param)] = param
+            self._gradients._params[id(param)] = param
             task = torch._C._current_graph_task_id()
             if task != self._awaited:
                 self._awaited = task
                 engine: Any = Variable._execution_engine
                 engine.queue_callback(harmless(self._ended, self._failed))
                 self._iteration().backward_reached()
+                self._gradients.added_to_old |= self._added_to_used(param)
             if self._each is not None and self._late:
                 self._waiting.append(param)
             elif self._each is not None:
@@ -323,6 +326,11 @@ class GradientHooks:
         """Whether gradients are written into the tensors of the step before."""
         known = [(param, self._used.get(id(param))) for param in params if param.grad is not None]
         return any(used is not None and used[0]() is param.grad for param, used in known)
+
+    def _added_to_used(self, param: Tensor) -> bool:
+        """Whether what was just accumulated was added to the gradient that the last step used."""
+        used, gradient = self._used.get(id(param)), param.grad
+        return used is not None and used[0]() is gradient is not None and gradient._version == used[1] + 1
 
     def step_done(self, params: Sequence[Tensor]) -> None:
         """Remember which gradients the step used up."""

@@ -60,6 +60,13 @@ class Reminders:
                 "optimizer.backward(losses)"
             )
 
+    def not_cleared(self) -> None:
+        """Gradients were added to those of the step before."""
+        self._once.say(
+            "gradients were added to those that the step before has used already: optimizer.zero_grad() was not called "
+            "between the two. Such steps are made and not measured."
+        )
+
     def captured(self) -> None:
         """A step is recorded into a CUDA graph."""
         self._once.say(

@@ -523,6 +523,8 @@ class Session:
         saw_loss = saw_loss or (together is not None and iteration.without_data())
         measured = pairing.pending is not None and iteration.gradients.any_seen
         self.reminders.after_step(self.iteration, measured, saw_loss)
+        if iteration.gradients.added_to_old:
+            self.reminders.not_cleared()
         self.supervision.step_made(self.iteration)
         if self.supervision.guard is not None:
             self.supervision.guard.step_made(parameters_of(self.optimizer))
