@@ -1,5 +1,6 @@
 """What ranks add up, against numpy on the samples of all of them together; no process is started."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -194,6 +195,29 @@ def test_a_flag_travels_by_itself_and_is_counted(flag, as_tensor):
     raised = Report(**{flag: torch.tensor(True) if as_tensor else True})
     sums = added_up([raised, Report(), raised]).sums
     assert {name: getattr(sums, name) for name in FLAGS} == {name: 2.0 if name == flag else 0.0 for name in FLAGS}
+
+
+def test_every_number_of_a_report_arrives_where_it_was_sent():
+    numbers = iter(range(2, 60))
+
+    def scatter():
+        return Scatter(float(next(numbers)), float(next(numbers)), float(next(numbers)))
+
+    fields = {
+        field.name: scatter() if field.name in ("losses", "end", "start") else float(next(numbers))
+        for field in dataclasses.fields(Report)
+    }
+    sent = Report(**fields)
+    arrived = Report.unpacked(sent.packed(CPU).tolist())
+    assert arrived == dataclasses.replace(sent, losses=dataclasses.replace(sent.losses, total=0.0))
+
+
+def test_two_samples_have_a_variance_and_one_has_not():
+    two = World((1, 1)).together()
+    world = World((1, 1))
+    assert two.slope_variance("end", two, None) == pytest.approx(np.var(world.weighted(world.ends), ddof=1))
+    one = World((1,)).together()
+    assert one.slope_variance("end", one, 0.7) == 0.7
 
 
 def test_counts_of_the_largest_worlds_fit():

@@ -337,3 +337,16 @@ def test_a_run_at_one_rate_suggests_none():
     assert run.diagnose().suggested_lr is None
     climb, _ = train_digits("adam", 1e-6, 32, 0, lambda n: 1.05**n, 150)  # the loss has not risen yet
     assert climb.diagnose().suggested_lr is None
+
+
+@pytest.mark.parametrize(
+    ("alpha", "samples", "spread", "cause"),
+    [
+        (-0.7, 64, 0.3, "Steps end short of the minimum along their direction: the learning rate can grow."),
+        (1.5, 64, 0.3, "Steps end far beyond the minimum along their direction: lower the learning rate."),
+        (-0.2, 64, 5.0, "Alpha is not known well enough to tell."),
+        (0.0, 8, 0.3, "Batches this small tell little: their alpha is near 0 at low and at good learning rates alike."),
+    ],
+)
+def test_the_cause_is_told_in_these_words(alpha, samples, spread, cause):
+    assert diagnose(history(alpha, samples=samples, spread=spread)).cause.startswith(cause)

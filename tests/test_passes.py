@@ -76,6 +76,18 @@ def test_plain_sgd_under_accumulation_goes_from_the_fast_path_to_one_that_can():
     assert guided.alpha_history[0].slope_end == pytest.approx(reference.alpha_history[0].slope_end)
 
 
+def test_the_fast_path_alone_says_what_accumulation_costs_it():
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, backend="backpack")
+    with pytest.warns(UserWarning, match="several backward passes per step; backend='layerwise' can"):
+        for x, y in make_batches(3):
+            guided.zero_grad()
+            for xs, ys in zip(x.chunk(2), y.chunk(2), strict=True):
+                (loss_fn(model(xs), ys) / 2).backward()
+            guided.step()
+    assert {m.information for m in guided.alpha_history} == {"slopes"}
+
+
 @pytest.mark.compatibility("Loops", "clip_grad_norm_, clip_grad_value_")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("clip", ["norm", "value"])

@@ -108,6 +108,18 @@ class Twice(nn.Module):
         return self.head(self.layer(torch.tanh(self.layer(x))))
 
 
+class Keywords(nn.Module):
+    """Calls its layers by keyword."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.inner, self.conv, self.head = nn.Linear(dim, 6), nn.Conv1d(4, 2, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        rows = self.conv(input=self.inner(input=x).tanh())
+        return self.head(input=rows.flatten(1))
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind, dim, **options):
         super().__init__()
@@ -189,6 +201,16 @@ ZOO = {
         ),
         SEQUENCE,
     ),
+    "instance norm that counts": (
+        sequential(
+            lambda: nn.ConvTranspose1d(4, 3, 3),
+            lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True),
+            nn.Flatten,
+            lambda: nn.Linear(24, 3),
+        ),
+        SEQUENCE,
+    ),
+    "layers called by keyword": (lambda: Keywords(6), SEQUENCE),
     "conv3d, layer norm over all": (
         sequential(
             lambda: nn.Unflatten(1, (1, 2)),
@@ -209,8 +231,8 @@ ZOO = {
     "rows folded into dimension 0": (lambda: Flattened(6), SEQUENCE),
     "tied embedding": (lambda: Tied(3, 5), "tokens"),
 }
-NOT_CACHED = {"gru", "deep lstm", "weight norm"}
-"""Layers without a rule for vmap, or whose parameters are not used by the module that owns them."""
+NOT_CACHED = {"gru", "deep lstm", "weight norm", "instance norm that counts"}
+"""Layers without a rule for vmap, that write to buffers, or whose parameters another module uses than owns them."""
 
 
 def make(name, batch_sizes, dtype=torch.float64, seed=0):

@@ -205,6 +205,8 @@ class LayerHooks:
         if any(tensor.is_nested or tensor.layout != torch.strided for tensor in tensors_in((args, kwargs, output))):
             return
         self._on_forward()
+        if not args and "input" in kwargs and type(layer.module).__module__.startswith("torch.nn"):
+            args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
         kept_args = map_tensors(Tensor.detach, args)
         kept_kwargs = {name: map_tensors(Tensor.detach, value) for name, value in kwargs.items()}
         versions = versions_of((kept_args, kept_kwargs))

@@ -13,7 +13,7 @@ from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, WithWarmup
 from alpha_optim.alpha.loss_level import Level, level_of, scatter_of, surely_above
 from alpha_optim.policies import base
 from alpha_optim.policies.calibrate.climb import Climb
-from alpha_optim.policies.calibrate.jump import NO_LOSSES
+from alpha_optim.policies.calibrate.jump import LONGEST_JUMP, NO_LOSSES, START, Jump
 from alpha_optim.policies.calibrate.phase import After
 from alpha_optim.policies.calibrate.settings import Settings, trial_length
 from alpha_optim.policies.calibrate.trials import STEP, Trials, _vertex
@@ -777,3 +777,30 @@ def test_without_room_for_trials_the_climb_leaves_nothing_behind():
     assert after.found == pytest.approx(phase.lowest() - math.log(2))
     assert after.highest == pytest.approx(phase.lowest())
     assert after.restore == "start"
+
+
+@pytest.mark.parametrize("position", [-3.0, -17.0])
+def test_a_jump_that_exploded_begins_again_from_below(position):
+    after = Jump(Settings(STEPS, 60), position=position).exploded()
+    assert after.phase.position == max(START, position - LONGEST_JUMP) < position
+    assert after.restore == "start"
+
+
+@pytest.mark.parametrize("heard", [0, 1])
+def test_a_search_that_is_cut_short_before_anything_was_kept_goes_back_to_nothing(heard):
+    policy = CalibrateThenAnneal(STEPS)
+    for n in range(heard):
+        base.step_factor_of(policy, n, 2.0)
+    policy.cut_short(heard)
+    decision = base.decision_of(policy, heard, 0.1)
+    assert policy.calibrated
+    assert decision.restore is None
+    assert decision.scale == 1.0
+
+
+def test_a_search_that_is_cut_short_goes_back_to_the_point_that_was_kept():
+    run = Caricature(1e-2)
+    for _ in range(12):
+        run.step()
+    run.policy.cut_short(run.n)
+    assert run.decision().restore == "start"
