@@ -109,6 +109,20 @@ def test_dropout_that_cannot_be_repeated(name, drops_others):
     assert {m.information for m in guided.alpha_history} == {"full"}
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rounding_proves_no_random_numbers_to_be_those_of_the_loop(autocast, monkeypatch):
+    """In 16 bits others may come as near by chance; then a later comparison would fail."""
+    monkeypatch.setattr(forward_mode.ForwardMode, "_may_draw_others", lambda *_: True)
+
+    def loss(optimizer, model, loss_fn, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            WIDE.loss(optimizer, model, loss_fn, batch)
+
+    _, guided, _ = train(dataclasses.replace(WIDE, loss=loss), True, 12)
+    assert guided._session.plan._built["layerwise"]._forward._draws_others == autocast
+    assert {m.information for m in guided.alpha_history[2:]} == {"full"}
+
+
 def test_variances_with_other_dropout_are_those_of_the_dropout_of_the_loop(request):
     _, same, _ = train(WIDE, True, 24, variance="exact")
     request.getfixturevalue("drops_others")()
