@@ -145,6 +145,7 @@ def check_steered(case):
             warnings.simplefilter("ignore")
             run(case, steered, guided, loss_fn, scheduler)
             state = copy.deepcopy([guided.state_dict(), scheduler.state_dict()])
+            scheduler.finish()  # no batch judges the point that the last step reached
         assert all(math.isfinite(rate) and rate >= 0.0 for rate in scheduler.get_last_lr())
         assert state[0]["alpha_guided"]
         if sane:
