@@ -162,7 +162,9 @@ class AlphaGuided(Optimizer):
         # What torch refuses, it refuses below, in its own words.
         fit = [entry for entry in named if isinstance(entry, Tensor) and entry.is_leaf]
         check_membership(fit, self._session.plan.model, self._session.plan.loss_fn, "the new group")
-        self._session.supervision.group_comes()
+        known = {id(param) for group in self.optimizer.param_groups for param in group["params"]}
+        if len(fit) == len(named) and not any(id(param) in known for param in fit):  # else it is going to be refused
+            self._session.supervision.group_comes()
         self.optimizer.add_param_group(param_group)
         self._session.begin()
 

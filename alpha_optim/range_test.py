@@ -267,11 +267,6 @@ def _backward(
             )
         *inputs, target = batch
         loss = loss_fn(model(*inputs), target)
-    if loss.dim() > 1:
-        raise TypeError(
-            f"find_lr needs the mean loss or one loss per sample [N], got a tensor of shape {list(loss.shape)}: "
-            "is that the model's output?"
-        )
     if loss.dim() > 0:
         return float(guided.backward(loss))
     if loss_of_batch is not None or (loss_fn is not None and not isinstance(loss_fn, nn.Module)):

@@ -326,3 +326,40 @@ def test_gradients_that_are_added_to_those_of_the_step_before(kind, given, uncle
     assert guided.alpha_history.dropped == {"gradients_modified": len(lost)}
     for m in guided.alpha_history:
         assert m.slope_end == pytest.approx(found[m.iteration], rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    ("given", "clear", "others"),
+    [
+        (given, clear, others)
+        for given in (True, False)
+        for clear in ("none", "in place", "data", "foreach")
+        for others in (True, False)
+        if not (given and clear == "data" and others)  # both passes seem to be of one step, which is said
+    ],
+)
+def test_gradients_that_were_cleared_in_any_way_are_no_old_ones(kind, given, clear, others):
+    """Also after a pass between two steps (a second network's, a probe) has been added to those of the step."""
+    torch.manual_seed(0)
+    model, loss_fn = torch.nn.Linear(3, 2).double(), torch.nn.CrossEntropyLoss()
+    base = torch.optim.SGD(model.parameters(), lr=0.1) if kind == "sgd" else torch.optim.Adam(model.parameters())
+    guided = AlphaGuided(base, *((model,) if given else ()))
+    for _ in range(8):
+        if others:
+            model(torch.randn(4, 3).double()).square().mean().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if clear == "data":
+            for gradient in gradients:
+                gradient.data.zero_()
+        elif clear == "foreach" and gradients:
+            torch._foreach_zero_(gradients)
+        else:
+            model.zero_grad(set_to_none=clear == "none")
+        loss_fn(model(torch.randn(5, 3).double()), torch.randint(0, 2, (5,))).backward()
+        guided.step()  # a warning would be an error here
+    dropped = guided.alpha_history.dropped
+    # Of plain SGD the gradients of the step are the step: where others are added to them it may be lost.
+    assert dropped == {} or (kind == "sgd" and set(dropped) == {"direction_overwritten"})
+    assert len(guided.alpha_history) + sum(dropped.values()) == 7
+    assert len(guided.alpha_history) >= 5

@@ -397,10 +397,3 @@ def test_arguments_in_another_order_are_refused_by_name():
         TypeError, match=r"the order is find_lr\(model, optimizer, loader, loss_fn\), got SGD and Linear"
     ):
         find_lr(optimizer, model, [(torch.ones(4, 2), torch.ones(4, 1))], nn.MSELoss())
-
-
-def test_a_loss_that_is_the_models_output_is_refused():
-    model = torch.nn.Linear(4, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=r"one loss per sample \[N\], got a tensor of shape \[8, 3\]"):
-        find_lr(model, optimizer, [torch.randn(8, 4)] * 5, loss_of_batch=lambda model, x: model(x))

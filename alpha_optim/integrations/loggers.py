@@ -354,7 +354,11 @@ def _set_aside(path: str | os.PathLike[str]) -> None:
     root, suffix = os.path.splitext(os.fspath(path))
     free = next(name for n in count(1) if not os.path.exists(name := f"{root}.{n}{suffix}"))
     os.rename(path, free)
-    LOG.warning("%s held another run, which is kept as %s", os.fspath(path), free)
+    LOG.warning(
+        "%s held another run, which is kept as %s; to go on with it, load the states before record()",
+        os.fspath(path),
+        free,
+    )
 
 
 def _cut_after(path: str | os.PathLike[str], last: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,7 +87,14 @@ class Unused:
 class Iteration:
     """What is seen of one iteration; the hooks on model, loss function and parameters report here."""
 
-    def __init__(self, task: Task, params: list[Tensor], gradients: Gradients, some_elements: SomeElements) -> None:
+    def __init__(
+        self,
+        task: Task,
+        params: list[Tensor],
+        gradients: Gradients,
+        some_elements: SomeElements,
+        pass_begins: Callable[[Sequence[Tensor]], None],
+    ) -> None:
         """Begin.
 
         Args:
@@ -95,9 +102,10 @@ class Iteration:
             params: Parameters of the optimizer.
             gradients: Takes note of the gradients.
             some_elements: Looks at elements of the parameters.
+            pass_begins: Told of every backward pass, with the parameters.
         """
         self.task, self.params, self.gradients = task, params, gradients
-        self._some_elements = some_elements
+        self._some_elements, self._pass_begins = some_elements, pass_begins
         sharded = any(map(is_sharded, params))
         # A cycle of references would keep gradients and outputs until Python's collector comes by.
         self.passes = BackwardPasses(gradients.gone, weakly(self._discarded), weakly(self._opened), sharded)
@@ -232,6 +240,8 @@ class Iteration:
 
     def _opened(self) -> None:
         """Compare the parameters that a backward pass belongs to with what the step left."""
+        if self.task.in_pair:
+            self._pass_begins(self.params)
         pending = self.task.pending
         if pending is None:
             return

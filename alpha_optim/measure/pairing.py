@@ -98,11 +98,13 @@ class Pairing:
         return self.iteration
 
     def _new(self, task: Task, params: list[Tensor]) -> Iteration:
-        return Iteration(task, params, Gradients(self.habits, self._buffer), self._some_elements)
+        gradients = Gradients(self.habits, self._buffer)
+        return Iteration(task, params, gradients, self._some_elements, self.gradient_hooks.pass_begins)
 
     def go_on_from(self, before: Pairing) -> None:
         """Take over from another one, that was interrupted, what is known and whom it talks to: ranks stay in step."""
         self.variances, self.habits = before.variances, before.habits
+        self._keep_direction, self._untold = before._keep_direction, before._untold
         if before.exchange is not None:
             self.exchange = before.exchange
             self.exchange.on_doubt = self._doubt
@@ -154,7 +156,7 @@ class Pairing:
             end_of = self.pending.direction if "end" in due and self.pending is not None else None
             backend.begin(self.iteration.passes, end_of, "start" in due, params)
         if backend is not None:
-            self.gradient_hooks.step_done(params)
+            self.gradient_hooks.step_done(params, after_step=last.in_step or number != last.task.number)
         if backend is not None or guarded:
             self._model_hooks.attach()
             each = backend.accumulated if backend is not None and due else None
@@ -505,6 +507,7 @@ class Pairing:
         return {
             "habits": [habits.compare_norms, habits.keep_copies, habits.asked],
             "keep_direction": self._keep_direction,
+            "untold": self._untold,
             "variances": self.variances.state_dict(),
             "pending": None if pending is None else pending.state_dict(),
             "unused": asdict(self.iteration.unused()),
@@ -521,7 +524,7 @@ class Pairing:
         habits = self.habits
         habits.compare_norms, habits.keep_copies, habits.asked = map(bool, state["habits"])
         self.variances.load_state_dict(state["variances"])
-        self._keep_direction = bool(state["keep_direction"])
+        self._keep_direction, self._untold = bool(state["keep_direction"]), bool(state.get("untold", False))
         self.iteration = self._new(replace(self.iteration.task, number=iteration), params)
         self.iteration.take_over(Unused.from_state(state.get("unused", {})))
         pending = state["pending"]

@@ -24,10 +24,12 @@ from torch.utils.hooks import RemovableHandle
 from alpha_optim.distributed import local
 from alpha_optim.observe.hooks import being_captured, harmless, weakly
 from alpha_optim.observe.memory import goes_on
-from alpha_optim.observe.numbers import Truth
+from alpha_optim.observe.numbers import Truth, free_to_read
 from alpha_optim.observe.some_elements import Views, differ, factor_between
 from alpha_optim.observe.step_direction import copied, same_tensors
 
+LOOKED_AT = 4
+"""So many gradients tell whether they were cleared; those of single layers may be 0 anyway."""
 PRECISION = 1e-5
 """Relative deviation of a gradient's norm up to which it counts as scaled by the common factor."""
 
@@ -238,6 +240,8 @@ class GradientHooks:
         self._late = False
         self._waiting: list[Tensor] = []  # parameters that ``each`` is called with late
         self._used: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._after_step = False  # whether these were used by a step, or were there when hooks were attached
+        self._passes = 0  # that have reached a parameter since
 
     def attach(
         self,
@@ -286,8 +290,8 @@ class GradientHooks:
                 self._awaited = task
                 engine: Any = Variable._execution_engine
                 engine.queue_callback(harmless(self._ended, self._failed))
+                self._passes += 1
                 self._iteration().backward_reached()
-                self._gradients.added_to_old |= self._added_to_used(param)
             if self._each is not None and self._late:
                 self._waiting.append(param)
             elif self._each is not None:
@@ -327,13 +331,26 @@ class GradientHooks:
         known = [(param, self._used.get(id(param))) for param in params if param.grad is not None]
         return any(used is not None and used[0]() is param.grad for param, used in known)
 
-    def _added_to_used(self, param: Tensor) -> bool:
-        """Whether what was just accumulated was added to the gradient that the last step used."""
-        used, gradient = self._used.get(id(param)), param.grad
-        return used is not None and used[0]() is gradient is not None and gradient._version == used[1] + 1
+    def pass_begins(self, params: Sequence[Tensor]) -> None:
+        """A backward pass has begun; without a model it has reached its first parameter already."""
+        gradients = self._gradients
+        if not self._after_step:
+            return
+        pairs = [(param.grad, self._used.get(id(param))) for param in params if param.grad is not None]
+        held = [(grad, grad._version - used[1]) for grad, used in pairs if used is not None and used[0]() is grad]
+        before, gradients.added_to_old = gradients.added_to_old, False
+        least = min((writes for _, writes in held), default=0)
+        # Written to by nothing else than the passes, of which there was one before if they were added to old ones then.
+        if not held or any(writes > self._passes for _, writes in held) or (not before and least > 0):
+            return
+        # `grad.data.zero_()` is told by no version; those that this pass has not reached yet tell by their values.
+        waiting = [local(grad) for grad, writes in held if writes == least][:LOOKED_AT]
+        readable = [grad for grad in waiting if free_to_read(grad.device) and grad.layout is torch.strided]
+        gradients.added_to_old = any(bool(grad.any()) for grad in readable) if readable else before
 
-    def step_done(self, params: Sequence[Tensor]) -> None:
-        """Remember which gradients the step used up."""
+    def step_done(self, params: Sequence[Tensor], after_step: bool = True) -> None:
+        """Remember which gradients the step used up; or which were there when hooks were attached between two."""
+        self._after_step, self._passes = after_step, 0
         self._used = {
             id(param): (weakref.ref(param.grad), param.grad._version) for param in params if param.grad is not None
         }

@@ -108,6 +108,10 @@ def _write_page(recordings: list[Recording], output: str) -> None:
     from alpha_optim.report.html_page import page
 
     text = page(recordings)
+    if os.path.exists(output) and not os.path.isfile(output):  # a pipe, a device
+        with open(output, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        return
     with open(f"{output}.part", "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(f"{output}.part", output)

@@ -27,7 +27,8 @@ ALL = ("all parameters",)
 """Names for `Unaccounted.add` where a reason concerns all of them."""
 OTHER_TERMS = (
     "the loss that was seen is not all of the loss that is sent backward (a penalty, a balance loss, a second loss), "
-    "or another run of the model does not repeat it, as where it keeps state"
+    "or another run of the model does not repeat it, as where it keeps state, or "
+    "draws random numbers in a function that was compiled by itself"
 )
 INTERACT = (
     "samples interact (a contrastive loss?) or do not lie along sample_dim; models that are fed time first take "

@@ -107,6 +107,10 @@ class ForwardMode:
         """Whether the next start of a step is checked, as far as is known before its forward pass."""
         return self._signature is None or self._refreshes % CHECK_AGAIN == 0
 
+    def check_anew(self) -> None:
+        """Check the next start of a step."""
+        self._signature = None
+
     def slopes(
         self, passes: Sequence[BackwardPass], line: Line, expected: Expected | None, anew: bool = False
     ) -> tuple[SampleSlopes | None, str | None]:
@@ -163,9 +167,9 @@ class ForwardMode:
         if self.reason is not None:
             raise CannotDifferentiateError(self.reason)
         at_end = expected is None
-        every = self._whole or (at_end and self._unproved)
+        slopes = self._put_together(passes, groups, line, self._whole or (at_end and self._unproved))
         self._unproved = self._unproved and not at_end
-        return self._put_together(passes, groups, line, every)
+        return slopes
 
     def _put_together(
         self, passes: Sequence[BackwardPass], groups: Sequence[Calls], line: Line, whole: bool
@@ -374,7 +378,12 @@ def in_tf32(module: nn.Module) -> bool:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether the model, or a part of it, runs as `torch.compile` has made it."""
-    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+    return any(
+        hasattr(module, "_orig_mod")
+        or module._compiled_call_impl is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
 
 
 def mixes_samples(module: nn.Module) -> bool:

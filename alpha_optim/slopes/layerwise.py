@@ -110,9 +110,9 @@ class LayerwiseBackend:
         return self._from_model(direction.start(), direction, expected)
 
     def doubted(self, reason: str) -> None:
-        """Say so of all parameters, and measure no samples before the next check."""
+        """Say so of all parameters, and check the next time."""
         self.unaccounted.add(ALL, reason)
-        self._forward.reason = reason
+        self._forward.check_anew()
 
     def _leave_rules_for_losses(self) -> None:
         """Losses of samples inside a model that returns their mean are seen when the model as a whole is run again."""

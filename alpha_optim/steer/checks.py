@@ -6,7 +6,6 @@ import math
 import struct
 from array import array
 from collections.abc import Callable
-from numbers import Real
 from operator import itemgetter
 from typing import Any
 from zlib import crc32
@@ -43,7 +42,7 @@ def check_scheduling(
     if not (isinstance(guard, bool) or guard == "cpu"):
         raise ValueError(f'guard must be True, False or "cpu" (copies in the memory of the CPU), got {guard!r}')
     for name, bound in zip(("min_lr", "max_lr"), bounds, strict=True):
-        if isinstance(bound, bool) or not isinstance(bound, Real):
+        if isinstance(bound, (bool, str)) or not hasattr(bound, "__float__"):
             raise TypeError(f"{name} must be a learning rate, got {bound!r}")
     if not 0.0 <= bounds[0] <= bounds[1]:
         raise ValueError(f"expected 0 <= min_lr <= max_lr, got min_lr={bounds[0]}, max_lr={bounds[1]}")

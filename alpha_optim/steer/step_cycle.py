@@ -27,7 +27,7 @@ from alpha_optim.observe.checks import check_losses
 from alpha_optim.observe.hooks import being_captured
 from alpha_optim.observe.interrupts import uninterrupted
 from alpha_optim.observe.memory import Shortage, sparing
-from alpha_optim.observe.step_direction import parameters_of, rates_of
+from alpha_optim.observe.step_direction import parameters_of, rates_of, same_tensors
 from alpha_optim.policies.base import Place
 from alpha_optim.steer.reminders import Reminders
 from alpha_optim.steer.search import Search
@@ -523,7 +523,7 @@ class Session:
         saw_loss = saw_loss or (together is not None and iteration.without_data())
         measured = pairing.pending is not None and iteration.gradients.any_seen
         self.reminders.after_step(self.iteration, measured, saw_loss)
-        if iteration.gradients.added_to_old:
+        if iteration.gradients.added_to_old and same_tensors(parameters_of(self.optimizer), iteration.params):
             self.reminders.not_cleared()
         self.supervision.step_made(self.iteration)
         if self.supervision.guard is not None:
