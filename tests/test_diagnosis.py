@@ -350,3 +350,15 @@ def test_a_run_at_one_rate_suggests_none():
 )
 def test_the_cause_is_told_in_these_words(alpha, samples, spread, cause):
     assert diagnose(history(alpha, samples=samples, spread=spread)).cause.startswith(cause)
+
+
+def test_the_rate_that_has_been_lowered_since_is_the_highest_of_the_descent():
+    """Rates within a fifth of that count as the same; the one after the highest is no measure."""
+    rng, filled = np.random.default_rng(0), AlphaHistory()
+    rates = [1.0] + [0.85] * 40 + [0.7] * 40 + [0.1] * 100
+    for n, rate in enumerate(rates):
+        start = Observation(64, -1.0, 0.01, 2.0 - 0.005 * n, 0.01)
+        end = Observation(64, (0.2 if rate >= 0.8 else -0.6) + 0.1 * rng.normal(), 0.01, 2.0 - 0.005 * n, 0.01)
+        filled.append(measure_alpha(n, 1.0, start, end, (rate,)))
+    said = str(diagnose(filled))
+    assert said.startswith("balanced: At learning rates from 1 to 0.85, up to iteration 40:")

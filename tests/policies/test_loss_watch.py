@@ -11,7 +11,8 @@ from alpha_optim import CalibrateThenAnneal, GuardEvent, Observation, measure_al
 from alpha_optim.alpha.loss_level import Level
 from alpha_optim.policies import base
 from alpha_optim.policies.calibrate.held_rate import HeldRate
-from alpha_optim.policies.calibrate.loss_watch import LossWatch
+from alpha_optim.policies.calibrate.high_loss import HighLoss, Remedy
+from alpha_optim.policies.calibrate.loss_watch import LossWatch, Seen
 from tests.policies.test_search import STEPS, Caricature
 
 WINDOW = STEPS // 20
@@ -292,3 +293,15 @@ def test_after_a_rise_by_itself_steps_that_raise_the_loss_lower_the_rate():
 def test_steps_that_went_down_long_ago_do_not_hide_those_that_go_up():
     rates = held_through(*[(1.0, -0.1)] * 6, (6.0, 0.1), (6.0, 0.1))
     assert rates[-1] < 0.0
+
+
+@pytest.mark.parametrize(
+    ("falls_by", "remedy"),
+    [(0.0, Remedy.LOWER), (0.9, Remedy.LOWER), (1.1, Remedy.NONE), (5.0, Remedy.NONE)],
+)
+@pytest.mark.parametrize("error", [0.03, 0.4, 20.0])
+def test_a_high_loss_comes_down_when_it_falls_by_more_than_the_error_of_both_windows(falls_by, remedy, error):
+    high = HighLoss()
+    other = 2.0 * error
+    assert high.judge(Seen(True, 100.0, error, False, True), 0.0) is Remedy.LOWER
+    assert high.judge(Seen(True, 100.0 - falls_by * math.hypot(error, other), other, False, True), -0.7) is remedy
