@@ -10,6 +10,7 @@ from torch import nn
 from alpha_optim import AlphaGuided, AlphaScheduler, Hold
 from tests.test_transparency import equal_states
 
+LOSS = nn.CrossEntropyLoss()
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.3),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -345,3 +346,29 @@ def test_a_state_that_was_forgotten_is_missed(forgotten):
     said = [str(entry.message) for entry in caught]
     assert sum("load both states" in text for text in said) == (forgotten is not None)
     assert second[2].alpha_history[-1].iteration == second[2].iteration - 2
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (1, 2, 0), (2, 1, 0)])
+def test_a_step_that_exploded_before_the_checkpoint_is_taken_back_in_whatever_order_states_are_loaded(order):
+    def parts():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, LOSS)
+        spike = torch.optim.lr_scheduler.LambdaLR(guided, lambda n: 1e4 if n == 29 else 1.0)
+        return model, guided, AlphaScheduler(guided, Hold(), schedule=spike)
+
+    def go(model, guided, scheduler, batches):
+        train(model, LOSS, guided, scheduler, batches)
+        return copy.deepcopy(model.state_dict()), str(guided.guard_events)
+
+    first = parts()
+    go(*first, data(30))
+    states = copy.deepcopy([part.state_dict() for part in first])
+    expected = go(*first, data(40)[30:])
+    assert "restored=True" in expected[1]
+    second = parts()
+    for place in order:
+        second[place].load_state_dict(states[place])
+    weights, events = go(*second, data(40)[30:])
+    assert events == expected[1]
+    assert equal_states(weights, expected[0])

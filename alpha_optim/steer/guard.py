@@ -70,7 +70,7 @@ class Guard:
         self._risen = RisenLoss()
         self._broken = BrokenBatches()
         self._once = Once()
-        self._versions: list[int] = []  # of the parameters after the last step
+        self._versions: list[int] | None = None  # of the parameters after the last step, if it was made here
         self._readings = Readings(model)
         self._losses: deque[tuple[int, float]] = deque(maxlen=KEPT)  # for the policy
         self.stepped = False  # whether a step was made from the last point
@@ -111,7 +111,7 @@ class Guard:
         """Forget points that are not of these tensors, or that the user has moved away from since the last step."""
         if self._last and not self._last.fits(params):  # tensors were added, replaced or resized
             self._forget_points()
-        elif self.stepped and self._versions != versions_of(params):
+        elif self.stepped and self._versions is not None and self._versions != versions_of(params):
             self._forget_for_an_edit()
 
     def moved(self, params: Sequence[Tensor]) -> None:
@@ -325,7 +325,7 @@ class Guard:
             state["last"], params, self._model, self._optimizer
         )
         self.stepped = bool(state["stepped"]) and fits
-        self._versions = versions_of(params)
+        self._versions = None  # the model may be loaded after the optimizer
         self._readings.load_state_dict(state["finite"] if fits else None)
         self._before = Reading(*state["before"])
         self._risen.load_state_dict(state, fits)
