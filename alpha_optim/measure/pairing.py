@@ -48,7 +48,7 @@ from alpha_optim.observe.step_direction import (
     parameters_of,
     same_tensors,
 )
-from alpha_optim.slopes.base import OF_OTHER_GRADIENTS, OTHER_TERMS, Backend, Expected, SampleSlopes, by_chance
+from alpha_optim.slopes.base import OTHER_TERMS, Backend, Expected, SampleSlopes
 
 
 @dataclass(frozen=True)
@@ -349,17 +349,11 @@ class Pairing:
         """Whether all samples together do not give the slope of the gradients."""
         if not slopes.complete or (role == "start" and not slopes.repeated):
             return False
-        slope = product if factor is None else product / factor
-        slope = slope if gamma is None else slope / gamma
-        values = slopes.values
-        slope = slope.to(values.device)
-        tolerance = tolerance_of(self.iteration.params) if slopes.repeated else OF_OTHER_GRADIENTS
-        size = (slope.abs() + values.abs().mean()) * tolerance
-        size = size if slopes.repeated else size + by_chance(values)
+        slope = _slope_of_loss(product, factor, gamma)
         # A sum that is not finite is told by its own status, not by this one.
-        apart = (values.mean() - slope).abs() > size
-        apart = apart & ~torch.as_tensor(lost, device=values.device)
-        if free_to_read(values.device):
+        apart = slopes.apart_from(slope, tolerance_of(self.iteration.params))
+        apart = apart & ~torch.as_tensor(lost, device=apart.device)
+        if free_to_read(apart.device):
             if read([apart])[0]:
                 self._doubt()
                 return True
@@ -485,9 +479,7 @@ class Pairing:
         iteration = self.iteration
         if self.exchange is not None:  # this rank's samples are a part of all; all together are looked at later
             return Expected(None, iteration.loss.mean, iteration.interacting, iteration.all_of_loss())
-        gamma = gamma_of(iteration.passes.reached)
-        slope = product if factor is None else product / factor
-        slope = slope if gamma is None else slope / gamma
+        slope = _slope_of_loss(product, factor, gamma_of(iteration.passes.reached))
         gradients = iteration.used_gradients
         lost = gradients is not None and gradients.lost
         if isinstance(lost, Tensor):  # nan is compared with nothing, and asks no device
@@ -529,3 +521,9 @@ class Pairing:
         self.iteration.take_over(Unused.from_state(state.get("unused", {})))
         pending = state["pending"]
         self.pending = None if pending is None else PendingStart.from_state(pending, params, ranks)
+
+
+def _slope_of_loss(product: Tensor, factor: Tensor | None, gamma: Tensor | None) -> Tensor:
+    """<d, gradient of the mean loss> from that of the gradients used: not clipped, nor scaled."""
+    slope = product if factor is None else product / factor
+    return slope if gamma is None else slope / gamma

@@ -37,24 +37,6 @@ INTERACT = (
 DERIVATIVES = "the loss contains derivatives of the model (create_graph=True)"
 
 
-@dataclass(frozen=True)
-class SampleSlopes:
-    """Projections of samples on a direction.
-
-    Attributes:
-        values: <d, gradient of one sample's loss>, float64 ``[n]``.
-        complete: Whether every sample of the iteration is in it (else a bounded number).
-        losses: Losses of the same samples ``[n]``, where they were seen on the way.
-        repeated: Whether random numbers were those of the training loop. With others samples give the slope of the
-            gradients but for chance, and only at the end of a step: a step was made from the very numbers of its start.
-    """
-
-    values: Tensor
-    complete: bool
-    losses: Tensor | None = None
-    repeated: bool = True
-
-
 CHECKS = 100
 """Checks of one run that `chance_of_means` allows for: they lie hundreds of steps apart."""
 OF_OTHER_GRADIENTS = 0.1
@@ -76,6 +58,37 @@ def by_chance(values: Tensor) -> Tensor:
     if len(values) < 2:
         return torch.full_like(values.sum(), math.inf)
     return chance_of_means(len(values)) * values.std()
+
+
+@dataclass(frozen=True)
+class SampleSlopes:
+    """Projections of samples on a direction.
+
+    Attributes:
+        values: <d, gradient of one sample's loss>, float64 ``[n]``.
+        complete: Whether every sample of the iteration is in it (else a bounded number).
+        losses: Losses of the same samples ``[n]``, where they were seen on the way.
+        repeated: Whether random numbers were those of the training loop. With others samples give the slope of the
+            gradients but for chance, and only at the end of a step: a step was made from the very numbers of its start.
+    """
+
+    values: Tensor
+    complete: bool
+    losses: Tensor | None = None
+    repeated: bool = True
+
+    def apart_from(self, slope: Tensor, tolerance: float) -> Tensor:
+        """Whether the mean is not the slope of the gradients.
+
+        Args:
+            slope: That slope ``[]``.
+            tolerance: How far it may lie off, relative to the slopes of samples; where random numbers were others as
+                far as `by_chance` in place of that.
+        """
+        values, slope = self.values, slope.to(self.values.device)
+        size = slope.abs() + values.abs().mean()
+        limit = tolerance * size if self.repeated else OF_OTHER_GRADIENTS * size + by_chance(values)
+        return (values.mean() - slope).abs() > limit
 
 
 @dataclass(frozen=True)

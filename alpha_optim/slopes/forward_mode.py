@@ -217,7 +217,7 @@ class ForwardMode:
             return every
         if self._others_moved(groups, line):
             self._signature = None
-            if expected.slope is not None and true(_far(every.values, expected.slope, OTHERS_MOVED)):
+            if expected.slope is not None and true(every.apart_from(expected.slope, OTHERS_MOVED)):
                 raise CannotDifferentiateError(OTHERS)
             return every
         tf32 = in_tf32(innermost(self.model))
@@ -352,12 +352,6 @@ def _apart(some: Tensor, expected: Tensor, every: Tensor, tolerance: float) -> b
     if some.shape != expected.shape:
         return True
     return not true((some - expected).abs().max() <= tolerance * every.abs().max())
-
-
-def _far(values: Tensor, slope: Tensor, tolerance: float) -> Tensor:
-    """Whether the mean of samples is not the slope of the gradients, relative to the slopes of samples."""
-    slope = slope.to(values.device)
-    return (values.mean() - slope).abs() > tolerance * (slope.abs() + values.abs().mean())
 
 
 def in_tf32(module: nn.Module) -> bool:
