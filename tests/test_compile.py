@@ -35,6 +35,17 @@ def compiled(function):
     return torch.compile(function, backend="eager")
 
 
+def train(net, loss_fn, optimizer, step=None, samples=12, further=None):
+    """Train on random batches; ``further``: returns a term of the loss that the loss function does not see."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(STEPS):
+        x, y = torch.randn(samples, 6, generator=generator), torch.randint(0, 3, (samples,), generator=generator)
+        optimizer.zero_grad()
+        loss = loss_fn(net(x), y)
+        (loss if further is None else loss + further()).backward()
+        (step or optimizer.step)()
+
+
 def run(kind, wrapped=True, compile_model=False, compile_step=None, **options):
     torch.manual_seed(0)
     model, loss_fn = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)), nn.CrossEntropyLoss()
@@ -44,13 +55,8 @@ def run(kind, wrapped=True, compile_model=False, compile_step=None, **options):
         optimizer.step = compiled(optimizer.step)
     if wrapped:
         optimizer = AlphaGuided(optimizer, net, loss_fn, **options)
-    step = compiled(lambda: optimizer.step()) if compile_step == "wrapper's" else optimizer.step
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(STEPS):
-        x, y = torch.randn(12, 6, generator=generator), torch.randint(0, 3, (12,), generator=generator)
-        optimizer.zero_grad()
-        loss_fn(net(x), y).backward()
-        step()
+    step = compiled(lambda: optimizer.step()) if compile_step == "wrapper's" else None
+    train(net, loss_fn, optimizer, step)
     return model, optimizer
 
 
@@ -80,12 +86,7 @@ def test_a_model_compiled_in_place():
         call = model._compiled_call_impl
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         optimizer = AlphaGuided(optimizer, model, loss_fn) if wrapped else optimizer
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(STEPS):
-            x, y = torch.randn(12, 6, generator=generator), torch.randint(0, 3, (12,), generator=generator)
-            optimizer.zero_grad()
-            loss_fn(model(x), y).backward()
-            optimizer.step()
+        train(model, loss_fn, optimizer)
         if wrapped:
             optimizer.detach()
         assert model._compiled_call_impl is call
@@ -158,7 +159,7 @@ class Dropping(nn.Module):
 def test_dropout_in_compiled_code(part):
     """No repetition drops the same units: slopes of samples are compared at the end of a step, but for chance."""
 
-    def train(wrapped, unseen=0.0):
+    def trained(wrapped, unseen=0.0):
         torch.manual_seed(0)
         dropping = Dropping()
         model, loss_fn = nn.Sequential(nn.Linear(6, 32), dropping, nn.Linear(32, 3)), nn.CrossEntropyLoss()
@@ -167,21 +168,16 @@ def test_dropout_in_compiled_code(part):
         net = torch.compile(model) if part == "model" else model
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         optimizer = AlphaGuided(optimizer, net, loss_fn) if wrapped else optimizer
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(STEPS):
-            x, y = torch.randn(48, 6, generator=generator), torch.randint(0, 3, (48,), generator=generator)
-            optimizer.zero_grad()
-            (loss_fn(net(x), y) + unseen * sum(p.sum() for p in model.parameters())).backward()
-            optimizer.step()
+        train(net, loss_fn, optimizer, samples=48, further=lambda: unseen * sum(p.sum() for p in model.parameters()))
         return model, optimizer, torch.get_rng_state()
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch")  # of what the compiler imports
-        bare, _, random = train(wrapped=False)
-        model, optimizer, same_random = train(wrapped=True)
+        bare, _, random = trained(wrapped=False)
+        model, optimizer, same_random = trained(wrapped=True)
     assert equal_states(bare.state_dict(), model.state_dict())
     assert torch.equal(random, same_random)
     assert {m.information for m in optimizer.alpha_history} == {"full"}
     with pytest.warns(UserWarning, match="not all of the loss that is sent backward"):
-        _, optimizer, _ = train(wrapped=True, unseen=3.0)
+        _, optimizer, _ = trained(wrapped=True, unseen=3.0)
     assert {m.information for m in optimizer.alpha_history} == {"slopes"}
