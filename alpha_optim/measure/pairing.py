@@ -229,7 +229,7 @@ class Pairing:
         elif loss.variance is not None:
             self.variances.saw_loss(loss.variance)
         elif loss.complete and loss.samples != 1:
-            loss = replace(loss, variance=self.variances.of_loss)
+            loss = BatchLoss(loss.mean, self.variances.of_loss, loss.samples, True, loss.individual)
         elif iteration.task.due:
             self.variances.saw_loss(None)
         return loss

@@ -8,6 +8,7 @@ itself: there tensors of one kind go into one vector first, a bounded number of 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -107,6 +108,8 @@ def differences(
 
 def dot(base: Tensor, gradient: Tensor) -> Tensor:
     """Inner product of two tensors of one shape ``[]``, in at least float32."""
+    if _usual(base) and _usual(gradient) and base.dtype is gradient.dtype:
+        return torch.dot(base.detach().view(-1), gradient.detach().view(-1))
     base, gradient = as_real(base), as_real(gradient)
     if _plain(base, gradient):
         return torch.dot(base.view(-1), gradient.view(-1))
@@ -256,6 +259,16 @@ def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return at_least_float32(a.flatten()), at_least_float32(b.flatten())
 
 
+def _usual(tensor: Tensor) -> bool:
+    """Whether a tensor is what nearly all are, which costs a look: dense, of one real type, on one rank."""
+    return (
+        type(tensor) in USUAL
+        and tensor.dtype in _PLAIN
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+    )
+
+
 def _plain(tensor: Tensor, other: Tensor) -> bool:
     """Whether both are dense vectors of one real type once they are seen as flat."""
     return (
@@ -300,7 +313,7 @@ def total(values: Sequence[Number | None], device: torch.device, *factors: Seque
     if free_to_read(device):  # a third of the time of stacking them
         numbers = [0.0 if value is None else value for value in read(values)]
         for each in factors:
-            numbers = [number * factor for number, factor in zip(numbers, read(each), strict=True)]
+            numbers = list(map(operator.mul, numbers, read(each)))
         return torch.tensor(sum(numbers), dtype=torch.float64)
     if len(values) == 1 and isinstance(values[0], Tensor) and not any(isinstance(each[0], Tensor) for each in factors):
         factor = math.prod(each[0] for each in factors)  # a kernel less for each of them
@@ -337,8 +350,10 @@ def scaled(values: Tensor, rates: Sequence[Rate]) -> Tensor:
 
 def as_real(tensor: Tensor) -> Tensor:
     """The tensor without graph, dense and real; the real and imaginary part of a complex one."""
-    tensor = local(tensor)
+    tensor = tensor if type(tensor) in USUAL else local(tensor)
     tensor = tensor.detach() if tensor.requires_grad else tensor
+    if tensor.dtype in _PLAIN and tensor.layout is torch.strided:
+        return tensor
     tensor = tensor.to_dense() if tensor.is_sparse else tensor
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 

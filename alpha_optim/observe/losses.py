@@ -233,19 +233,15 @@ class LossHooks:
         if not complete and not interact and (not fitting or not known_reduction(loss_fn) or iteration.wants_losses):
             self._warn_incomplete(loss_fn, subset=has_rows and not fitting)
         self._calls += 1
-        call = LossCall(
-            mean,
-            individual,
-            samples,
-            order=self._calls,
-            complete=complete,
-            subset=bool(has_rows and not fitting),
-            seen_at_output=seen_at_output,
-        )
+        order, subset = self._calls, bool(has_rows and not fitting)
 
         def start(gradient: Tensor) -> None:
-            gamma = gradient.detach()
-            self._report(replace(call, gamma=gamma if scale is None else gamma * scale))
+            gamma = gradient.detach() if scale is None else gradient.detach() * scale
+            self._report(
+                LossCall(
+                    mean, individual, samples, gamma, False, order, complete, subset, seen_at_output=seen_at_output
+                )
+            )
 
         self._on_backward(output, start)
 

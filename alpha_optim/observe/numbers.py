@@ -32,12 +32,17 @@ def read(values: Sequence[Number | Truth | None]) -> list[Any]:
     Returns:
         Floats where there were tensors; everything else as it was.
     """
-    # tolist reads memory; item() would be counted (and on an accelerator wait) as a synchronisation.
-    found: list[Any] = [value.tolist() if isinstance(value, Tensor) and value.is_cpu else value for value in values]
+    found: list[Any] = []
     waiting: dict[torch.device, dict[torch.dtype, list[int]]] = {}
-    for place, value in enumerate(found):
-        if isinstance(value, Tensor):
+    for place, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            found.append(value)
+        elif value.is_cpu:
+            # tolist reads memory; item() would be counted (and on an accelerator wait) as a synchronisation.
+            found.append(value.tolist())
+        else:
             waiting.setdefault(value.device, {}).setdefault(value.dtype, []).append(place)
+            found.append(value)
     for kinds in waiting.values():
         # Converted together: a kernel for each of thousands of measurements would take longer than reading them.
         parts = [torch.stack([found[place].detach() for place in places]).double() for places in kinds.values()]

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from alpha_optim.distributed import local, unsummed
+from alpha_optim.distributed import USUAL, local, unsummed
 from alpha_optim.observe.inner_products import (
+    FLOATS,
     SAFE,
     Rate,
     as_real,
@@ -367,7 +368,7 @@ def is_plain_sgd(optimizer: Optimizer) -> bool:
 
 def _as_the_step(param: Tensor, gradient: Tensor | None) -> bool:
     """Whether the gradient is dense and real and, of a DTensor, summed already."""
-    if gradient is None:
+    if gradient is None or (type(gradient) in USUAL and gradient.dtype in FLOATS and gradient.layout is torch.strided):
         return True
     return not (gradient.is_sparse or gradient.is_complex()) and unsummed(param, gradient) == 1.0
 
