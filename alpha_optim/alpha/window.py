@@ -53,7 +53,7 @@ def ratio_of_sums(rises: Sequence[tuple[float, float]]) -> WindowAlpha:
     return WindowAlpha(alpha, math.sqrt(count / (count - 1)) * scatter / abs(total), count)
 
 
-def rise_of_steps(ends: Level, steps: int) -> float:
+def rise_of_steps(ends: Level, steps: int, chance: float = CHANCE) -> float:
     """By how much steps can have raised the loss, at most.
 
     Along a line on which the loss is convex a step raises it by no more than the slope at its end times its length; and
@@ -63,10 +63,11 @@ def rise_of_steps(ends: Level, steps: int) -> float:
         ends: Slope at the end times length of the steps that were measured.
         steps: Steps made, the newest of which cannot be measured yet; infinite is the answer where fewer than half of
             them were.
+        chance: Probability that it was more; 0.5 for what is most likely.
     """
     if ends.count < 3 or 2 * (ends.count + 1) < steps:
         return math.inf
-    return steps * (ends.mean + quantile(ends.count - 1, CHANCE) * ends.error)
+    return steps * (ends.mean + quantile(ends.count - 1, chance) * ends.error)
 
 
 def rises_by_itself(rise: float, most: float) -> bool:

@@ -290,6 +290,22 @@ def test_after_a_rise_by_itself_steps_that_raise_the_loss_lower_the_rate():
     assert rates[-1] < 0.0
 
 
+@pytest.mark.parametrize(("end", "lowered"), [(0.002, False), (0.03, True)])
+def test_a_rise_of_which_the_steps_may_have_made_half_is_looked_at_once_more(end, lowered):
+    """Ends of steps scatter by 0.2: over the 100 steps of a rise of 2 they may have made it, by two standard errors."""
+    held, noise = HeldRate(1000), np.random.default_rng(3)
+    held.begin(0.0, Level(3.0, 0.1, 10), 0.0)
+    held.starts_after(-1)
+    for n in range(200):
+        scatter = 0.2 * (1.0 if n % 2 else -1.0)
+        loss = (1.0 if n < 100 else 3.0) + 0.01 * noise.normal()
+        start = Observation(32, -1.0, 1e-4, loss, 1e4)
+        held.measured(measure_alpha(n, 1.0, start, Observation(32, end + scatter, 1e-4, loss, 1e4), (1.0,)))
+        held.after_step(n, loss)
+    assert (held.position < 0.0) == lowered
+    assert not any("not by the steps made" in text for text in held.said)
+
+
 def test_steps_that_went_down_long_ago_do_not_hide_those_that_go_up():
     rates = held_through(*[(1.0, -0.1)] * 6, (6.0, 0.1), (6.0, 0.1))
     assert rates[-1] < 0.0

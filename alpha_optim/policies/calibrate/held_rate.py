@@ -128,7 +128,7 @@ class HeldRate:
             self._high_loss.forget()
             self.said.append(f"the loss rises, and not by the steps made: {{{self.position}}} is held")
             return
-        if not math.isnan(seen.mean):
+        if not math.isnan(seen.mean) and not seen.unclear:
             self._do(self._high_loss.judge(seen, self.position))
         grows = iteration < min(self.stands_from, GROWS * self.total_steps)
         grows = grows and not self._lowered and not self._high_loss.gave_up

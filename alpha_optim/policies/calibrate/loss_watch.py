@@ -37,7 +37,8 @@ class Seen(NamedTuple):
         error: The standard error of such a mean.
         falls: It lies far below all windows before.
         stands: It does not lie below the lowest window before.
-        by_itself: It is high, and not by the steps made since the best level.
+        by_itself: It is high, and surely not by the steps made since the best level.
+        unclear: It is high, most likely not by those steps, and that may be chance.
         level: Where its losses lie.
     """
 
@@ -48,6 +49,7 @@ class Seen(NamedTuple):
     stands: bool
     by_itself: bool = False
     level: Level = UNKNOWN
+    unclear: bool = False
 
 
 class LossWatch:
@@ -61,6 +63,7 @@ class LossWatch:
         self._begin: int | None = None  # iteration of the window's first loss
         self.newest = -1  # iteration of the newest loss
         self._by_steps = 0.0  # by how much steps can have raised the loss since the best level, up to the last window
+        self._likely = 0.0  # by how much they have raised it most likely
         self._ended = -1  # iteration at which that ended
         self._ends = NONE  # slope at the end times length, of the steps measured since then
         self._windows = 0  # since the level last spoke
@@ -70,7 +73,7 @@ class LossWatch:
     def starts_after(self, iteration: int) -> None:
         """Ignore losses up to this iteration; the level is that of this point."""
         self.newest = self._ended = iteration
-        self._ends, self._by_steps = NONE, 0.0
+        self._ends, self._by_steps, self._likely = NONE, 0.0, 0.0
 
     def stepped(self, end: float) -> None:
         """Hear of the slope at the end of a measured step, times its length."""
@@ -94,12 +97,17 @@ class LossWatch:
         judged = high or self._windows > SETTLES
         error = statistics.stdev(losses) / math.sqrt(len(losses))
         # Steps that have gone down in one window do not make up for those that go up in another.
-        self._by_steps += max(0.0, rise_of_steps(self._ends, iteration - self._ended))
+        steps = iteration - self._ended
+        self._by_steps += max(0.0, rise_of_steps(self._ends, steps))
+        self._likely += max(0.0, rise_of_steps(self._ends, steps, chance=0.5))
         by_itself = high and rises_by_itself(mean - best.mean, self._by_steps)
+        unclear = high and not by_itself and rises_by_itself(mean - best.mean, self._likely)
+        if unclear:  # judged once more after the next window
+            self._windows = SETTLES
         self._ends, self._ended = NONE, iteration
         if self.level is not best:
-            self._by_steps = 0.0
-        return Seen(high, mean if judged else math.nan, error, falls, stands, by_itself, level)
+            self._by_steps = self._likely = 0.0
+        return Seen(high, mean if judged else math.nan, error, falls, stands, by_itself, level, unclear)
 
     def begin_anew(self) -> None:
         """The losses so far say nothing about those to come: the next window sets the level."""
@@ -141,6 +149,7 @@ class LossWatch:
             "begin": self._begin,
             "newest": self.newest,
             "by_steps": self._by_steps,
+            "likely": self._likely,
             "ended": self._ended,
             "ends": list(self._ends),
             "windows": self._windows,
@@ -155,5 +164,6 @@ class LossWatch:
         self._begin = state["begin"]
         self.newest = int(state["newest"])
         self._by_steps, self._ended = float(state.get("by_steps", 0.0)), int(state.get("ended", self.newest))
+        self._likely = float(state.get("likely", self._by_steps))
         self._ends = Level(*state.get("ends", NONE))
         self._trends, self._lowest = int(state["trends"]), float(state["lowest"])
