@@ -1,8 +1,8 @@
 """Inner products over many tensors.
 
-On the CPU a product of two tensors costs what reading them costs, and is formed one piece at a time, while it is in
-the cache. On an accelerator each call starts a kernel, which for most tensors of a model takes longer than the product
-itself: there tensors of one kind go into one vector first, a bounded number of elements at a time.
+On the CPU a product of two large tensors costs what reading them costs, and is formed one piece at a time, while it is
+in the cache. Of small ones it is the calls that cost; on an accelerator, where each starts a kernel, that is so for
+most tensors of a model. There tensors of one kind go into one vector first, a bounded number of elements at a time.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ PIECE = 1 << 18
 pieces are few (with 64 K elements forming the step of a GPT of ten million parameters takes a fifth longer)."""
 ALONE = 1 << 21
 """Elements from which a tensor goes by itself: reading 8 MB takes as long as starting the kernel."""
+SMALL, FEW = 1 << 12, 8
+"""The same on the CPU, where copying 16 KB takes as long as three calls; fewer than so many of them stay alone."""
 TOGETHER = 1 << 24
 """Elements of one vector, for which memory is needed for a moment: 64 MB."""
 SAFE = (1e-15, 1e15)
@@ -46,12 +48,13 @@ def product(ones: Sequence[Tensor | None], others: Sequence[Tensor | None], devi
         device: Where the sum is wanted.
         factors: Sequences with a factor for every tensor.
     """
-    if free_to_read(device):
+    largest = _largest(device, ones)
+    if largest is None:
         each = [None if a is None or b is None else dot(a, b) for a, b in zip(ones, others, strict=True)]
         return total(each, device, *factors)
     ones, others = _locals(ones), _locals(others)
     values, places = [], []
-    for bundle in _bundles(ones, others, None, factors):
+    for bundle in _bundles(ones, others, None, factors, largest):
         first, second = ones[bundle[0]], others[bundle[0]]
         if first is None or second is None:
             continue
@@ -87,9 +90,10 @@ def differences(
     lengths: list[Tensor] = []
     products: list[Tensor] = []
     bundles = [[place] for place in range(len(old))]
-    if not free_to_read(device):
+    largest = _largest(device, old)
+    if largest is not None:
         now, gradients = _locals(now), _locals(gradients)
-        bundles = _bundles(old, now, gradients, (weights, of_products))
+        bundles = _bundles(old, now, gradients, (weights, of_products), largest)
     for bundle in bundles:
         place = bundle[0]
         if len(bundle) == 1:
@@ -155,15 +159,28 @@ def _locals(tensors: Sequence[Any]) -> Sequence[Any]:
     )
 
 
+def _largest(device: torch.device, tensors: Sequence[Tensor | None]) -> int | None:
+    """Below how many elements tensors go together; None if all go by themselves."""
+    if not free_to_read(device):
+        return ALONE
+    small = [tensor for tensor in tensors if tensor is not None and tensor.numel() < SMALL]
+    return SMALL if len(small) >= FEW else None
+
+
 def _bundles(
     ones: Sequence[Tensor | None],
     others: Sequence[Tensor | None],
     thirds: Sequence[Tensor | None] | None,
     factors: Sequence[Sequence[Rate]],
+    largest: int,
 ) -> list[list[int]]:
-    """Places of the tensors that go together, at most `TOGETHER` elements each time; of one kind, with one factor."""
+    """Places of the tensors that go together, at most `TOGETHER` elements each time; of one kind, with one factor.
+
+    Tensors of ``largest`` elements and more go by themselves.
+    """
     dense, found = torch.strided, []
     latest: dict[Hashable, tuple[list[int], int]] = {}
+    key: tuple[Hashable, ...]
     varied = [each for each in factors if common_rate(each) is None]
     wanted = [None] * len(ones) if thirds is None else thirds
     for place, (a, b, c) in enumerate(zip(ones, others, wanted, strict=True)):
@@ -173,7 +190,7 @@ def _bundles(
             continue
         dtype, size = a.dtype, a.numel()
         if (
-            size >= ALONE
+            size >= largest
             or dtype not in FLOATS
             or b.dtype is not dtype
             or a.layout is not dense
@@ -182,7 +199,9 @@ def _bundles(
         ):
             found.append([place])
             continue
-        key = (dtype, a.get_device(), b.get_device(), c is None, *(_value(each[place]) for each in varied))
+        key = (dtype, a.get_device(), b.get_device(), c is None)
+        if varied:
+            key += tuple(_value(each[place]) for each in varied)
         bundle, elements = latest.get(key, (None, 0))
         if bundle is None or elements + size > TOGETHER:
             bundle, elements = [], 0
@@ -262,10 +281,7 @@ def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _usual(tensor: Tensor) -> bool:
     """Whether a tensor is what nearly all are, which costs a look: dense, of one real type, on one rank."""
     return (
-        type(tensor) in USUAL
-        and tensor.dtype in _PLAIN
-        and tensor.layout is torch.strided
-        and tensor.is_contiguous()
+        type(tensor) in USUAL and tensor.dtype in _PLAIN and tensor.layout is torch.strided and tensor.is_contiguous()
     )
 
 

@@ -77,14 +77,18 @@ class Views:
         self.lasting = True
         kinds = set()
         for tensor in tensors:
-            if type(tensor) in USUAL and tensor.dtype in FLOATS and tensor.is_contiguous():  # in a third of the time
+            usual = type(tensor) in USUAL and tensor.dtype in FLOATS and tensor.is_contiguous()
+            if usual and tensor.numel() <= BLOCKS * RUN:  # all of it: a view for each would be most of the work
+                view = tensor.detach() if tensor.requires_grad else tensor
+                self._short.append(view)
+            elif usual:  # in a third of the time
                 shape, strides = layout(tensor.numel(), tensor.is_cpu)
                 view = tensor.detach().as_strided(shape, strides)
+                (self._short if len(shape) == 1 else self._runs).append(view)
             else:
                 view = view_of(tensor)
-                shape = view.shape
                 self.lasting = self.lasting and stays_view(tensor)
-            (self._short if len(shape) == 1 else self._runs).append(view)
+                (self._short if view.dim() == 1 else self._runs).append(view)
             kinds.add((view.dtype, view.get_device()))
         self._alike = len(kinds) <= 1
 
@@ -95,10 +99,11 @@ class Views:
             place = (runs or short)[0].device
             runs = [view.to(place, torch.float64) for view in runs]
             short = [view.to(place, torch.float64) for view in short]
-        # Runs of many tensors in one go: a reshape each would be most of the work.
+        # Of many tensors in one go: a reshape each would be most of the work.
+        whole = [torch._utils._flatten_dense_tensors(short)] if short else []
         if runs:
-            return torch.cat([torch.cat(runs).view(-1), *short])
-        return torch.cat(short) if short else torch.empty(0)
+            return torch.cat([torch.cat(runs).view(-1), *whole])
+        return torch.cat(whole) if whole else torch.empty(0)
 
 
 class SomeElements:
