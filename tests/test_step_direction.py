@@ -204,7 +204,35 @@ def test_many_tensors_as_one_vector_give_the_same(dtype, overwrite, waits, monke
     assert sizes == [len(SHAPES), 2, 2]  # all of them, then at most 40 elements, then those below 10
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_many_small_tensors_go_together_on_the_cpu(dtype, overwrite, monkeypatch):
+    calls, flatten = [], torch._utils._flatten_dense_tensors
+
+    def noted(tensors):
+        calls.append(len(tensors))
+        return flatten(tensors)
+
+    monkeypatch.setattr(torch._utils, "_flatten_dense_tensors", noted)
+    check_length_and_products(dtype, overwrite)
+    assert not calls  # they are few
+    monkeypatch.setattr(inner_products, "FEW", 1)
+    check_length_and_products(dtype, overwrite)
+    assert max(calls) == len(SHAPES) - 1  # all but the large one
+
+
+@pytest.mark.parametrize("few", [1, inner_products.FEW])
+def test_on_the_cpu_tensors_with_gaps_sparse_ones_and_many_rates(few, monkeypatch):
+    monkeypatch.setattr(inner_products, "FEW", few)
+    check_unusual_tensors()
+
+
 def test_of_tensors_with_gaps_sparse_ones_and_many_rates(waits):
+    check_unusual_tensors()
+
+
+def check_unusual_tensors():
+    """Against dense products, one by one."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
