@@ -345,8 +345,9 @@ def _phase_of(name: str, state: dict[str, Any]) -> Phase:
     """A phase from plain values, of which lists stand for tuples."""
     values = {key: _tuples(value) for key, value in state.items()}
     values["settings"] = Settings(**state["settings"])
-    if "level" in values:
-        values["level"] = Level(*values["level"])
+    for key in ("level", "reached"):
+        if values.get(key) is not None:
+            values[key] = Level(*values[key])
     phase: Phase = _PHASES[name](**values)
     return phase
 

@@ -84,7 +84,7 @@ class Climb:
             bounded=self.bounded + (self.position >= highest),
         )
         # At a bound it waits for the loss to fall.
-        arrived = self.bounded >= WINDOW and self.fell()
+        arrived = (self.bounded >= WINDOW and self.fell()) or self._far_above_knee()
         if self.steps >= self.settings.longest_climb + len(self.before) or arrived:
             return self._end(risen=False)
         return phase._with_loss(self.position, loss) if math.isfinite(loss) else After(phase)
@@ -180,6 +180,13 @@ class Climb:
             below = alpha <= 0.0
         return None
 
+    def _far_above_knee(self) -> bool:
+        """Whether steps have overshot for long, and the loss goes on falling: weights grow that have no scale."""
+        if self.position - self._begin() <= FURTHER:
+            return False
+        knee = self.knee()
+        return knee is not None and self.position - knee > FURTHER and self.fell()
+
     def _begin(self) -> float:
         """Log rate at which the climb began."""
         return self.losses[0][0] if self.losses else self.position
@@ -207,7 +214,9 @@ class Climb:
         seen += "" if risen else held
         level = level_of(self._first())
         lowest = -math.inf if knee is None else knee
-        trials = Trials.begun(self.settings, low, lowest, level, self.steps, fell, by_itself)
+        levels = self._levels()
+        reached = levels[1] if levels is not None and fell else None
+        trials = Trials.begun(self.settings, low, lowest, level, self.steps, fell, by_itself, reached)
         if trials is None:
             found = low - WITHOUT_TRIALS
             return After(None, restore="start", found=found, highest=low, text=f"{seen}: {{{found}}} is taken")
