@@ -48,7 +48,7 @@ class Situation(NamedTuple):
 _BOTH = ("adam", "momentum")
 SITUATIONS = [
     *(Situation(setups.Setup, kind) for kind in ("adam", "momentum", "sgd")),
-    *(Situation(setups.BatchNormed, kind) for kind in _BOTH),
+    *(Situation(setup, kind) for setup in (setups.BatchNormed, setups.Normalised) for kind in _BOTH),
     *(Situation(mask) for mask in (setups.Mask, setups.MaskLowest, setups.MaskLarge, setups.MaskHalf)),
     *(
         Situation(setup, kind)

@@ -102,6 +102,23 @@ class BatchNormed(Setup):
         )  # fmt: skip
 
 
+class _Cosine(nn.Module):
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(features, 64), nn.ReLU(), nn.Linear(64, 32))
+        self.directions = nn.Parameter(0.1 * torch.randn(classes, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.inner(x), dim=1) @ F.normalize(self.directions, dim=1).T / 0.1
+
+
+class Normalised(Setup):
+    """Logits are cosine similarities, so that nothing but the direction of the weights counts."""
+
+    def build(self) -> nn.Module:
+        return _Cosine(self.features, self.classes)
+
+
 # ---------------------------------------------------------------- case 2: buffers that are no state
 
 

@@ -408,9 +408,15 @@ def test_levels_that_are_not_finite_lie_above_all_others():
 # ---------------------------------------------------------------- trials
 
 
-def trials(score, around=0.0, knee=-math.inf, length=20, total=STEPS, steps=0):
-    """Trials whose loss at the end is ``score(log rate)``, None where they explode; all that followed."""
-    phase = Trials.begun(Settings(total, length, by_steps=True), around, knee, Level(50.0, 0.1, 10), steps)
+def trials(score, around=0.0, knee=-math.inf, length=20, total=STEPS, steps=0, reached=None):
+    """Trials whose loss at the end is ``score(log rate)``, None where they explode; all that followed.
+
+    Args:
+        reached: The lowest loss of the climb, if it surely fell.
+    """
+    settings, fell = Settings(total, length, by_steps=True), reached is not None
+    lowest = Level(reached, 0.1, 5) if fell else None
+    phase = Trials.begun(settings, around, knee, Level(50.0, 0.1, 10), steps, fell, reached=lowest)
     answers = []
     while phase is not None:
         loss = score(phase.position)
@@ -495,6 +501,62 @@ def test_nothing_is_tried_far_below_the_knee():
     answers = trials(lambda where: 5.0 + where, knee=0.0)  # lower is always better
     assert min(phase.position for phase, _ in answers) == pytest.approx(-2 * STEP)
     assert len(answers) < len(trials(lambda where: 5.0 + where))
+
+
+def dead_above(best, edge):
+    """Scores of a valley, and 20 at all rates above its edge."""
+    return lambda where: 20.0 if where > edge else 5.0 + (where - best) ** 2
+
+
+@pytest.mark.parametrize("best", [-1.0, 0.5, 2.0])
+def test_trials_that_come_to_nothing_far_above_the_knee_go_down_to_it(best):
+    """Where outputs are normalised a climb lowers the loss at rates that are absurd for weights as they begin."""
+    answers = trials(dead_above(best, 3.0), around=25.0, knee=0.0, reached=6.0)
+    assert [phase.position for phase, _ in answers][:2] == pytest.approx([25.0, 2 * STEP])
+    assert "it ends at a loss of 20" in answers[0][1].text
+    assert abs(answers[-1][1].found - best) < STEP
+    assert answers[-1][1].restore in ("best", None)
+
+
+@pytest.mark.parametrize(("knee", "reached"), [(-math.inf, 6.0), (0.0, 20.5), (0.0, None), (24.0, 6.0)])
+def test_trials_go_on_next_to_each_other_where_the_climb_says_nothing_else(knee, reached):
+    """No knee is known, or they are as good as the climb was, or it never fell, or they are near the knee."""
+    answers = trials(dead_above(0.0, 3.0), around=25.0, knee=knee, reached=reached)
+    assert [phase.position for phase, _ in answers][:2] == pytest.approx([25.0, 25.0 - STEP])
+
+
+def test_without_time_for_another_trial_the_next_lower_rate_is_taken_from_the_start():
+    answers = trials(dead_above(0.0, 3.0), around=25.0, knee=2.0, reached=6.0, length=20, total=STEPS, steps=310)
+    assert [phase.position for phase, _ in answers] == pytest.approx([25.0, 2.0 + 2 * STEP])
+    last = answers[-1][1]
+    assert last.restore == "start"
+    assert last.found == last.highest == pytest.approx(2.0 + STEP)
+    assert "no trial came near what the climb had reached" in last.text
+
+
+def test_a_trial_far_away_says_nothing_about_the_shape_of_the_valley():
+    """A parabola through a neighbour eleven decades away has its vertex between them."""
+    phase = Trials.begun(Settings(STEPS, 20, by_steps=True), 0.0, -math.inf, Level(50.0, 0.1, 10), 0)
+    scores = ((25.0, 20.0, 0.01), (0.0, 5.0, 0.01), (-STEP, 10.0, 0.01))
+    assert replace(phase, scores=scores).found() == (0.0, 0.0)
+    assert replace(phase, scores=((STEP, 20.0, 0.01), *scores[1:])).found()[0] != 0.0
+
+
+def test_a_climb_ends_far_above_the_knee_though_the_loss_goes_on_falling():
+    noise = np.random.default_rng(0)
+    phase = Climb(Settings(10 * STEPS, 60, by_steps=True), -8.0, 0, (2.0, 2.01, 1.99))
+    while isinstance(phase, Climb):
+        here = phase.position
+        loss = 2.0 - 0.01 * len(phase.losses) + 0.001 * noise.normal()
+        start = Observation(32, -1.0, 0.01, loss, 1e4)
+        end = Observation(32, -0.5 if here < -3.0 else 0.5, 0.01, loss, 1e4)
+        after = phase.stepped(loss)
+        if isinstance(after.phase, Climb):
+            measurement = measure_alpha(len(phase.losses), math.exp(here), start, end, (math.exp(here),))
+            after = after.phase.measured(measurement, here)
+        last, phase = here, after.phase
+    assert last == pytest.approx(-3.0 + math.log(1e3), abs=1.0)
+    assert phase.reached.mean == pytest.approx(loss, abs=0.1)
 
 
 def test_two_equal_trials_give_the_rate_between_them():

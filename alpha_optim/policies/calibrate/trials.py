@@ -180,7 +180,9 @@ class Trials:
         lower = phase._far_below()
         if lower is not None and goes_on is not None and phase.fell:
             taken = "no trial came near what the climb had reached at lower rates"
-            return After(None, restore="start", found=lower, highest=lower, text=f"{text}; {taken}: {{{lower}}} is taken")
+            return After(
+                None, restore="start", found=lower, highest=lower, text=f"{text}; {taken}: {{{lower}}} is taken"
+            )
         if goes_on is None or not phase._fell():
             why = "every trial was hopeless" if goes_on is None else "no trial surely lowered the loss"
             return After(None, restore="start", text=f"{text}; {why}")
