@@ -1,6 +1,7 @@
 """Advice is given only where the data tell."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def history(alpha, count=100, spread=0.3, losses=None, samples=8):
     ("alpha", "verdict"), [(-0.7, "undershooting"), (0.3, "balanced"), (1.5, "overshooting"), (0.0, "unknown")]
 )
 def test_verdicts(alpha, verdict):
-    said = diagnose(history(alpha))
+    said = diagnose(history(alpha, losses=lambda n: 3.0 - 0.02 * n))
     assert said.verdict == verdict
     assert said.alpha == pytest.approx(alpha, abs=0.1)
     assert said.suggested_lr is None
@@ -39,8 +40,8 @@ def test_verdicts(alpha, verdict):
 
 
 def test_near_zero_is_balanced_for_large_batches_and_says_nothing_for_small_ones():
-    assert diagnose(history(0.0, samples=64)).verdict == "balanced"
-    assert diagnose(history(0.0, samples=8)).verdict == "unknown"
+    falling = [diagnose(history(0.0, samples=n, losses=lambda n: 3.0 - 0.02 * n)).verdict for n in (64, 8)]
+    assert falling == ["balanced", "unknown"]
     assert diagnose(history(-0.3, samples=64)).verdict == "undershooting"
 
 
@@ -91,10 +92,32 @@ def test_few_steps_say_nothing_about_a_loss_that_scatters():
     assert "and the loss falls." in str(falls)
 
 
-def test_without_losses_nothing_is_said_of_them():
-    said = str(diagnose(history(0.2)))
-    assert "no losses are known" in said
-    assert "falls" not in said
+def test_without_losses_no_rate_is_called_balanced():
+    """A spoilt network's alpha may look like any; only a loss that falls tells."""
+    said = diagnose(history(0.2))
+    assert (said.verdict, "since no losses are seen" in said.cause) == ("unknown", True)
+    assert diagnose(history(-0.7)).verdict == "undershooting"
+
+
+def test_steps_of_which_none_can_be_judged_are_counted_by_kind():
+    still = AlphaHistory()
+    for n in range(30):
+        still.append(
+            measure_alpha(n, 0.0 if n >= 10 else 1.0, *[Observation(8, math.nan if n < 10 else 1.0)] * 2, (1.0,))
+        )
+    said = str(diagnose(still))
+    assert "None of the last 30 steps can be judged: 20 no_step, 10 " in said
+    assert "Nothing has been measured" not in said
+
+
+def test_a_rate_that_grows_back_after_the_guard_lowered_it_is_no_climb():
+    whole, cut = climbing(0.1), AlphaHistory()
+    assert diagnose(whole).suggested_lr is not None
+    for n in range(50):  # at the highest rate of the climb, before
+        cut.append(replace(whole[0], iteration=n, lr=(whole[199].lr[0],)))
+    for item in whole:
+        cut.append(replace(item, iteration=50 + item.iteration))
+    assert diagnose(cut).suggested_lr is None
 
 
 def test_what_a_window_before_the_decay_could_not_tell_the_loss_after_it_does():

@@ -8,6 +8,7 @@ rate, and above the best rate alpha hardly says how much too large a rate is.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -125,6 +126,11 @@ def _verdict(
 ) -> tuple[str, str]:
     """The verdict on a window that does not diverge, and the one cause that applied."""
     alpha, std, count = window
+    if count == 0 and recent:
+        kinds = Counter(str(item.status) for item in recent).most_common()
+        return "unknown", f"None of the last {len(recent)} steps can be judged: " + ", ".join(
+            f"{number} {status}" for status, number in kinds
+        ) + "."  # fmt: skip
     if count == 0:
         return "unknown", "Nothing has been measured yet; an alpha is known after two steps."
     if count < FEWEST or not math.isfinite(std):
@@ -153,12 +159,11 @@ def _verdict(
             "The loss no longer falls: training is done at this learning rate, or the rate is too high, which alpha "
             "does not show. Lower it to find out."
         )
-    said = {
-        _Trend.FALLS: ", and the loss falls.",
-        _Trend.NOT_KNOWN: "; these are too few steps to tell whether the loss falls.",
-        _Trend.UNSEEN: "; no losses are known.",
-    }
-    return "balanced", f"{_steps_end(alpha)}{said[trend]}"
+    if trend is _Trend.UNSEEN:
+        return "unknown", f"{_steps_end(alpha)}; whether the loss falls is not known, since no losses are seen."
+    falls = trend is _Trend.FALLS
+    said = ", and the loss falls." if falls else "; these are too few steps to tell whether the loss falls."
+    return "balanced", f"{_steps_end(alpha)}{said}"
 
 
 def _may_fall_short_on_purpose(recent: Sequence[AlphaMeasurement], window: WindowAlpha) -> bool:
@@ -263,7 +268,10 @@ def rate_from_climbs(history: Sequence[AlphaMeasurement]) -> float | None:
 
 
 def _climbs(history: Sequence[AlphaMeasurement]) -> list[list[AlphaMeasurement]]:
-    """Stretches in which the rate never fell and grew by `CLIMB`, of measurements with losses."""
+    """Stretches in which the rate never fell and grew by `CLIMB`, of measurements with losses.
+
+    It has to grow above all rates before: else it comes back from where a guard, or a restart, has put it.
+    """
     climbs: list[list[AlphaMeasurement]] = [[]]
     for item in history:
         if not (item.lr and item.lr[0] > 0.0 and math.isfinite(item.loss_start)):
@@ -271,7 +279,12 @@ def _climbs(history: Sequence[AlphaMeasurement]) -> list[list[AlphaMeasurement]]
         if climbs[-1] and item.lr[0] < climbs[-1][-1].lr[0]:
             climbs.append([])
         climbs[-1].append(item)
-    return [climb for climb in climbs if climb and math.log(climb[-1].lr[0] / climb[0].lr[0]) >= CLIMB]
+    found, highest = [], 0.0
+    for climb in filter(None, climbs):
+        if math.log(climb[-1].lr[0] / max(climb[0].lr[0], highest)) >= CLIMB:
+            found.append(climb)
+        highest = max(highest, climb[-1].lr[0])
+    return found
 
 
 def _lowest(climb: Sequence[AlphaMeasurement]) -> float | None:
