@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alpha_optim.alpha.history_file import (
+    ABANDONED,
     BAD,
     EVENT,
     FORMAT,
@@ -20,6 +21,7 @@ from alpha_optim.alpha.history_file import (
     check_header,
     from_line,
     from_row,
+    spans,
     to_line,
     to_row,
     whole,
@@ -271,7 +273,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         Args:
             path: File to write; replaced as a whole if it exists.
         """
-        header = {"format": FORMAT, "version": VERSION, "dropped": self.dropped, "abandoned": self.abandoned}
+        header = {"format": FORMAT, "version": VERSION, "dropped": self.dropped, ABANDONED: self.abandoned}
         rows = (to_row(item) for item in self._read())
         temporary = f"{os.fspath(path)}.part"
         try:
@@ -317,9 +319,9 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
             check_header(row)
             for reason, count in row.get("dropped", {}).items():
                 self.drop(str(reason), whole(count, "dropped"))
-            self.abandoned += [
-                (whole(first, "abandoned"), whole(last, "abandoned")) for first, last in row.get("abandoned", ())
-            ]
+            self.abandoned += spans(row)
+        elif ABANDONED in row:
+            self.abandoned = spans(row)
         elif EVENT not in row and NOTE not in row:  # those are for reports
             self._store(from_row(row))
 

@@ -12,8 +12,9 @@ from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import AlphaStatus, Information
 
 FORMAT = "alpha_optim.history"
-VERSION = 2
-"""Lines have checksums since version 2; of those that have none nothing is asked."""
+VERSION = 3
+"""Lines have checksums since version 2, of those that have none nothing is asked; trials that were taken back stand in
+lines of their own since version 3."""
 NAMES = tuple(field.name for field in fields(AlphaMeasurement))
 BAD = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
 """What reading a line raises that is none of ours, however it was made."""
@@ -21,6 +22,8 @@ LARGEST = 1 << 53
 """Whole numbers up to here are floats as well, and are read alike by every reader of JSON."""
 EVENT, NOTE = "event", "note"
 """Keys of the other lines that a file may hold: something the guard did, and something the scheduler said."""
+ABANDONED = "abandoned"
+"""Key of the trials that were taken back, first and last iterations; the last line that has it says all of them."""
 CHECKSUM = "crc32"
 """Key of the CRC-32 of what stands before it in the line."""
 _BEFORE = f', "{CHECKSUM}": '
@@ -107,6 +110,15 @@ def check_header(row: dict[str, Any]) -> None:
             f"written by a newer alpha_optim (format version {row['version']}, "
             f"this one reads up to {VERSION}): update the package"
         )
+
+
+def spans(row: dict[str, Any]) -> list[tuple[int, int]]:
+    """The trials that were taken back, as a line says.
+
+    Raises:
+        ValueError: If they are none.
+    """
+    return [(whole(first, ABANDONED), whole(last, ABANDONED)) for first, last in row.get(ABANDONED, ())]
 
 
 def to_json(value: Any) -> Any:

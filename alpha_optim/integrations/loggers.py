@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from alpha_optim.alpha.history import AlphaHistory
-from alpha_optim.alpha.history_file import EVENT, NOTE, from_line, to_json, to_line, to_row
+from alpha_optim.alpha.history_file import ABANDONED, EVENT, NOTE, from_line, to_json, to_line, to_row
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.window import window_alpha
 from alpha_optim.optimizer import AlphaGuided
@@ -70,7 +70,8 @@ def found_by(optimizer: AlphaGuided) -> Metrics:
         optimizer: The optimizer.
 
     Returns:
-        ``found_lr``; empty while it is searched, and without a search.
+        ``found_lr``, the rate that is held once the search is over, or the one given where it was kept; empty while it
+        is searched, and where the policy finds none.
     """
     steering = optimizer._session.supervision.steering
     found = getattr(None if steering is None else steering.policy, "found_lr", None)
@@ -93,8 +94,8 @@ def postfix(optimizer: AlphaGuided, window: int = 50) -> dict[str, str]:
         ``alpha`` with its standard error, ``lr`` of the first param group; the former only once it is known.
     """
     shown = {}
-    if len(optimizer.alpha_history):
-        recent = optimizer.alpha_history.windowed(window)
+    recent = optimizer.alpha_history.windowed(window)
+    if math.isfinite(recent.alpha):
         error = f" ± {recent.alpha_std:.2f}" if math.isfinite(recent.alpha_std) else ""
         shown["alpha"] = f"{recent.alpha:+.2f}{error}"
     return {**shown, "lr": f"{float(optimizer.param_groups[0]['lr']):.2g}"}
@@ -288,7 +289,9 @@ class _Recorder:
         if os.path.exists(path) and os.path.getsize(path):
             _mend_last_line(path)
             written = AlphaHistory.load(path)  # raises where lines of ours would not belong
-            if optimizer.iteration == 0 and len(written):
+            with open(path, "rb") as file:
+                begun = sum(1 for _ in file) > 1  # more than the header
+            if optimizer.iteration == 0 and begun:
                 _set_aside(path)
                 written = AlphaHistory()
                 written.save(path)
@@ -304,6 +307,7 @@ class _Recorder:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open while training runs
         # What the guard did before is in the file already, if it was recorded.
         self._events, self._notes, self._phases = optimizer.guard_counts["events"], 0, 0
+        self._abandoned: list[tuple[int, int]] = []
         self._unsubscribe = optimizer.alpha_history.subscribe(self._measured)
 
     def _measured(self, measurement: AlphaMeasurement) -> None:
@@ -324,6 +328,10 @@ class _Recorder:
         ]
         rows += [{NOTE: {"iteration": iteration, "text": text}} for iteration, text in notes[self._notes :]]
         self._events, self._notes, self._phases = so_far, len(notes), len(phases)
+        abandoned = self._optimizer.alpha_history.abandoned
+        if abandoned != self._abandoned:
+            rows.append({ABANDONED: [list(span) for span in abandoned]})
+            self._abandoned = list(abandoned)
         return rows
 
     def _write(self, rows: list[dict[str, Any]]) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from alpha_optim.alpha.diagnosis import Diagnosis, diagnose
 from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.history_file import (
+    ABANDONED,
     BAD,
     CHECKSUM,
     EVENT,
@@ -34,6 +35,7 @@ from alpha_optim.alpha.history_file import (
     from_line,
     from_row,
     is_as_written,
+    spans,
     whole,
 )
 from alpha_optim.alpha.records import AlphaStatus, GuardEvent
@@ -62,6 +64,7 @@ class Recording:
         notes: Pairs of an iteration and what the scheduler said then.
         phases: Pairs of an iteration and the phase of the search that began then.
         dropped: Pairs of iterations that were not measured, by reason.
+        abandoned: First and last iterations of trials that were taken back.
         unfinished: Whether the last line is not complete, as while it is being written.
     """
 
@@ -81,6 +84,7 @@ class Recording:
         self.notes: list[tuple[int, str]] = []
         self.phases: list[tuple[int, str]] = []
         self.dropped: dict[str, int] = {}
+        self.abandoned: list[tuple[int, int]] = []
         self.unfinished = False
         self._columns = {name: array("d") for name in ("iteration", "alpha", "std", "loss", "rate", "start", "end")}
         self._status = array("b")
@@ -191,6 +195,9 @@ class Recording:
             check_header(row)
             for reason, count in row.get("dropped", {}).items():
                 self.dropped[str(reason)] = self.dropped.get(str(reason), 0) + whole(count, "dropped")
+            self.abandoned += spans(row)
+        elif ABANDONED in row:
+            self.abandoned = spans(row)
         elif EVENT in row:
             self.events.append(_event(row[EVENT]))
         elif NOTE in row:
@@ -291,6 +298,7 @@ class Recording:
         if self._diagnosis is not None:
             return self._diagnosis
         history, number = AlphaHistory(maxlen=RECENT), 0
+        history.abandoned = self.abandoned
         try:
             for first, lines in self._recent:
                 for number, line in enumerate(lines, start=first):  # noqa: B007 - the message names it
