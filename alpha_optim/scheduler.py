@@ -191,7 +191,8 @@ class AlphaScheduler(LRScheduler):
             lag = 2 + LAG if waits(optimizer) else 0
             guard = session.supervision.guard
             factor = self._news.tell(self.policy, optimizer.alpha_history, optimizer.iteration, guard, lag)
-            self.scale = min(1e30, max(1e-30, self.scale * factor))
+            if self._cooling is None:  # else the way down is given
+                self.scale = min(1e30, max(1e-30, self.scale * factor))
             self._decide(optimizer.iteration)
             self.scale *= self._cuts.give_back(optimizer.iteration)
         self._tell_session()
@@ -218,7 +219,8 @@ class AlphaScheduler(LRScheduler):
     def cool_down(self, steps: int) -> None:
         """Anneal the rates linearly to 0 over the coming steps, whatever the policy says; for runs without a horizon.
 
-        A search that is still under way ends, with the best trial so far or where they all began.
+        A search that is still under way ends, with the best trial so far or where they all began. A guard still lowers
+        the rates, ``min_lr`` bounds them.
 
         Args:
             steps: Number of optimizer steps until 0, at least 1.
@@ -229,6 +231,8 @@ class AlphaScheduler(LRScheduler):
         if steps < 1:
             raise ValueError(f"cool_down needs at least 1 step to anneal over, got {steps}")
         self._take_over_foreign_rates()
+        if self._cut is not None:
+            self._once.say("cool_down() changes nothing: the rates are the training loop's, which writes them itself.")
         self._end_search(base.cut_short)
         self._cooling = (self._session.progress, int(steps))
         self._write()

@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_is_diverging():
 def test_many_steps_taken_back_are_diverging():
     events = [GuardEvent(n, "loss_rose", 1.0, 9.0, restored=True, scale_factor=0.5) for n in (50, 60, 70, 80)]
     assert diagnose(history(0.2), events).verdict == "diverging"
-    assert diagnose(history(0.2), events[:1]).verdict == "balanced"
+    assert diagnose(history(0.2), events[:1]).verdict != "diverging"
 
 
 @pytest.mark.parametrize(("lr", "verdicts"), [(1e-5, {"undershooting"}), (2.0, {"balanced", "unknown"})])

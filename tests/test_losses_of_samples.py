@@ -37,6 +37,20 @@ def test_functional_losses(kind, how):
     assert {m.information for m in guided.alpha_history} == {"full"}
 
 
+def test_losses_whose_pass_never_came_are_forgotten_whenever_others_are_recorded():
+    model = make_model()
+    guided = wrap(model, None, "adam")
+    for x, y in make_batches(4):
+        guided.zero_grad()
+        guided.record_losses(torch.full((7,), 99.0))
+        guided.zero_grad()
+        losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+        losses.mean().backward()
+        guided.record_losses(losses.detach())  # after its pass: there are more losses than passes
+        guided.step()
+    check_same(guided.alpha_history, plain_run("adam", make_batches(4)).alpha_history)
+
+
 def recorded_run(clear_first, parts, fails):
     """Losses recorded before or after `zero_grad`, of several micro-batches; perhaps first of a pass that breaks."""
     model = make_model()

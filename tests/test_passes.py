@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from alpha_optim import AlphaGuided
+from alpha_optim.slopes.choose import BACKENDS
+from alpha_optim.slopes.layerwise import LayerwiseBackend
 from tests.loops import FIELDS, KINDS, check_same, make_batches, make_model, plain_run, wrap
 
 
@@ -177,3 +180,30 @@ def test_a_gradient_scaler_changes_nothing(kind, clip):
         scaler.update()
     assert guided.alpha_history.dropped == {}
     check_same(guided.alpha_history, reference.alpha_history, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("where", ["begin", "end_slopes", "start_slopes", "check_due", "cost", "accumulated"])
+def test_what_a_backend_of_the_users_own_raises_costs_measurements_only(where, monkeypatch):
+    calls = []
+
+    def breaks(self, *args):
+        calls.append(where)
+        if len(calls) == 2:
+            raise RuntimeError("boom")
+        return getattr(LayerwiseBackend, where)(self, *args)
+
+    monkeypatch.setitem(BACKENDS, "own", type("Own", (LayerwiseBackend,), {where: breaks}))
+    bare, model, loss_fn = make_model(), make_model(), nn.CrossEntropyLoss()
+    plain, base = (torch.optim.SGD(each.parameters(), lr=0.1) for each in (bare, model))
+    guided = AlphaGuided(base, model, loss_fn, backend="own")
+    with pytest.warns(UserWarning, match="RuntimeError was raised while it was looked at") as told:
+        for x, y in make_batches(8):
+            for each, optimizer in ((bare, plain), (model, guided)):
+                optimizer.zero_grad()
+                loss_fn(each(x), y).backward()
+                optimizer.step()
+    assert len(told) == 1
+    assert guided.iteration == 8
+    assert len(guided.alpha_history) + sum(guided.alpha_history.dropped.values()) == 7
+    assert guided.alpha_history[-1].information == "full"
+    assert all(torch.equal(one, other) for one, other in zip(bare.parameters(), model.parameters(), strict=True))

@@ -549,6 +549,32 @@ def test_cool_down_anneals_whenever_the_user_decides():
         scheduler.cool_down(0)
 
 
+def test_no_policy_bends_a_cool_down():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, lambda measurement: 1.05)
+    train(model, loss_fn, guided, scheduler, batches(5))
+    begin = guided.param_groups[0]["lr"]
+    scheduler.cool_down(10)
+    rates = [rate for (rate,) in train(model, loss_fn, guided, scheduler, batches(10))]
+    assert rates == pytest.approx([begin * (1 - (n + 1) / 10) for n in range(10)])
+
+
+def test_a_cool_down_of_rates_that_the_loop_writes_says_that_it_does_nothing():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, Hold())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for n in range(5):
+            guided.param_groups[0]["lr"] = 0.1 / (n + 1)
+            train(model, loss_fn, guided, scheduler, batches(1))
+    with pytest.warns(UserWarning, match="changes nothing"):
+        scheduler.cool_down(10)
+
+
 def test_a_search_that_learned_nothing_keeps_the_rate_given():
     """Labels are random: no rate makes the loss fall."""
     model, base = make()

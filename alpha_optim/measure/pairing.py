@@ -8,9 +8,9 @@ iterations only the direction and a few numbers are kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,10 @@ from alpha_optim.measure.step_ends import (
     batch_loss,
     sample_variance,
 )
-from alpha_optim.observe.backward_passes import gamma_of
+from alpha_optim.observe.backward_passes import BackwardPasses, gamma_of
 from alpha_optim.observe.gradients import GradientHooks, Gradients, Habits
 from alpha_optim.observe.losses import LossHooks
-from alpha_optim.observe.memory import is_out_of_memory
+from alpha_optim.observe.memory import goes_on, is_out_of_memory
 from alpha_optim.observe.model_calls import ModelHooks
 from alpha_optim.observe.numbers import Number, Truth, free_to_read, read
 from alpha_optim.observe.some_elements import SomeElements, differ
@@ -49,6 +49,8 @@ from alpha_optim.observe.step_direction import (
     same_tensors,
 )
 from alpha_optim.slopes.base import OTHER_TERMS, Backend, Expected, SampleSlopes
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -139,22 +141,28 @@ class Pairing:
         params = parameters_of(optimizer)
         if not same_tensors(params, self.iteration.params):
             self.variances.forget()
-        due = (
-            frozenset[Role]()
-            if backend is None
-            else self._due(backend, number, starts, self.pending is not None if ranks is None else ended)
-        )
-        if self._untold and backend is not None:
-            self._untold = False
-            backend.doubted(OTHER_TERMS)
-        checks = "start" in due and backend is not None and backend.check_due()
+        due, checks, failed = frozenset[Role](), False, None
+        if backend is not None:
+            try:
+                due = self._due(backend, number, starts, self.pending is not None if ranks is None else ended)
+                if self._untold:
+                    self._untold = False
+                    backend.doubted(OTHER_TERMS)
+                checks = "start" in due and backend.check_due()
+            except Exception as error:  # a backend of the user's own
+                if goes_on(error):
+                    raise
+                due, failed = frozenset[Role](), error
         task = Task(number, starts, self.pending, backend, due, self._sample_dim, guarded, checks)
         last, self.iteration = self.iteration, self._new(task, params)
         if number == last.task.number and not last.in_step:  # hooked anew; after a call of `step` all is judged
             self.iteration.take_over(last.unused())
+        passes = self.iteration.passes
+        if failed is not None:
+            passes.failed(failed)
         if backend is not None and due:
             end_of = self.pending.direction if "end" in due and self.pending is not None else None
-            backend.begin(self.iteration.passes, end_of, "start" in due, params)
+            _harmlessly(passes, lambda: backend.begin(passes, end_of, "start" in due, params))
         if backend is not None:
             self.gradient_hooks.step_done(params, after_step=last.in_step or number != last.task.number)
         if backend is not None or guarded:
@@ -265,7 +273,8 @@ class Pairing:
         edited = iteration.was_edited()
         due = "end" in iteration.task.due and backend is not None and not self._nothing_to_scatter()
         if due and backend is not None:
-            slopes = backend.end_slopes(direction, params if entry is None else entry.params)
+            at = params if entry is None else entry.params
+            slopes = _harmlessly(iteration.passes, lambda: backend.end_slopes(direction, at))
         return EndSeen(pending, product, edited, slopes, due and slopes is None)
 
     def _nothing_to_scatter(self) -> bool:
@@ -460,7 +469,8 @@ class Pairing:
         slopes, backend = None, iteration.task.backend
         due = "start" in iteration.task.due and backend is not None and not self._nothing_to_scatter()
         if due and backend is not None:
-            slopes = backend.start_slopes(direction, gradients, self._expected(product, gradients.factor))
+            expected = self._expected(product, gradients.factor)
+            slopes = _harmlessly(iteration.passes, lambda: backend.start_slopes(direction, gradients, expected))
         point: EndPoint | StartAcrossRanks
         if self.exchange is None:
             point = self._observe("start", direction, product, gradients.factor, gradients.lost, slopes)
@@ -521,6 +531,17 @@ class Pairing:
         self.iteration.take_over(Unused.from_state(state.get("unused", {})))
         pending = state["pending"]
         self.pending = None if pending is None else PendingStart.from_state(pending, params, ranks)
+
+
+def _harmlessly(passes: BackwardPasses, call: Callable[[], R]) -> R | None:
+    """What a backend answers; None, and it is told, if it raises something that is not about memory."""
+    try:
+        return call()
+    except Exception as error:
+        if is_out_of_memory(error) or goes_on(error):
+            raise
+        passes.failed(error)
+        return None
 
 
 def _slope_of_loss(product: Tensor, factor: Tensor | None, gamma: Tensor | None) -> Tensor:

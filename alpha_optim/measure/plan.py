@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from alpha_optim.observe.backward_passes import BackwardPasses
 from alpha_optim.observe.checks import named_parameters
 from alpha_optim.observe.step_direction import is_plain_sgd
-from alpha_optim.slopes.base import Backend
+from alpha_optim.slopes.base import SUBSET, Backend
 from alpha_optim.slopes.choose import BACKENDS, Choice, choose_backend, summarised
 from alpha_optim.user_warning import warn_user
 
@@ -97,12 +97,17 @@ class Plan:
             names = summarised(sorted(built.unaccounted.reasons))
             self.choice = Choice("layerwise", f"backpack could not account for {names}")
 
-    def warn_unaccounted(self) -> None:
-        """Say once which parameters have no slopes of single samples, and why."""
+    def warn_unaccounted(self, subset_told: bool) -> None:
+        """Say once which parameters have no slopes of single samples, and why.
+
+        Args:
+            subset_told: Whether the user knows already that the loss is one of some samples only.
+        """
         if self.choice.name not in self._built:  # just left for one that can
             return
         reasons = self._built[self.choice.name].unaccounted.reasons
         fresh = {name: why for name, why in reasons.items() if name not in self._warned}
+        fresh = {name: why for name, why in fresh.items() if not (subset_told and why == SUBSET)}
         if fresh:
             self._warned |= set(fresh)
             by_reason: dict[str, list[str]] = {}

@@ -124,6 +124,7 @@ class BackwardPasses:
         self._anchored: BackwardPass | None = None
         self._recorded: list[tuple[int, LossCall]] = []  # passes that had reached a parameter, losses handed over then
         self._cleared = False  # whether gradients were cleared since the last ones
+        self._stale: list[LossCall] = []  # handed over, and gradients were cleared before a pass of theirs came
         self.forwards: list[int] = []  # samples of the model's calls
         self.inputs: set[int] = set()  # storages of what the model was called with
         self.skipped = False
@@ -147,8 +148,10 @@ class BackwardPasses:
 
     @property
     def recorded(self) -> list[LossCall]:
-        """Losses that were handed over, in order."""
-        return [call for _, call in self._recorded]
+        """Losses that were handed over, in order; of more than there are passes not those whose pass never came."""
+        surplus = len(self._recorded) - len(self.reached)
+        out = self._stale[: max(0, surplus)]
+        return [call for _, call in self._recorded if not any(call is one for one in out)]
 
     @property
     def differentiated_twice(self) -> bool:
@@ -223,6 +226,9 @@ class BackwardPasses:
     def cleared(self) -> None:
         """Take note that ``zero_grad`` was called."""
         self._cleared = True
+        if self._recorded:
+            reached = len(self.reached)
+            self._stale = [call for count, call in self._recorded if count >= reached]
 
     def discard(self) -> None:
         """The gradients of the passes so far were thrown away without a step.
@@ -234,7 +240,7 @@ class BackwardPasses:
             others = any(not entry.calls for entry in self.reached)  # not of our loss function
             skipped = self._on_discard()
             self.skipped, self.discarded = skipped or self.skipped, (others and not skipped) or self.discarded
-            self._passes, self._by_task, self._anchored, self._recorded = [], {}, None, []
+            self._passes, self._by_task, self._anchored, self._recorded, self._stale = [], {}, None, [], []
 
     def _open(self, task: int) -> BackwardPass:
         if self.reached and self._gradients_cleared():

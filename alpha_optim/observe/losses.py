@@ -76,6 +76,8 @@ class LossHooks:
         self._loss_fn, self._sample_dim, self._iteration = loss_fn, sample_dim, iteration
         self._removal: weakref.finalize[..., LossHooks] | None = None  # of the hook, with us at the latest
         self._warned = self._uneven = False
+        self.subset_told = False
+        """Whether the user was told that the loss is one of some samples only."""
         self._mask_seen, self._by_size = False, 0  # see `_evenly`
         self._calls = 0
 
@@ -258,6 +260,7 @@ class LossHooks:
             return
         self._warned = True
         name = type(loss_fn).__name__
+        self.subset_told = subset
         if subset:
             warn_user(
                 f"{name} was called with rows that are neither the samples of the model's batch nor a multiple of "

@@ -7,7 +7,7 @@ inherited:
 - ``wants(iteration) -> bool``: whether to measure, asked when the optimizer has ``every=None``.
 - ``on_step(iteration, loss) -> float``: told of every step that was made, measured or not, with the mini-batch
   loss it was made from as the guard read it (nan without); returns a further factor for the scale.
-- ``on_event(event)``: told when the guard took a step back.
+- ``on_event(event)``: told of what the guard did: a step taken back, a batch skipped, a level accepted.
 - ``decide(iteration, given) -> Decision``: asked once per scheduler step, after everything above: a policy that
   searches says there what the scale is, and which points to keep and to go back to. ``given`` is the rate of the first
   param group at scale 1.

@@ -30,6 +30,7 @@ OTHER_TERMS = (
     "or another run of the model does not repeat it, as where it keeps state, or "
     "draws random numbers in a function that was compiled by itself"
 )
+SUBSET = "the loss is one of some samples only, picked by a mask"
 INTERACT = (
     "samples interact (a contrastive loss?) or do not lie along sample_dim; models that are fed time first take "
     "sample_dim=1"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses, scale_of, total_samples
-from alpha_optim.slopes.base import ALL, DERIVATIVES, SAMPLES, Names, SampleSlopes, Unaccounted
+from alpha_optim.slopes.base import ALL, DERIVATIVES, SAMPLES, SUBSET, Names, SampleSlopes, Unaccounted
 from alpha_optim.slopes.layers import Layer, LayerCall, LayerHooks, UnsupportedLayerError
 
 BySample = dict[BackwardPass, dict[int, Tensor]]
@@ -98,7 +98,7 @@ class SampleRecorder:
         if any(entry.mixed for entry in self.passes.reached):
             reason = "several losses with different numbers of samples in one backward pass"
         elif any(call.subset for entry in self.passes.reached for call in entry.calls):
-            reason = "the loss is one of some samples only, picked by a mask"
+            reason = SUBSET
         elif self.passes.differentiated_twice:
             reason = DERIVATIVES
         if reason is not None:

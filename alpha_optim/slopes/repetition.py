@@ -22,7 +22,7 @@ from alpha_optim.observe.model_calls import ModelCall, innermost
 from alpha_optim.observe.model_inputs import CannotCutError, cut, cut_rows, folded
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.random_state import RandomState, untouched
-from alpha_optim.slopes.base import INTERACT, OTHER_TERMS
+from alpha_optim.slopes.base import INTERACT, OTHER_TERMS, SUBSET
 from alpha_optim.slopes.derivative import Line, Values, forward, twice_backward
 from alpha_optim.slopes.inner_losses import SeesLosses
 from alpha_optim.slopes.isolation import as_in_its_call
@@ -96,7 +96,7 @@ def calls_of(entry: BackwardPass) -> Calls:
     if entry.mixed:
         raise CannotDifferentiateError("several losses with different numbers of samples in one backward pass")
     if any(call.subset for call in entry.calls):
-        raise CannotDifferentiateError("the loss is one of some samples only, picked by a mask")
+        raise CannotDifferentiateError(SUBSET)
     if not found:
         raise CannotDifferentiateError("no gradient came through a tensor that the model returned", passing=True)
     items = list(found.values())
