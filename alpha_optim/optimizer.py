@@ -83,7 +83,7 @@ class AlphaGuided(Optimizer):
         """Wrap ``optimizer``.
 
         Raises:
-            TypeError: If an argument has the wrong type.
+            TypeError: If optimizer, model or loss_fn is something else.
             ValueError: If it cannot work: already wrapped, parameters that are not the model's, an
                 impossible backend, ``every`` below 1.
         """

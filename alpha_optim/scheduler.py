@@ -88,8 +88,8 @@ class AlphaScheduler(LRScheduler):
         """Take over the learning rates of ``optimizer``.
 
         Raises:
-            TypeError: If an argument has the wrong type.
-            ValueError: If arguments contradict each other.
+            TypeError: If optimizer, policy or schedule is something else.
+            ValueError: If arguments contradict each other, or one is none of what is possible.
         """
         if not isinstance(optimizer, AlphaGuided):
             raise TypeError(

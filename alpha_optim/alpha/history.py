@@ -162,7 +162,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Pairs that left no record, counted by reason (``"maxlen"``: old ones that made room)."""
+        """Pairs that left no record, counted by reason (``"evicted"``: old ones that made room)."""
         self._read()
         return dict(self._dropped)
 

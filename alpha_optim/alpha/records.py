@@ -38,7 +38,7 @@ _EXPLANATIONS = {
     AlphaStatus.NOT_FINITE: "A loss, slope or variance was not finite; alpha is nan.",
     AlphaStatus.NO_STEP: "The optimizer did not move the parameters; alpha is -1.",
     AlphaStatus.DEGENERATE: "The fitted start slope is zero; alpha is undefined (nan).",
-    AlphaStatus.CONCAVE: "The loss is concave along the step, it still falls; alpha is -1.",
+    AlphaStatus.CONCAVE: "The loss is concave along the step, its slope falls to the end; alpha is -1.",
     AlphaStatus.ASCENT: "The fit says that the step went uphill from its start.",
     AlphaStatus.MEASURED: "The parabola has a minimum along the step.",
 }
