@@ -124,6 +124,11 @@ class AlphaScheduler(LRScheduler):
         self._decision = base.Decision()
         super().__init__(optimizer)
         self._steer()
+        if self._decision.searching and any(group.get("maximize") for group in optimizer.param_groups):
+            self._once.say(
+                "maximize=True: the search looks for rates at which the loss falls, and here it is to rise. Train the "
+                "negated loss without maximize."
+            )
 
     @property
     def _session(self) -> Session:

@@ -3,12 +3,14 @@
 import json
 import math
 
+import pytest
 import torch
 from torch import nn
 
 from alpha_optim import AlphaGuided, AlphaScheduler, GuardEvent, Hold
 from alpha_optim.alpha import guard_log
 from alpha_optim.alpha.guard_log import GuardLog
+from alpha_optim.alpha.records import GuardReason
 from alpha_optim.integrations import loggers
 
 
@@ -60,3 +62,17 @@ def test_a_run_with_more_bad_batches_than_are_kept(monkeypatch, tmp_path):
     assert loggers.events_of(optimizer)["batches_skipped"] == len(bad)
     rows = map(json.loads, (tmp_path / "run.jsonl").read_text().splitlines())
     assert len([row for row in rows if "event" in row]) == len(bad)
+
+
+@pytest.mark.parametrize(
+    ("reason", "before", "after", "said"),
+    [
+        ("gradient_not_finite", math.nan, math.nan, "loss not known"),
+        ("loss_not_finite", math.nan, math.nan, "loss nan"),
+        ("loss_not_finite", 1.5, math.nan, "loss 1.5 -> nan"),
+        ("loss_rose", math.nan, 9.0, "loss 9"),
+        ("loss_rose", 1.5, 9.0, "loss 1.5 -> 9"),
+    ],
+)
+def test_an_event_tells_of_losses_that_were_seen(reason, before, after, said):
+    assert f", {said}, " in str(GuardEvent(3, GuardReason(reason), before, after, restored=False))

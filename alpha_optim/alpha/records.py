@@ -172,6 +172,9 @@ class GuardEvent:
     def __str__(self) -> str:
         """Return one line: when, why, what was done."""
         losses = f"loss {self.loss_before:.4g} -> {self.loss_after:.4g}"
+        if math.isnan(self.loss_before):  # not known
+            unseen = math.isnan(self.loss_after) and self.reason is not GuardReason.LOSS_NOT_FINITE
+            losses = "loss not known" if unseen else f"loss {self.loss_after:.4g}"
         if self.restored:
             # A first batch that is not finite is skipped, an event before this one; the next one is told of as such.
             done = "again, so the step before was taken back" if self.reason in _BROKEN else "the step was taken back"

@@ -30,7 +30,10 @@ NEAR = 1.0
 """The jump has arrived when the next one would be shorter than this."""
 
 
-NO_LOSSES = "no losses were seen (give AlphaGuided the loss_fn, or optimizer.backward the losses of the samples, [N])"
+NO_LOSSES = (
+    "no losses were seen (give AlphaGuided the loss_fn, or optimizer.backward the losses of the samples, [N], or "
+    "optimizer.record_losses the loss)"
+)
 
 
 @dataclass(frozen=True)
