@@ -12,7 +12,7 @@ whenever you like.
     python -m examples.benchmarks.rate_free --further   # and tuned rates on 15 seeds instead of three
     python -m examples.benchmarks.rate_free --unseen    # three problems on which hardly anything was tuned
     python -m examples.benchmarks.rate_free --held-out  # five on which nothing was: VAE, ResNet, graph, GPT, ViT
-    python -m examples.benchmarks.rate_free --later    # four that people asked about: two GPTs, an LSTM, a table
+    python -m examples.benchmarks.rate_free --later    # five that people asked about: two GPTs, cosines, ...
     python -m examples.benchmarks.rate_free --short     # runs of 300 and 400 steps; a quarter of an hour on 2 cores
     python -m examples.benchmarks.report                # docs/benchmarks.md from what was kept
 
@@ -360,7 +360,7 @@ def main() -> None:
     size.add_argument("--core", action="store_true", help="all problems, most bases, one seed for each initial rate")
     size.add_argument("--unseen", action="store_true", help="three problems on which hardly anything was tuned")
     size.add_argument("--held-out", action="store_true", help="five problems on which nothing was tuned")
-    size.add_argument("--later", action="store_true", help="four problems that people asked about")
+    size.add_argument("--later", action="store_true", help="five problems that people asked about")
     size.add_argument("--short", action="store_true", help="runs of 300 and 400 steps, without other methods")
     parser.add_argument("--problems", nargs="+", choices=list(ALL), help="only these")
     parser.add_argument("--bases", nargs="+", choices=list(BASES), help="only these")

@@ -262,7 +262,8 @@ LATER_TEXT = """
 text, gradients clipped; a table of 20,000 rows with numbers and categories, BatchNorm and dropout; and a GPT whose
 positions begin fifty times larger than its tokens: it rests for hundreds of steps where it knows how often letters
 are. The last one was found by a user, and the rise of rates on a [plateau](policy.md#held-and-corrected) was made for
-it; nothing was chosen on the others.
+it; so were cosines, where every run had been lost at rates up to 1e9, and how trials
+[go down to the knee](policy.md#calibratethenannealtotal_steps); nothing was chosen on the others.
 
 """
 

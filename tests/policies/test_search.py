@@ -408,15 +408,16 @@ def test_levels_that_are_not_finite_lie_above_all_others():
 # ---------------------------------------------------------------- trials
 
 
-def trials(score, around=0.0, knee=-math.inf, length=20, total=STEPS, steps=0, reached=None):
+def trials(score, around=0.0, knee=-math.inf, length=20, total=STEPS, steps=0, reached=None, risen=True):
     """Trials whose loss at the end is ``score(log rate)``, None where they explode; all that followed.
 
     Args:
         reached: The lowest loss of the climb, if it surely fell.
+        risen: Whether it rose again.
     """
     settings, fell = Settings(total, length, by_steps=True), reached is not None
     lowest = Level(reached, 0.1, 5) if fell else None
-    phase = Trials.begun(settings, around, knee, Level(50.0, 0.1, 10), steps, fell, reached=lowest)
+    phase = Trials.begun(settings, around, knee, Level(50.0, 0.1, 10), steps, fell, reached=lowest, risen=risen)
     answers = []
     while phase is not None:
         loss = score(phase.position)
@@ -523,6 +524,15 @@ def test_trials_go_on_next_to_each_other_where_the_climb_says_nothing_else(knee,
     """No knee is known, or they are as good as the climb was, or it never fell, or they are near the knee."""
     answers = trials(dead_above(0.0, 3.0), around=25.0, knee=knee, reached=reached)
     assert [phase.position for phase, _ in answers][:2] == pytest.approx([25.0, 25.0 - STEP])
+
+
+@pytest.mark.parametrize(("risen", "second"), [(True, 25.0 - STEP), (False, 2 * STEP)])
+def test_a_first_trial_that_explodes_goes_down_to_the_knee_if_the_loss_of_the_climb_never_rose(risen, second):
+    """Else where the climb was lowest is trusted, and the knee less: of tiny batches it may be chance."""
+    answers = trials(lambda where: None if where > 3.0 else 5.0 + where**2, 25.0, 0.0, reached=6.0, risen=risen)
+    assert [phase.position for phase, _ in answers][:3] == pytest.approx(
+        [25.0, second, 2 * STEP] if risen else [25.0, second, STEP]
+    )
 
 
 def test_without_time_for_another_trial_the_next_lower_rate_is_taken_from_the_start():

@@ -216,7 +216,7 @@ class Climb:
         lowest = -math.inf if knee is None else knee
         levels = self._levels()
         reached = levels[1] if levels is not None and fell else None
-        trials = Trials.begun(self.settings, low, lowest, level, self.steps, fell, by_itself, reached)
+        trials = Trials.begun(self.settings, low, lowest, level, self.steps, fell, by_itself, reached, risen)
         if trials is None:
             found = low - WITHOUT_TRIALS
             return After(None, restore="start", found=found, highest=low, text=f"{seen}: {{{found}}} is taken")
