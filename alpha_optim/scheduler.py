@@ -125,7 +125,7 @@ class AlphaScheduler(LRScheduler):
         super().__init__(optimizer)
         self._steer()
         if self._decision.searching and any(group.get("maximize") for group in optimizer.param_groups):
-            self._once.say(
+            LOG.warning(
                 "maximize=True: the search looks for rates at which the loss falls, and here it is to rise. Train the "
                 "negated loss without maximize."
             )
