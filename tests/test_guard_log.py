@@ -76,3 +76,13 @@ def test_a_run_with_more_bad_batches_than_are_kept(monkeypatch, tmp_path):
 )
 def test_an_event_tells_of_losses_that_were_seen(reason, before, after, said):
     assert f", {said}, " in str(GuardEvent(3, GuardReason(reason), before, after, restored=False))
+
+
+def test_an_event_tells_what_was_done():
+    def told(reason, **done):
+        return str(GuardEvent(3, GuardReason(reason), 1.0, 9.0, **{"restored": False, **done}))
+
+    assert told("loss_rose", restored=True).endswith(", the step was taken back")
+    assert told("loss_not_finite", restored=True).endswith(", again, so the step before was taken back")
+    assert told("loss_not_finite", skipped=True).endswith(", batch skipped")
+    assert told("no_effect", skipped=False).endswith(", level accepted")

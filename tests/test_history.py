@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from alpha_optim import AlphaGuided, AlphaHistory, AlphaStatus, Observation, measure_alpha
+from alpha_optim.alpha.history_file import from_row, to_row
 from alpha_optim.alpha.records import DropReason
 
 
@@ -279,3 +280,10 @@ def test_a_history_that_waits_for_its_numbers_is_pickled_with_them(tmp_path):
     assert len(loaded) == 5
     optimizer.alpha_history.subscribe(seen.append)
     assert len(copy.deepcopy(optimizer.alpha_history)._callbacks) == 0  # who follows one does not follow its copy
+
+
+def test_a_row_that_is_none_names_the_field():
+    row = to_row(measure_alpha(0, 1.0, Observation(8, -1.0), Observation(8, 0.5), (0.1,)))
+    for name in ("loss_start", "step_length", "alpha"):
+        with pytest.raises(ValueError, match=f"{name} must be a number, got 'x'"):
+            from_row({**row, name: "x"})

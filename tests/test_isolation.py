@@ -358,3 +358,19 @@ def test_a_watched_model_is_traced_as_a_bare_one_and_scripted_once_it_is_no_long
     optimizer.detach()
     assert torch.equal(torch.jit.script(model)(x), model(x))
     assert len(optimizer.alpha_history) == count
+
+
+@pytest.mark.parametrize("variance", ["sampled", "exact"])
+def test_a_hook_of_the_users_on_the_output_runs_once_a_step(variance):
+    """Losses are followed back to the outputs of the model, which would run it, too."""
+    torch.manual_seed(0)
+    model, loss_fn, ran = Keeps(), nn.CrossEntropyLoss(), []
+    guided = AlphaGuided(torch.optim.AdamW(model.parameters()), model, loss_fn, variance=variance)
+    for _ in range(4):
+        guided.zero_grad()
+        output = model(torch.randn(N, 5))
+        output.register_hook(lambda gradient: ran.append(gradient.shape))
+        loss_fn(output, torch.arange(N) % 3).backward()
+        guided.step()
+    assert ran == [(N, 3)] * 4
+    assert guided.alpha_history[-1].information == "full"

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from alpha_optim.measure.refresh import LONGEST, SHARE, Variances, interval
+from alpha_optim.slopes.layerwise import LayerwiseBackend
 
 
 @pytest.mark.parametrize("cost", [0.001, 0.01, 0.5, 2.6, 4.9])
@@ -116,3 +118,14 @@ def test_a_state_goes_on_where_it_was():
     variances.forget()
     assert variances.of_loss is None
     assert variances.due("start", 901, 2.0)
+
+
+@pytest.mark.parametrize("layer", [nn.GRU(4, 3, batch_first=True), nn.Linear(4, 3)])
+@pytest.mark.parametrize("checked", [True, False])
+def test_who_measures_says_when_it_is_checked(layer, checked, monkeypatch):
+    """The rules of layers where all have some, else the model as a whole."""
+    backend = LayerwiseBackend(layer, {id(p): name for name, p in layer.named_parameters()}, 0, sampled=False)
+    of_rules = isinstance(layer, nn.Linear)
+    monkeypatch.setattr(backend._check, "due", lambda: checked == of_rules)
+    monkeypatch.setattr(backend._forward, "check_due", lambda: checked != of_rules)
+    assert backend.check_due() == checked

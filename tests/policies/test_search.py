@@ -552,6 +552,22 @@ def test_a_trial_far_away_says_nothing_about_the_shape_of_the_valley():
     assert replace(phase, scores=((STEP, 20.0, 0.01), *scores[1:])).found()[0] != 0.0
 
 
+def test_without_a_knee_nothing_is_too_low_to_be_tried():
+    _, after, _ = climbed(valley(np.random.default_rng(0)))
+    assert after.phase.lowest == -math.inf
+
+
+def test_the_lowest_of_many_windows_is_low_by_chance_and_its_neighbours_end_no_climb():
+    """A loss that has fallen once and scatters since: of 300 such climbs at most nine may end by chance."""
+    ended = 0
+    for seed in range(300):
+        noise = np.random.default_rng(seed).normal(0, 0.1, 150)
+        losses = np.concatenate([np.linspace(2.0, 1.5, 30), np.full(120, 1.5)]) + noise
+        _, after, used = climbed(losses)
+        ended += after is not None and used < 150
+    assert ended <= 9
+
+
 def test_a_climb_ends_far_above_the_knee_though_the_loss_goes_on_falling():
     noise = np.random.default_rng(0)
     phase = Climb(Settings(10 * STEPS, 60, by_steps=True), -8.0, 0, (2.0, 2.01, 1.99))
