@@ -558,14 +558,14 @@ def test_without_a_knee_nothing_is_too_low_to_be_tried():
 
 
 def test_the_lowest_of_many_windows_is_low_by_chance_and_its_neighbours_end_no_climb():
-    """A loss that has fallen once and scatters since: of 300 such climbs at most nine may end by chance."""
+    """A loss that has fallen once and scatters since: of 60 such climbs at most two may end by chance."""
     ended = 0
-    for seed in range(300):
+    for seed in range(60):
         noise = np.random.default_rng(seed).normal(0, 0.25, 150)
         losses = np.concatenate([np.linspace(2.0, 1.2, 30), np.full(120, 1.2)]) + noise
         _, after, used = climbed(losses)
         ended += after is not None and used < 150
-    assert ended <= 9
+    assert ended <= 2
 
 
 def test_a_climb_ends_far_above_the_knee_though_the_loss_goes_on_falling():
