@@ -601,3 +601,24 @@ def test_a_buffer_that_is_meant_to_become_infinite_stops_nothing():
     assert [str(event.reason) for event in run[2].guard_events] == ["state_not_finite"] * (PATIENCE - 1)
     assert run[2].param_groups[0]["lr"] == 0.01
     assert run[2].iteration == 30 - (PATIENCE - 1)
+
+
+@pytest.mark.parametrize("broken", ["gradient", "loss", "nothing"])
+def test_without_memory_to_judge_a_batch_what_is_not_finite_is_not_used(broken, monkeypatch):
+    model, loss_fn, guided, _ = guarded("adam")
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+    monkeypatch.setattr(guided._session.supervision, "judge", no_memory)
+    before = [param.detach().clone() for param in model.parameters()]
+    ((x, y),) = batches(1)
+    guided.zero_grad()
+    loss = loss_fn(model(x), y) * (math.nan if broken == "loss" else 1.0)
+    loss.backward()
+    if broken == "gradient":
+        next(model.parameters()).grad[0] = math.inf
+    with pytest.warns(UserWarning, match="memory ran out"):
+        guided.step()
+    unmoved = all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    assert unmoved == (broken != "nothing")

@@ -1,6 +1,7 @@
 """Alpha in full for what people train today, and nothing of the run changed by it."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from alpha_optim import AlphaGuided
 from alpha_optim.observe import random_state
 from alpha_optim.slopes import forward_mode, repetition
+from alpha_optim.slopes.base import by_chance
 from tests.reference.losses_of_samples import observe
 from tests.test_transparency import equal_states
 from tests.today import CASES, CROSS, GPT, Case, flattened, tokens
@@ -161,3 +163,9 @@ def test_a_term_of_the_loss_that_is_not_seen_where_dropout_cannot_be_repeated(na
     with pytest.warns(UserWarning, match="not all of the loss that is sent backward"):
         _, guided, _ = train(dataclasses.replace(case, loss=loss), True, 12)
     assert {m.information for m in guided.alpha_history} == {"slopes"}
+
+
+def test_of_one_sample_nothing_is_known_by_chance():
+    assert by_chance(torch.tensor([1.0])) == math.inf
+    assert by_chance(torch.tensor([1.0, 1.0])) == 0.0
+    assert 0.0 < by_chance(torch.tensor([1.0, 2.0, 4.0])) < math.inf

@@ -379,12 +379,18 @@ def _random_numbers(call: ModelCall, replay: bool, seed: int | None) -> Abstract
 
 
 def _contracted(gradient: Tensor, tangent: Tensor, samples: int, sample_dim: int) -> Tensor | None:
-    """Inner products of two tensors over what belongs to each sample ``[N]``; None if samples do not fit."""
-    if gradient.numel() <= TOGETHER or sample_dim != 0 or gradient.shape[0] % max(1, samples):
-        return folded(gradient.double() * tangent.double(), samples, sample_dim)
-    # Logits of a language model: in float64, and all at once, they would take more memory than training does.
-    pairs = zip(gradient.reshape(samples, -1), tangent.reshape(samples, -1), strict=True)
-    return torch.stack([(one.double() * other.double()).sum() for one, other in pairs])
+    """Inner products of two tensors over what belongs to each sample ``[N]``; None if samples do not fit.
+
+    Products are formed in the precision of the model, and added up in float64.
+    """
+    gradient, tangent = at_least_float32(gradient), at_least_float32(tangent)
+    if sample_dim != 0 or gradient.dim() == 0 or samples == 0 or gradient.shape[0] % samples:
+        return folded((gradient * tangent).double(), samples, sample_dim)
+    ones, others = gradient.reshape(samples, -1), tangent.reshape(samples, -1)
+    if gradient.numel() <= TOGETHER:
+        return (ones * others).sum(1, dtype=torch.float64)
+    # Logits of a language model: all at once they would take as much memory as some of training's own.
+    return torch.stack([(one * other).sum(dtype=torch.float64) for one, other in zip(ones, others, strict=True)])
 
 
 def _added(values: Sequence[Tensor]) -> Tensor:
