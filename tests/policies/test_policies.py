@@ -89,3 +89,20 @@ def test_a_policy_that_says_nothing_of_itself_is_shown_by_its_name():
     assert base.shown(mine) == base.name_of(mine)
     assert " at 0x" not in base.shown(Mine()) + base.shown(mine)
     assert base.shown(Talks()) == "Talks(at 0x)"
+
+
+@pytest.mark.parametrize("wrap", [lambda policy: Bounded(policy, 0.1, 10.0), lambda policy: WithWarmup(policy, 10)])
+def test_wrappers_pass_on_steps_and_their_losses(wrap):
+    class Listens:
+        heard = []
+
+        def __call__(self, measurement):
+            return 1.0
+
+        def on_step(self, iteration, loss):
+            self.heard.append((iteration, loss))
+            return 0.5
+
+    inner = Listens()
+    assert wrap(inner).on_step(3, 1.5) == 0.5
+    assert inner.heard[-1] == (3, 1.5)
