@@ -290,7 +290,8 @@ class _Recorder:
             _mend_last_line(path)
             written = AlphaHistory.load(path)  # raises where lines of ours would not belong
             with open(path, "rb") as file:
-                begun = sum(1 for _ in file) > 1  # more than the header
+                file.readline()
+                begun = bool(file.readline())  # more than the header
             if optimizer.iteration == 0 and begun:
                 _set_aside(path)
                 written = AlphaHistory()

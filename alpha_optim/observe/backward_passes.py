@@ -96,6 +96,21 @@ class BackwardPass:
         return mean, individual
 
 
+@dataclass(eq=False)
+class Recorded:
+    """Losses that were handed over.
+
+    Attributes:
+        call: The losses.
+        passes: Passes that had reached a parameter by then.
+        stale: Whether gradients were cleared before another pass had come.
+    """
+
+    call: LossCall
+    passes: int
+    stale: bool = False
+
+
 class BackwardPasses:
     """Collects the backward passes of one iteration."""
 
@@ -122,9 +137,7 @@ class BackwardPasses:
         self._passes: list[BackwardPass] = []
         self._by_task: dict[int, BackwardPass] = {}
         self._anchored: BackwardPass | None = None
-        self._recorded: list[tuple[int, LossCall]] = []  # passes that had reached a parameter, losses handed over then
-        self._cleared = False  # whether gradients were cleared since the last ones
-        self._stale: list[LossCall] = []  # handed over, and gradients were cleared before a pass of theirs came
+        self._recorded: list[Recorded] = []
         self.forwards: list[int] = []  # samples of the model's calls
         self.inputs: set[int] = set()  # storages of what the model was called with
         self.skipped = False
@@ -149,9 +162,9 @@ class BackwardPasses:
     @property
     def recorded(self) -> list[LossCall]:
         """Losses that were handed over, in order; of more than there are passes not those whose pass never came."""
-        surplus = len(self._recorded) - len(self.reached)
-        out = self._stale[: max(0, surplus)]
-        return [call for _, call in self._recorded if not any(call is one for one in out)]
+        surplus = max(0, len(self._recorded) - len(self.reached))
+        out = [entry for entry in self._recorded if entry.stale][:surplus]
+        return [entry.call for entry in self._recorded if entry not in out]
 
     @property
     def differentiated_twice(self) -> bool:
@@ -218,17 +231,15 @@ class BackwardPasses:
     def record(self, call: LossCall) -> None:
         """Take losses that were handed over, in place of those whose backward pass never came before a `zero_grad`."""
         reached = len(self.reached)
-        if self._cleared:
-            self._recorded = [(count, entry) for count, entry in self._recorded if count < reached]
-        self._recorded.append((reached, call))
-        self._cleared = False
+        self._recorded = [entry for entry in self._recorded if not entry.stale or entry.passes < reached]
+        self._recorded.append(Recorded(call, reached))
 
     def cleared(self) -> None:
         """Take note that ``zero_grad`` was called."""
-        self._cleared = True
         if self._recorded:
             reached = len(self.reached)
-            self._stale = [call for count, call in self._recorded if count >= reached]
+            for entry in self._recorded:
+                entry.stale = entry.passes >= reached
 
     def discard(self) -> None:
         """The gradients of the passes so far were thrown away without a step.
@@ -240,7 +251,7 @@ class BackwardPasses:
             others = any(not entry.calls for entry in self.reached)  # not of our loss function
             skipped = self._on_discard()
             self.skipped, self.discarded = skipped or self.skipped, (others and not skipped) or self.discarded
-            self._passes, self._by_task, self._anchored, self._recorded, self._stale = [], {}, None, [], []
+            self._passes, self._by_task, self._anchored, self._recorded = [], {}, None, []
 
     def _open(self, task: int) -> BackwardPass:
         if self.reached and self._gradients_cleared():

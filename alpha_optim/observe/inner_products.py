@@ -112,8 +112,6 @@ def differences(
 
 def dot(base: Tensor, gradient: Tensor) -> Tensor:
     """Inner product of two tensors of one shape ``[]``, in at least float32."""
-    if _usual(base) and _usual(gradient) and base.dtype is gradient.dtype:
-        return torch.dot(base.detach().view(-1), gradient.detach().view(-1))
     base, gradient = as_real(base), as_real(gradient)
     if _plain(base, gradient):
         return torch.dot(base.view(-1), gradient.view(-1))
@@ -276,13 +274,6 @@ def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.dim() == 4 and not a.is_contiguous() and a.stride() == b.stride():
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)  # channels last: contiguous in this order
     return at_least_float32(a.flatten()), at_least_float32(b.flatten())
-
-
-def _usual(tensor: Tensor) -> bool:
-    """Whether a tensor is what nearly all are, which costs a look: dense, of one real type, on one rank."""
-    return (
-        type(tensor) in USUAL and tensor.dtype in _PLAIN and tensor.layout is torch.strided and tensor.is_contiguous()
-    )
 
 
 def _plain(tensor: Tensor, other: Tensor) -> bool:

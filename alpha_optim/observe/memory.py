@@ -83,12 +83,14 @@ class Shortage:
     def __init__(self) -> None:
         """It has not happened yet."""
         self._times = 0
+        self._last: Trouble | None = None
         self._once = Once()
 
     def noticed(self, trouble: Trouble | None) -> None:
-        """Something was raised while a batch was looked at, or nothing."""
-        if trouble is None or trouble.told:
+        """Something was raised while a batch was looked at, or nothing; of one batch it may be asked several times."""
+        if trouble is None or trouble.told or trouble is self._last:
             return
+        self._last = trouble
         if trouble.out_of_memory:
             self.occurred()
         else:

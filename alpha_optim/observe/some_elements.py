@@ -78,17 +78,15 @@ class Views:
         kinds = set()
         for tensor in tensors:
             usual = type(tensor) in USUAL and tensor.dtype in FLOATS and tensor.is_contiguous()
-            if usual and tensor.numel() <= BLOCKS * RUN:  # all of it: a view for each would be most of the work
+            whole = usual and tensor.numel() <= BLOCKS * RUN
+            if whole:  # a view of it would be most of the work
                 view = tensor.detach() if tensor.requires_grad else tensor
-                self._short.append(view)
             elif usual:  # in a third of the time
-                shape, strides = layout(tensor.numel(), tensor.is_cpu)
-                view = tensor.detach().as_strided(shape, strides)
-                (self._short if len(shape) == 1 else self._runs).append(view)
+                view = tensor.detach().as_strided(*layout(tensor.numel(), tensor.is_cpu))
             else:
                 view = view_of(tensor)
                 self.lasting = self.lasting and stays_view(tensor)
-                (self._short if view.dim() == 1 else self._runs).append(view)
+            (self._short if whole or view.dim() == 1 else self._runs).append(view)
             kinds.add((view.dtype, view.get_device()))
         self._alike = len(kinds) <= 1
 

@@ -362,15 +362,12 @@ class Session:
         iteration.in_step = True
         if iteration.task.in_pair or guard is not None:
             pairing.see_loss(closure_loss)
-        told = iteration.passes.trouble
-        self._shortage.noticed(told)
         if iteration.passes.discarded:
             self.supervision.reached_by_others()
         seen: EndSeen | DropReason | None = DropReason.OUT_OF_MEMORY
         with sparing(self._shortage.occurred):
             seen = pairing.finish(params, entry)
-        if told is None:
-            self._shortage.noticed(iteration.passes.trouble)
+        self._shortage.noticed(iteration.passes.trouble)
         moved = None
         if entry is not None and guard is not None:  # judged and kept is the point that the step starts from
             moved = [param.detach().clone() for param in params]
@@ -488,13 +485,11 @@ class Session:
             pairing.pending = None
             self.history.drop(DropReason.NO_BACKWARD)
         if iteration.before is not None:
-            told = iteration.passes.trouble
             with sparing(self._out_of_memory):
                 reason = pairing.after_step(self.optimizer)
                 if reason is not None:
                     self.history.drop(reason)
-            if told is None:
-                self._shortage.noticed(iteration.passes.trouble)
+            self._shortage.noticed(iteration.passes.trouble)
             self.plan.saw_step(iteration.passes, pairing.habits.keep_copies)
             self.plan.warn_unaccounted(pairing.losses.subset_told)
 

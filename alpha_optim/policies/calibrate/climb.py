@@ -29,7 +29,7 @@ ALPHAS = 8
 FURTHER = math.log(1e3)
 SOON = 14
 """Where the loss rose within so many steps and never fell the climb began too high: once more from so far below. As far
-above the knee a climb ends: on the problems of the study none came further than 2.3 decades above it."""
+above the knee a climb ends, further than those of losses that rise again have come."""
 WITHOUT_TRIALS = math.log(2.0)
 """Without trials the rate lies so far below that of the lowest loss: the loss falls on for a while at rates that are
 already too high."""
