@@ -317,27 +317,26 @@ class GradientHooks:
         if self._handles:
             self._iteration().backward_ended()
 
+    def _held(self, params: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+        """Gradients that the last step used and that are still there, and how often each was written to since."""
+        pairs = [(param.grad, self._used.get(id(param))) for param in params if param.grad is not None]
+        return [(grad, grad._version - used[1]) for grad, used in pairs if used is not None and used[0]() is grad]
+
     def fresh(self, params: Sequence[Tensor]) -> bool:
         """Whether there is a gradient that the last step did not already use."""
-        for param in params:
-            if param.grad is not None:
-                used = self._used.get(id(param))
-                if used is None or used[0]() is not param.grad or param.grad._version != used[1]:
-                    return True
-        return False
+        there = sum(param.grad is not None for param in params)
+        return there > sum(writes == 0 for _, writes in self._held(params))
 
     def reused(self, params: Sequence[Tensor]) -> bool:
         """Whether gradients are written into the tensors of the step before."""
-        known = [(param, self._used.get(id(param))) for param in params if param.grad is not None]
-        return any(used is not None and used[0]() is param.grad for param, used in known)
+        return bool(self._held(params))
 
     def pass_begins(self, params: Sequence[Tensor]) -> None:
         """A backward pass has begun; without a model it has reached its first parameter already."""
         gradients = self._gradients
         if not self._after_step:
             return
-        pairs = [(param.grad, self._used.get(id(param))) for param in params if param.grad is not None]
-        held = [(grad, grad._version - used[1]) for grad, used in pairs if used is not None and used[0]() is grad]
+        held = self._held(params)
         before, gradients.added_to_old = gradients.added_to_old, False
         least = min((writes for _, writes in held), default=0)
         # Written to by nothing else than the passes, of which there was one before if they were added to old ones then.
