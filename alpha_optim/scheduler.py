@@ -15,13 +15,14 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from alpha_optim.alpha.records import GuardEvent, GuardReason
+from alpha_optim.alpha.states import from_plain, to_plain
 from alpha_optim.distributed import as_text, from_text, initialised
 from alpha_optim.observe.interrupts import uninterrupted
 from alpha_optim.optimizer import AlphaGuided
@@ -467,7 +468,7 @@ class AlphaScheduler(LRScheduler):
             "scale": self.scale,
             **self._rates.state_dict(),
             **self._cuts.state_dict(),
-            "decision": asdict(self._decision),
+            "decision": to_plain(self._decision),
             **self._news.state_dict(),
             "step_count": self._step_count,
             "cut": self._cut,
@@ -497,7 +498,8 @@ class AlphaScheduler(LRScheduler):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         self.scale = float(state_dict["scale"])
-        self._rates.load_state_dict(state_dict, self.optimizer.param_groups)
+        self._rates.load_state_dict(state_dict)
+        self._rates.belong_to(self.optimizer.param_groups)
         self._cuts.load_state_dict(state_dict)
         self._news.load_state_dict(state_dict)
         self._step_count = int(state_dict["step_count"])
@@ -506,7 +508,7 @@ class AlphaScheduler(LRScheduler):
         self._cooling = None if cooling is None else (int(cooling[0]), int(cooling[1]))
         self._once.said = set(state_dict.get("said", ()))
         self.last_epoch = self._news.progress
-        self._decision = base.Decision(**state_dict.get("decision", {}))
+        self._decision = from_plain(base.Decision, state_dict.get("decision", {}), "decision")
         policy = state_dict["policy"]
         base.restore(self.policy, from_text(policy) if isinstance(policy, str) else policy)
         if self.schedule is not None and state_dict["schedule"] is not None:

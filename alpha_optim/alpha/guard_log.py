@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from alpha_optim.alpha.records import GuardEvent
+from alpha_optim.alpha.states import from_plain, to_plain
 
 KEPT = 10_000
 """Events that are kept: some megabytes. Where a guard acts that often, older ones say nothing that these do not."""
@@ -40,8 +40,8 @@ class GuardLog:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
-        events = [{**asdict(event), "reason": str(event.reason)} for event in self._newest]
-        return {"newest": events, "count": self.count, "skipped": self.skipped, "restored": self.restored}
+        counts = {"count": self.count, "skipped": self.skipped, "restored": self.restored}
+        return {"newest": to_plain(self._newest), **counts}
 
     def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Replace the contents by those of a `state_dict`, or by a list of events, as version 0.1 wrote."""
@@ -49,6 +49,6 @@ class GuardLog:
         self._newest.clear()
         self.count = self.skipped = self.restored = 0
         for event in newest:
-            self.append(GuardEvent(**event))
+            self.append(from_plain(GuardEvent, event, "newest"))
         if not isinstance(state, list):
             self.count, self.skipped, self.restored = (int(state[name]) for name in ("count", "skipped", "restored"))

@@ -28,6 +28,7 @@ from alpha_optim.alpha.history_file import (
 )
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import DropReason
+from alpha_optim.alpha.states import from_plain, to_plain
 from alpha_optim.alpha.window import WindowAlpha, window_alpha
 
 if TYPE_CHECKING:
@@ -330,7 +331,7 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         return {
             "columns": self.to_dict(),
             "dropped": self.dropped,
-            "abandoned": [list(span) for span in self.abandoned],
+            "abandoned": to_plain(self.abandoned),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -339,5 +340,5 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         rows = zip(*(columns[name] for name in NAMES), strict=True)
         self._pending.clear()
         self._items = [from_row(dict(zip(NAMES, row, strict=True))) for row in rows]
-        self._dropped = {str(reason): int(count) for reason, count in state["dropped"].items()}
-        self.abandoned = [(int(first), int(last)) for first, last in state.get("abandoned", ())]
+        self._dropped = from_plain(dict[str, int], state["dropped"], "dropped")
+        self.abandoned = from_plain(list[tuple[int, int]], state.get("abandoned", []), "abandoned")

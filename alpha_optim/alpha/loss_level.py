@@ -13,7 +13,9 @@ from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from alpha_optim.alpha.states import Remembers
 
 FALSE_ALARM = 1e-6
 """Probability per step that chance alone looks like an explosion. Two batches at the same point have to agree, so
@@ -50,14 +52,19 @@ def quantile(freedom: float, chance: float = math.sqrt(FALSE_ALARM)) -> float:
     return float(stdtrit(freedom, 1.0 - chance))
 
 
-class LossScatter:
+class LossScatter(Remembers):
     """How much consecutive losses of a run usually differ."""
+
+    _differences: deque[float]
+    _harmless: float
+    _first: float | None
+    _last: float
+    _lowest: float
 
     def __init__(self) -> None:
         """Start with nothing seen."""
-        self._differences: deque[float] = deque(maxlen=WINDOW)
-        self._harmless = 0.0
-        self._first: float | None = None
+        self._differences = deque(maxlen=WINDOW)
+        self._harmless, self._first = 0.0, None
         self._last = self._lowest = math.inf
 
     def note(self, loss: float) -> None:
@@ -110,22 +117,6 @@ class LossScatter:
         else:
             limits.append((FIRST if known else UNKNOWN) * abs(before))
         return max(limits)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return {
-            "differences": list(self._differences),
-            "harmless": self._harmless,
-            "first": self._first,
-            "last": self._last,
-            "lowest": self._lowest,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state."""
-        self._differences = deque(map(float, state["differences"]), maxlen=WINDOW)
-        self._harmless, self._first = float(state["harmless"]), state["first"]
-        self._last, self._lowest = float(state["last"]), float(state["lowest"])
 
 
 MISTAKEN = 0.01

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from alpha_optim.alpha.measurement import AlphaMeasurement, measure_alpha
 from alpha_optim.alpha.records import DropReason, Observation
+from alpha_optim.alpha.states import from_plain, to_plain
 from alpha_optim.distributed import Ranks, Sum
 from alpha_optim.observe.numbers import Number, Truth, read
 from alpha_optim.slopes.base import OF_OTHER_GRADIENTS, chance_of_means
@@ -316,14 +317,13 @@ class Together:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        centres = self.centres
-        return {"numbers": self._numbers.read(), "centres": [centres.loss, centres.end, centres.start]}
+        return {"numbers": self._numbers.read(), "centres": to_plain(self.centres)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any], ranks: Ranks) -> Together:
         """Build it anew."""
         numbers = torch.tensor(state["numbers"], dtype=torch.float64)
-        return cls(Sum(numbers, None, ranks), ranks, Centres(*state["centres"]))
+        return cls(Sum(numbers, None, ranks), ranks, from_plain(Centres, state["centres"], "centres"))
 
 
 @dataclass(frozen=True)

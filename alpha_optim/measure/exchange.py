@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alpha_optim.alpha.records import DropReason
+from alpha_optim.alpha.states import from_plain, to_plain
 from alpha_optim.distributed import Ranks
 from alpha_optim.measure.across_ranks import (
     RANKS,
@@ -214,12 +215,12 @@ class Exchange:
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
         self._learn()
-        return {"centres": None if self._centres is None else list(self._centres)}
+        return {"centres": to_plain(self._centres)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
         self._unread = None
-        self._centres = None if state["centres"] is None else Centres(*state["centres"])
+        self._centres = from_plain(Centres | None, state["centres"], "centres")
 
 
 def _plain(number: Number) -> Number:

@@ -69,20 +69,6 @@ class Unused:
     discarded: bool = False
     losses: tuple[float, ...] = ()
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Unused:
-        """Build it anew.
-
-        Raises:
-            TypeError: If a value is of another type.
-        """
-        found = cls(**{**state, "losses": tuple(state.get("losses", ()))})
-        if not all(isinstance(value, bool) for value in (found.skipped, found.discarded)):
-            raise TypeError(f"skipped and discarded must be True or False, got {state}")
-        if not all(isinstance(value, float) for value in found.losses):
-            raise TypeError(f"losses must be numbers, got {found.losses}")
-        return found
-
 
 class Iteration:
     """What is seen of one iteration; the hooks on model, loss function and parameters report here."""

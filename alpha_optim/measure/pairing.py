@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from alpha_optim.alpha.records import DropReason
+from alpha_optim.alpha.states import from_plain, to_plain
 from alpha_optim.distributed import Ranks
 from alpha_optim.measure.across_ranks import StartAcrossRanks
 from alpha_optim.measure.exchange import Exchange, tolerance_of
@@ -512,7 +513,7 @@ class Pairing:
             "untold": self._untold,
             "variances": self.variances.state_dict(),
             "pending": None if pending is None else pending.state_dict(),
-            "unused": asdict(self.iteration.unused()),
+            "unused": to_plain(self.iteration.unused()),
             "exchange": exchange,
         }
 
@@ -528,7 +529,7 @@ class Pairing:
         self.variances.load_state_dict(state["variances"])
         self._keep_direction, self._untold = bool(state["keep_direction"]), bool(state.get("untold", False))
         self.iteration = self._new(replace(self.iteration.task, number=iteration), params)
-        self.iteration.take_over(Unused.from_state(state.get("unused", {})))
+        self.iteration.take_over(from_plain(Unused, state.get("unused", {}), "unused"))
         pending = state["pending"]
         self.pending = None if pending is None else PendingStart.from_state(pending, params, ranks)
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from alpha_optim.alpha.states import from_plain, to_plain
 from alpha_optim.observe.backward_passes import BackwardPasses
 from alpha_optim.observe.checks import named_parameters
 from alpha_optim.observe.step_direction import is_plain_sgd
@@ -122,8 +123,8 @@ class Plan:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must not decide anew."""
         return {
-            "choice": list(self.choice),
-            "asked": None if self._asked is None else list(self._asked),
+            "choice": to_plain(self.choice),
+            "asked": to_plain(self._asked),
             "learned": self._learned | {name: backend.state_dict() for name, backend in self._built.items()},
             "unaccounted": self._unaccounted | {name: dict(b.unaccounted.reasons) for name, b in self._built.items()},
         }
@@ -134,11 +135,7 @@ class Plan:
         if state is None:
             return
         self._learned = dict(state["learned"])
-        self._unaccounted = {
-            str(name): {str(what): str(why) for what, why in dict(reasons).items()}
-            for name, reasons in dict(state.get("unaccounted", {})).items()
-        }
+        self._unaccounted = from_plain(dict[str, dict[str, str]], state.get("unaccounted", {}), "unaccounted")
         if self.wanted == "auto":
-            self.choice = Choice(*state["choice"])
-        if state["asked"] is not None:
-            self._asked = (int(state["asked"][0]), bool(state["asked"][1]))
+            self.choice = from_plain(Choice, state["choice"], "choice")
+        self._asked = from_plain(tuple[int, bool] | None, state["asked"], "asked")

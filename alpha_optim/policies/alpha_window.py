@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
 
 from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.states import Remembers
 from alpha_optim.alpha.window import ratio_of_sums, rises_of
 
 
-class AlphaWindow:
+class AlphaWindow(Remembers):
     """Ratio of summed fitted slopes over the last ``size`` usable measurements."""
+
+    _rises: deque[tuple[float, float]]
 
     def __init__(self, size: int) -> None:
         """Start empty; ``size`` is the length in measurements."""
-        self._rises: deque[tuple[float, float]] = deque(maxlen=size)
+        self._rises = deque(maxlen=size)
 
     def add(self, measurement: AlphaMeasurement) -> bool:
         """Add a measurement; False if it has no finite slopes and was ignored."""
@@ -43,13 +44,3 @@ class AlphaWindow:
         """Its standard error from the scatter of the measurements; inf for fewer than two."""
         error = ratio_of_sums(self._rises).alpha_std
         return math.inf if math.isnan(error) else error
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the remembered numbers."""
-        return {"rises": [list(pair) for pair in self._rises]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over remembered numbers."""
-        rises: Sequence[Sequence[float]] = state["rises"]
-        self._rises.clear()
-        self._rises.extend((float(start), float(end)) for start, end in rises)

@@ -21,7 +21,7 @@ samples can be told apart at all, is found out by two checks:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from alpha_optim.alpha.states import Remembers
 from alpha_optim.observe.backward_passes import BackwardPass, loss_weight, scale_of, total_samples
 from alpha_optim.observe.hooks import inside_functorch, tensors_in
 from alpha_optim.observe.model_calls import innermost
@@ -63,8 +64,15 @@ CHECK_AGAIN = 16
 """So many refreshes lie between two checks; a check costs about four of them."""
 
 
-class ForwardMode:
+class ForwardMode(Remembers):
     """Differentiates one model, and remembers what its checks have found."""
+
+    reason: str | None  # why nothing can be had, as the last check found
+    _whole: bool
+    _signature: str | None
+    _refreshes: int
+    _draws_others: bool = False  # whether its random numbers are not those of the loop, as the last check found
+    _unproved: bool = False  # whether the slopes of all samples are to be compared at the end of the step
 
     def __init__(self, model: nn.Module, sample_dim: int, exact: bool) -> None:
         """Prepare.
@@ -76,12 +84,8 @@ class ForwardMode:
         """
         self._exact = exact
         self._repetition = Repetition(model, sample_dim)
-        self.reason: str | None = None  # why nothing can be had, as the last check found
-        self._whole = exact
-        self._signature: str | None = None
-        self._refreshes = 0
-        self._draws_others = False  # whether its random numbers are not those of the loop, as the last check found
-        self._unproved = False  # whether the slopes of all samples are to be compared at the end of the step
+        self.reason, self._signature = None, None
+        self._whole, self._refreshes = exact, 0
 
     @property
     def model(self) -> nn.Module:
@@ -327,24 +331,12 @@ class ForwardMode:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must not find out anew."""
-        return {
-            "whole": self._whole,
-            "reason": self.reason,
-            "refreshes": self._refreshes,
-            "signature": self._signature,
-            "draws_others": self._draws_others,
-            "unproved": self._unproved,
-            **self._repetition.state_dict(),
-        }
+        return {**super().state_dict(), **self._repetition.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was found out."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what was found out; of an older version: check anew."""
+        super().load_state_dict(state if "sums" in state else {**state, "signature": None})
         self._repetition.load_state_dict(state)
-        self._whole, self.reason = bool(state["whole"]), state["reason"]
-        self._refreshes = int(state["refreshes"])
-        self._draws_others = bool(state.get("draws_others", False))
-        self._unproved = bool(state.get("unproved", False))
-        self._signature = state["signature"] if "sums" in state else None  # of an older version: check anew
 
 
 def _apart(some: Tensor, expected: Tensor, every: Tensor, tolerance: float) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alpha_optim.alpha.states import Remembers
 from alpha_optim.observe.backward_passes import BackwardPass
 from alpha_optim.observe.hooks import map_tensors, tensors_in
 from alpha_optim.observe.inner_products import TOGETHER, at_least_float32
@@ -109,8 +110,13 @@ def calls_of(entry: BackwardPass) -> Calls:
     return calls
 
 
-class Repetition:
+class Repetition(Remembers):
     """Runs the calls of one model again, and remembers what it has found out about it."""
+
+    sums: bool = False  # whether a loss that the model returns is a sum, of which some samples have a share
+    half: bool  # whether the model computes in 16 bits, as far as was seen
+    _way: int  # which of `_WAYS` works
+    _seed: int
 
     def __init__(self, model: nn.Module, sample_dim: int) -> None:
         """Prepare.
@@ -120,12 +126,9 @@ class Repetition:
             sample_dim: Dimension along which samples lie in its inputs.
         """
         self.model, self.sample_dim = model, sample_dim
-        self.sums = False  # whether a loss that the model returns is a sum, of which some samples have a share
-        self.half = False  # whether the model computes in 16 bits, as far as was seen
+        self.half, self._way, self._seed = False, 0, 0
         self.ran_in_half = False  # whether it did so in the last `all_and_some`
-        self._way = 0  # which of `_WAYS` works
         self._drew = False  # whether its last call drew random numbers
-        self._seed = 0
 
     @property
     def with_plain_kernels(self) -> bool:
@@ -360,15 +363,6 @@ class Repetition:
                 self._way = number
                 return result
         raise CannotDifferentiateError(f"it cannot be differentiated along a step ({failure})")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run must not find out anew."""
-        return {"sums": self.sums, "half": self.half, "way": self._way, "seed": self._seed}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was found out."""
-        self.sums, self.half = bool(state.get("sums", False)), bool(state["half"])
-        self._way, self._seed = int(state["way"]), int(state["seed"])
 
 
 def _random_numbers(call: ModelCall, replay: bool, seed: int | None) -> AbstractContextManager[None]:

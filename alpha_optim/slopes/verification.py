@@ -8,10 +8,10 @@ is differentiated as a whole, with all samples, and both are compared.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
+from alpha_optim.alpha.states import Remembers
 from alpha_optim.observe.backward_passes import BackwardPasses
 from alpha_optim.observe.model_calls import innermost
 from alpha_optim.observe.numbers import read
@@ -27,8 +27,11 @@ LATER = 64
 SHARES = "what flows through the rows of a sample is not the slope of its loss: samples meet in the model"
 
 
-class Verification:
+class Verification(Remembers):
     """Compares now and then."""
+
+    _count: int  # answers so far
+    _forward: ForwardMode
 
     def __init__(self, model: nn.Module, sample_dim: int) -> None:
         """Prepare for a model."""
@@ -77,12 +80,3 @@ class Verification:
         limit = (TOLERANCE_HALF if self._forward.half else TOLERANCE) * size
         apart = (all_of_them - slopes.values.to(all_of_them.device)).abs().max() > limit
         return SHARES if read([apart])[0] else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run must not find out anew."""
-        return {"count": self._count, "forward": self._forward.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was found out."""
-        self._count = int(state["count"])
-        self._forward.load_state_dict(state["forward"])

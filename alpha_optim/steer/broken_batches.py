@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from alpha_optim.alpha.loss_level import MISTAKEN
+from alpha_optim.alpha.states import Remembers
 
 KNOWN = 3
 """So many that the data were at fault for tell how often they are broken."""
@@ -15,7 +14,7 @@ TELLS, OFTEN, MANY = 3, 0.05, 50
 many batches and more."""
 
 
-class BrokenBatches:
+class BrokenBatches(Remembers, names={"in_a_row": "not_finite", "_usual": "most_not_finite"}):
     """Counts them.
 
     The second in a row is a surprise, at first. One after which the next batch, at the same point, can be used was
@@ -27,14 +26,18 @@ class BrokenBatches:
         of_data: How many the data were at fault for.
     """
 
+    in_a_row: int
+    of_data: int = 0
+    _used: int = 0  # batches that could be used
+    _lowered: bool  # whether the rate was lowered for them
+    _at_fault: bool  # whether that did not help, so that the data are at fault
+    _usual: int  # so many in a row the data were at fault for
+    _doubted: bool = False  # whether the rate is still lowered for a streak that may have been chance
+
     def __init__(self) -> None:
         """There have been none."""
-        self.in_a_row = self.of_data = 0
-        self._used = 0  # batches that could be used
-        self._lowered = False  # whether the rate was lowered for them
-        self._at_fault = False  # whether that did not help, so that the data are at fault
-        self._usual = 0  # so many in a row the data were at fault for
-        self._doubted = False  # whether the rate is still lowered for a streak that may have been chance
+        self._usual = 0
+        self.forget()
 
     def another(self) -> bool:
         """Count one; whether it is the one that is a surprise, so that the last step may be to blame."""
@@ -93,22 +96,3 @@ class BrokenBatches:
     def forget(self) -> None:
         """Those up to now do not count."""
         self.in_a_row, self._lowered, self._at_fault = 0, False, False
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {
-            "not_finite": self.in_a_row,
-            "lowered": self._lowered,
-            "at_fault": self._at_fault,
-            "most_not_finite": self._usual,
-            "of_data": self.of_data,
-            "used": self._used,
-            "doubted": self._doubted,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state."""
-        self.in_a_row, self._lowered = int(state["not_finite"]), bool(state["lowered"])
-        self._at_fault, self._usual = bool(state["at_fault"]), int(state["most_not_finite"])
-        self.of_data, self._used = int(state.get("of_data", 0)), int(state.get("used", 0))
-        self._doubted = bool(state.get("doubted", False))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from alpha_optim.alpha.records import GuardEvent, GuardReason
+from alpha_optim.alpha.states import Remembers
 from alpha_optim.steer.guard import Guard
 
 LOWER_ONCE = 0.5
@@ -19,16 +17,18 @@ ALIKE = 3.0
 """Two explosions are alike whose losses rose by amounts within this factor."""
 
 
-class ExplosionCuts:
+class ExplosionCuts(Remembers):
     """Answers with factors for the scale of the rates."""
+
+    _last_event: int  # iteration of the last explosion
+    _last_rise: float = 0.0  # of the loss, in it
+    _last_cut: float = 1.0  # by what it has lowered the rates; with those before it, if all were broken batches
+    _last_broken: bool = False  # whether it was batches that are not finite
+    _owed: float = 1.0  # by what the rates are going to grow again
 
     def __init__(self) -> None:
         """Begin without any."""
-        self._last_event = -SOON - 1  # iteration of the last explosion
-        self._last_rise = 0.0  # of the loss, in it
-        self._last_cut = 1.0  # by what it has lowered the rates; with those before it, if all were broken batches
-        self._last_broken = False  # whether it was batches that are not finite
-        self._owed = 1.0  # by what the rates are going to grow again
+        self._last_event = -SOON - 1
 
     def taken_back(self, event: GuardEvent, decides: bool, guard: Guard | None) -> float:
         """What a step that was taken back multiplies the rates by.
@@ -77,19 +77,3 @@ class ExplosionCuts:
         factor = min(self._owed, GROWS)
         self._owed /= factor
         return factor
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return {
-            "last_event": self._last_event,
-            "last_cut": self._last_cut,
-            "last_broken": self._last_broken,
-            "last_rise": self._last_rise,
-            "owed": self._owed,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state."""
-        self._last_event, self._last_cut = int(state["last_event"]), float(state.get("last_cut", 1.0))
-        self._last_broken = bool(state.get("last_broken", False))
-        self._last_rise, self._owed = float(state.get("last_rise", 0.0)), float(state.get("owed", 1.0))

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from alpha_optim.alpha.records import GuardEvent, GuardReason
+from alpha_optim.alpha.states import from_plain, to_plain
 from alpha_optim.measure.across_ranks import Report, Together
 from alpha_optim.measure.step_ends import BatchLoss
 from alpha_optim.observe.numbers import read
@@ -313,7 +314,7 @@ class Guard:
             "before": list(self._before[:3]),
             **self._risen.state_dict(),
             **self._broken.state_dict(),
-            "losses": [list(entry) for entry in self._losses],
+            "losses": to_plain(self._losses),
             "stepped": self.stepped,
         }
 
@@ -328,9 +329,11 @@ class Guard:
         self._versions = None  # the model may be loaded after the optimizer
         self._readings.load_state_dict(state["finite"] if fits else None)
         self._before = Reading(*state["before"])
-        self._risen.load_state_dict(state, fits)
+        self._risen.load_state_dict(state)
+        if not fits:  # the point that it may doubt
+            self._risen.forget()
         self._broken.load_state_dict(state)
-        self._losses = deque(((int(n), float(loss)) for n, loss in state["losses"]), maxlen=KEPT)
+        self._losses = deque(from_plain(list[tuple[int, float]], state["losses"], "losses"), maxlen=KEPT)
 
 
 def _or_nan(loss: float | None) -> float:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from alpha_optim.alpha.history import AlphaHistory
+from alpha_optim.alpha.states import Remembers
 from alpha_optim.policies import base
 from alpha_optim.steer.guard import KEPT, Guard
 
 
-class News:
+class News(
+    Remembers, names={"progress": "seen_progress", "iteration": "seen_iteration", "_measured": "seen_measurement"}
+):
     """Measurements and steps since the scheduler's last call.
 
     Attributes:
@@ -18,10 +22,13 @@ class News:
         iteration: Steps made, at the last call.
     """
 
+    progress: int
+    iteration: int
+    _measured: int  # the last measurement that was told, or is not going to be
+
     def __init__(self, progress: int, iteration: int) -> None:
         """What was before is no news."""
-        self.progress, self.iteration = progress, iteration
-        self._measured = iteration - 1  # the last measurement that was told, or is not going to be
+        self.progress, self.iteration, self._measured = progress, iteration, iteration - 1
 
     def tell(self, policy: base.Policy, history: AlphaHistory, iteration: int, guard: Guard | None, lag: int) -> float:
         """Tell a policy of them.
@@ -62,11 +69,6 @@ class News:
         """Never tell of what was measured so far."""
         self._measured = max(self._measured, iteration - 1)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {"seen_progress": self.progress, "seen_iteration": self.iteration, "seen_measurement": self._measured}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state."""
-        self.iteration, self._measured = int(state["seen_iteration"]), int(state["seen_measurement"])
-        self.progress = int(state.get("seen_progress", self.iteration))
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; versions before had the iteration only."""
+        super().load_state_dict({"seen_progress": state["seen_iteration"], **state})

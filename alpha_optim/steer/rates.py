@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alpha_optim.alpha.states import Remembers
+
 
 def peak_of(group: Mapping[str, Any]) -> float:
     """Largest of the group's ``lr``, ``initial_lr`` and ``max_lr``: the peak of most schedules."""
@@ -43,7 +45,7 @@ def rates_in(groups: Sequence[Mapping[str, Any]]) -> list[float]:
     return [float(group["lr"]) for group in groups]
 
 
-class GroupRates:
+class GroupRates(Remembers, names={"factor": "factor_now"}):
     """The rates that scale and envelope multiply, and what was written last.
 
     Attributes:
@@ -54,6 +56,12 @@ class GroupRates:
         foreign: Calls in a row before which somebody else had written a rate.
     """
 
+    scheduled: list[float]
+    peaks: list[float]
+    written: list[float]
+    factor: float = 1.0
+    foreign: int = 0
+
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Begin with the rates given.
 
@@ -63,8 +71,10 @@ class GroupRates:
         self.scheduled = rates_in(groups)
         self.written = list(self.scheduled)
         self.peaks = [peak_of(group) for group in groups]
-        self.factor = 1.0
-        self.foreign = 0
+        self.belong_to(groups)
+
+    def belong_to(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """From here on, the rates are those of these param groups."""
         self._groups = list(map(id, groups))
 
     def take_over(self, groups: Sequence[Mapping[str, Any]], searching: bool = False) -> bool:
@@ -117,22 +127,4 @@ class GroupRates:
             [new / share if place is None else rates[place] for place, new in zip(known, now, strict=True)]
             for rates, share in ((self.scheduled, factor), (self.peaks, factor), (self.written, 1.0))
         )
-        self._groups = list(map(id, groups))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return {
-            "scheduled": list(self.scheduled),
-            "peaks": list(self.peaks),
-            "written": list(self.written),
-            "factor_now": self.factor,
-            "foreign": self.foreign,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-        """Take over a state, for these param groups."""
-        self.scheduled, self.written = list(state["scheduled"]), list(state["written"])
-        self.peaks = list(state["peaks"])
-        self.factor = float(state.get("factor_now", 1.0))
-        self.foreign = int(state.get("foreign", 0))
         self._groups = list(map(id, groups))

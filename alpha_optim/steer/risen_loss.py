@@ -7,11 +7,10 @@ is taken back, and a third one, at the point before, says whether that helped.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from alpha_optim.alpha.loss_level import LossScatter
 from alpha_optim.alpha.records import Code
+from alpha_optim.alpha.states import Remembers
 from alpha_optim.steer.readings import Reading
 
 PATIENCE = 3
@@ -26,15 +25,18 @@ class _Stage(Code):
     TAKEN_BACK = "taken_back"  # the next batch tells whether that helped
 
 
-class RisenLoss:
+class RisenLoss(Remembers):
     """What consecutive losses usually differ by, and where the question stands whether a step was an explosion."""
+
+    _scatter: LossScatter
+    _stage: _Stage
+    _doubted_rise: float  # that of the batch that raised the question
+    _helpless: int  # returns in a row that did not help
 
     def __init__(self) -> None:
         """Nothing is in doubt."""
-        self._scatter = LossScatter()
-        self._stage = _Stage.CALM
-        self._doubted_rise = 0.0  # that of the batch that raised the question
-        self._helpless = 0  # returns in a row that did not help
+        self._scatter, self._stage = LossScatter(), _Stage.CALM
+        self._doubted_rise, self._helpless = 0.0, 0
 
     @property
     def gave_up(self) -> bool:
@@ -110,23 +112,3 @@ class RisenLoss:
     def came_from_data(self, rise: float) -> None:
         """A rise that was confirmed turned out to be the data's: do not look at the next such."""
         self._scatter.note_harmless(rise)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {
-            "scatter": self._scatter.state_dict(),
-            "stage": self._stage.value,
-            "doubted_rise": self._doubted_rise,
-            "helpless": self._helpless,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any], fits: bool) -> None:
-        """Take over a state.
-
-        Args:
-            state: The state.
-            fits: Whether the point that it doubts could be taken over, too.
-        """
-        self._scatter.load_state_dict(state["scatter"])
-        self._stage = _Stage(state["stage"]) if fits else _Stage.CALM
-        self._doubted_rise, self._helpless = float(state["doubted_rise"]), int(state["helpless"])

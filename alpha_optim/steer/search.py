@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from alpha_optim.alpha.states import from_plain, to_plain
 from alpha_optim.observe.step_direction import parameters_of
 from alpha_optim.policies.base import Place
 from alpha_optim.steer.point import Point, all_finite
@@ -104,7 +105,7 @@ class Search:
         return {
             "points": {place: point.state_dict() for place, point in whole.items()},
             "begin": self._begin,
-            "best": None if self._best is None else list(self._best),
+            "best": to_plain(self._best),
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -117,5 +118,4 @@ class Search:
             if point.load_state_dict(saved, parameters_of(self._optimizer), self._model, self._optimizer):
                 self._points[place] = point
         self._begin = int(state["begin"])
-        best = state["best"]
-        self._best = None if best is None else (int(best[0]), int(best[1]))
+        self._best = from_plain(Span | None, state["best"], "best")

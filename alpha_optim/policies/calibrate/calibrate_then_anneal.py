@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from alpha_optim.alpha.loss_level import Level
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import AlphaStatus, GuardEvent, GuardReason
+from alpha_optim.alpha.states import from_plain, to_plain
 from alpha_optim.policies.base import Decision, Place
 from alpha_optim.policies.calibrate.climb import Climb
 from alpha_optim.policies.calibrate.envelope import Envelope
@@ -305,7 +306,7 @@ class CalibrateThenAnneal:
             "version": 2,
             "total_steps": self.total_steps,
             "phase": name,
-            "phase_state": {} if phase is None else _lists(asdict(phase)),  # type: ignore[call-overload] # - a dataclass
+            "phase_state": {} if phase is None else to_plain(phase),
             "held": self._held.state_dict(),
             "given": self._given,
             "since": self._since,
@@ -314,8 +315,8 @@ class CalibrateThenAnneal:
             "restore": self._restore,
             **self._envelope.state_dict(),
             "undo": self._undo,
-            "story": [list(entry) for entry in self._story],
-            "phases": [list(entry) for entry in self._phases],
+            "story": to_plain(self._story),
+            "phases": to_plain(self._phases),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -324,43 +325,20 @@ class CalibrateThenAnneal:
             state = _of_version_1(state, self)
         self._held.load_state_dict(state["held"])
         before = int(state["total_steps"])
-        self._phase = None
-        if state["phase"] is not None:
-            self._phase = _phase_of(state["phase"], state["phase_state"])
+        name = state["phase"]
+        self._phase = None if name is None else from_plain(_PHASES[name], state["phase_state"], "phase_state")
         if before != self.total_steps:
             self._held.plan_anew(before)
         self._given, self._since = state["given"], int(state["since"])
         self._keep, self._restore, self._begun = state["keep"], state["restore"], bool(state["begun"])
         self._envelope.load_state_dict(state)
         self._undo = state["undo"]
-        self._story = [(int(iteration), str(text)) for iteration, text in state["story"]]
-        self._phases = [(int(iteration), str(name)) for iteration, name in state.get("phases", ())]
+        self._story = from_plain(list[tuple[int, str]], state["story"], "story")
+        self._phases = from_plain(list[tuple[int, str]], state.get("phases", []), "phases")
 
 
 def _name_of(phase: Phase) -> str:
     return next(name for name, kind in _PHASES.items() if isinstance(phase, kind))
-
-
-def _phase_of(name: str, state: dict[str, Any]) -> Phase:
-    """A phase from plain values, of which lists stand for tuples."""
-    values = {key: _tuples(value) for key, value in state.items()}
-    values["settings"] = Settings(**state["settings"])
-    for key in ("level", "reached"):
-        if values.get(key) is not None:
-            values[key] = Level(*values[key])
-    phase: Phase = _PHASES[name](**values)
-    return phase
-
-
-def _lists(value: Any) -> Any:
-    """Plain values, lists instead of tuples."""
-    if isinstance(value, dict):
-        return {name: _lists(entry) for name, entry in value.items()}
-    return list(map(_lists, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _of_version_1(state: dict[str, Any], policy: CalibrateThenAnneal) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from alpha_optim.alpha.states import Remembers
 from alpha_optim.user_warning import warn_user
 
 RAMP, SHORTEST_RAMP = 20, 10
@@ -12,7 +11,7 @@ almost 0, where the loss is curved more. So it does where a task has changed: wh
 another loss."""
 
 
-class Envelope:
+class Envelope(Remembers, names={"found_at": "done_at"}):
     """The factor of the rate held, by progress: steps executed, and calls that the guard did not execute.
 
     Attributes:
@@ -22,13 +21,16 @@ class Envelope:
         skipped: Calls that the guard did not execute.
     """
 
+    found_at: int
+    skipped: int
+    _ramp_at: int | None  # progress at which a ramp began
+    _warned: bool
+
     def __init__(self, total_steps: int, anneal: bool) -> None:
         """Start within the search."""
         self.total_steps, self.anneal = total_steps, anneal
-        self.found_at = 0
-        self.skipped = 0
-        self._ramp_at: int | None = None  # progress at which a ramp began
-        self._warned = False
+        self.found_at = self.skipped = 0
+        self._ramp_at, self._warned = None, False
 
     def search_ended(self, iteration: int) -> None:
         """The search ended with an iteration."""
@@ -66,17 +68,3 @@ class Envelope:
             return 1.0
         left = self.total_steps - min(progress, self.total_steps - 1)
         return min(1.0, left / max(1, self.total_steps - begin))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return {
-            "done_at": self.found_at,
-            "ramp_at": self._ramp_at,
-            "skipped": self.skipped,
-            "warned": self._warned,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state, perhaps of a run planned for another length."""
-        self.found_at, self._ramp_at = int(state["done_at"]), state["ramp_at"]
-        self.skipped, self._warned = int(state["skipped"]), bool(state["warned"])

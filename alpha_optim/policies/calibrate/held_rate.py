@@ -13,6 +13,7 @@ from typing import Any
 
 from alpha_optim.alpha.loss_level import Level
 from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.states import Remembers
 from alpha_optim.alpha.window import rises_of
 from alpha_optim.policies.calibrate.high_loss import HighLoss, Remedy
 from alpha_optim.policies.calibrate.loss_watch import LossWatch, Seen
@@ -36,27 +37,32 @@ GROWS = 0.4
 """... as long as less than this share of the run is over and nothing has lowered the rate."""
 
 
-class HeldRate:
+class HeldRate(Remembers):
     """The log of the scale to hold, from the calibration on."""
+
+    found: float  # by the calibration
+    position: float  # the same, corrected since
+    now: float  # the log rate in force, lower for a while after a step was taken back
+    highest: float  # how high it may be raised
+    stands_from: int  # iteration from which the loss no longer falls
+    _lowered: bool
+    _taken_back: int  # iteration at which a step was taken back last
+    _newest: int  # iteration of the newest step seen
+    _watch: LossWatch
+    _plateau: Plateau
+    _raised: Raised
 
     def __init__(self, total_steps: int) -> None:
         """Start with nothing found."""
         self.total_steps = total_steps
-        self.found = 0.0  # by the calibration
-        self.position = 0.0  # the same, corrected since
-        self.now = 0.0  # the log rate in force, lower for a while after a step was taken back
-        self.highest = 0.0  # how high it may be raised
+        self.found = self.position = self.now = self.highest = 0.0
         self.limit = math.inf  # how high any rate may be
-        self.stands_from = int(STANDS_BY * total_steps)  # iteration from which the loss no longer falls
-        self._watch = LossWatch(total_steps)
+        self.stands_from = int(STANDS_BY * total_steps)
         self._lowered = False
         self.said: list[str] = []  # what was done and is not told yet, rates as in `After.text`
-        self._high_loss = HighLoss()
-        self._plateau = Plateau()
-        self._raised = Raised()
-        self.batch = UsualBatch()
-        self._taken_back = -CALM - 1  # iteration at which a step was taken back last
-        self._newest = -1  # iteration of the newest step seen
+        self._watch, self._plateau, self._raised = LossWatch(total_steps), Plateau(), Raised()
+        self._high_loss, self.batch = HighLoss(), UsualBatch()
+        self._taken_back, self._newest = -CALM - 1, -1
 
     def begin(self, found: float, level: Level | None, highest: float, ended: Ended | None = None) -> None:
         """Hold what was found.
@@ -198,29 +204,11 @@ class HeldRate:
         self._raised.end()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return {
-            "found": self.found,
-            **self.rate(),
-            "highest": self.highest,
-            "stands_from": self.stands_from,
-            "watch": self._watch.state_dict(),
-            **self._high_loss.state_dict(),
-            **self._plateau.state_dict(),
-            **self._raised.state_dict(),
-            **self.batch.state_dict(),
-            "taken_back": self._taken_back,
-            "newest": self._newest,
-        }
+        """Return what is remembered, as plain values."""
+        return {**super().state_dict(), **self._high_loss.state_dict(), **self.batch.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state."""
-        self.rate_is(state)
-        self.found, self.highest = float(state["found"]), float(state["highest"])
-        self.stands_from = int(state["stands_from"])
-        self._watch.load_state_dict(state["watch"])
-        self._taken_back, self._newest = int(state["taken_back"]), int(state["newest"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; versions before knew of no plateau, and raised no rate for it."""
+        super().load_state_dict({"plateau": Plateau().state_dict(), "raised": Raised().state_dict(), **state})
         self._high_loss.load_state_dict(state)
-        self._plateau.load_state_dict(state)
-        self._raised.load_state_dict(state)
         self.batch.load_state_dict(state)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import Any
 
+from alpha_optim.alpha.states import Remembers
 from alpha_optim.policies.calibrate.loss_watch import Seen
 
 SURE = 1.0
@@ -22,15 +22,13 @@ class Remedy(Enum):
     GIVE_BACK = "give back"
 
 
-class HighLoss:
+class HighLoss(Remembers):
     """Whether lowering the rate helps against a loss that is too high."""
 
-    def __init__(self) -> None:
-        """Start with none."""
-        self._last: tuple[float, float] | None = None  # mean and error of the last window, if it was too high
-        self._helpless = 0  # times in a row that the rate was lowered without effect
-        self._before = 0.0  # the log rate before them
-        self.gave_up = False
+    _high: tuple[float, float] | None = None  # mean and error of the last window, if it was too high
+    _helpless: int = 0  # times in a row that the rate was lowered without effect
+    _before: float = 0.0  # the log rate before them
+    gave_up: bool = False
 
     def judge(self, seen: Seen, position: float) -> Remedy:
         """Say what to do after a window.
@@ -39,10 +37,10 @@ class HighLoss:
             seen: What it said, its mean known.
             position: The log rate held.
         """
-        better = self._last is None or self._last[0] - seen.mean > SURE * math.hypot(self._last[1], seen.error)
+        better = self._high is None or self._high[0] - seen.mean > SURE * math.hypot(self._high[1], seen.error)
         if better:
             self._helpless = 0
-        recovers, self._last = self._last is not None and better, (seen.mean, seen.error) if seen.high else None
+        recovers, self._high = self._high is not None and better, (seen.mean, seen.error) if seen.high else None
         if not seen.high or recovers or self.gave_up:
             return Remedy.NONE
         if self._helpless >= MOST:
@@ -63,20 +61,4 @@ class HighLoss:
 
     def forget(self) -> None:
         """This rise was not the rate's; another one may be."""
-        self._last, self._helpless = None, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return {
-            "high": None if self._last is None else list(self._last),
-            "before": self._before,
-            "helpless": self._helpless,
-            "gave_up": self.gave_up,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; versions before had none."""
-        last = state.get("high")
-        self._last = None if last is None else (float(last[0]), float(last[1]))
-        self._helpless = int(state.get("helpless", 0))
-        self._before, self.gave_up = float(state.get("before", 0.0)), bool(state.get("gave_up", False))
+        self._high, self._helpless = None, 0

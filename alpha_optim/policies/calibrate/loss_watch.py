@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from alpha_optim.alpha.loss_level import NONE, Level, level_of, surely_above
+from alpha_optim.alpha.states import Remembers
 from alpha_optim.alpha.window import rise_of_steps, rises_by_itself
 
 SHARE = 20
@@ -52,23 +54,28 @@ class Seen(NamedTuple):
     unclear: bool = False
 
 
-class LossWatch:
+class LossWatch(Remembers):
     """Windows of the loss against the best level so far, and against each other."""
+
+    level: Level | None
+    newest: int  # iteration of the newest loss
+    _losses: list[float]
+    _begin: int | None  # iteration of the window's first loss
+    _by_steps: float = 0.0  # by how much steps can have raised the loss since the best level, up to the last window
+    _likely: float  # by how much they have raised it most likely
+    _ended: int  # iteration at which that ended
+    _ends: Level = NONE  # slope at the end times length, of the steps measured since then
+    _windows: int  # since the level last spoke
+    _trends: int  # windows in which a trend was looked for
+    _lowest: float  # mean of the lowest of them
 
     def __init__(self, total_steps: int) -> None:
         """Start without a level: the first window sets it; nothing is judged while it is None."""
         self.length = max(SHORTEST, total_steps // SHARE)
-        self.level: Level | None = UNKNOWN
-        self._losses: list[float] = []
-        self._begin: int | None = None  # iteration of the window's first loss
-        self.newest = -1  # iteration of the newest loss
-        self._by_steps = 0.0  # by how much steps can have raised the loss since the best level, up to the last window
-        self._likely = 0.0  # by how much they have raised it most likely
-        self._ended = -1  # iteration at which that ended
-        self._ends = NONE  # slope at the end times length, of the steps measured since then
-        self._windows = 0  # since the level last spoke
-        self._trends = 0  # windows in which a trend was looked for
-        self._lowest = math.inf  # mean of the lowest of them
+        self.level = UNKNOWN
+        self.starts_after(-1)
+        self.settle()
+        self._trends, self._lowest = 0, math.inf
 
     def starts_after(self, iteration: int) -> None:
         """Ignore losses up to this iteration; the level is that of this point."""
@@ -141,29 +148,6 @@ class LossWatch:
         error = statistics.stdev(losses) * math.sqrt(2.0 / min(len(losses), COUNTED))
         return before > 0 and mean < lowest - SURE * error, before >= STANDING and mean > lowest
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return {
-            "level": None if self.level is None else list(self.level),
-            "losses": list(self._losses),
-            "begin": self._begin,
-            "newest": self.newest,
-            "by_steps": self._by_steps,
-            "likely": self._likely,
-            "ended": self._ended,
-            "ends": list(self._ends),
-            "windows": self._windows,
-            "trends": self._trends,
-            "lowest": self._lowest,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state."""
-        self.level = None if state["level"] is None else Level(*state["level"])
-        self._losses, self._windows = list(map(float, state["losses"])), int(state["windows"])
-        self._begin = state["begin"]
-        self.newest = int(state["newest"])
-        self._by_steps, self._ended = float(state.get("by_steps", 0.0)), int(state.get("ended", self.newest))
-        self._likely = float(state.get("likely", self._by_steps))
-        self._ends = Level(*state.get("ends", NONE))
-        self._trends, self._lowest = int(state["trends"]), float(state["lowest"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; versions before knew nothing of steps."""
+        super().load_state_dict({"likely": state.get("by_steps", 0.0), "ended": state["newest"], **state})

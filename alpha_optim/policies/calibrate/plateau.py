@@ -10,9 +10,8 @@ of the steps that keeps it up. Then higher rates are tried, in place, as long as
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
+from alpha_optim.alpha.states import Remembers
 from alpha_optim.policies.calibrate.loss_watch import Seen
 from alpha_optim.policies.calibrate.phase import Ended
 from alpha_optim.policies.calibrate.trials import EQUAL, STEP
@@ -25,18 +24,16 @@ LEFT = 1.0
 and higher rates only fit a small data set further."""
 
 
-class Plateau:
+class Plateau(Remembers):
     """Whether the loss rests where the best trial ended, and the rates that are tried against that.
 
     Attributes:
         before: The log rate held before it was raised last; None if it was not, or is no longer of interest.
     """
 
-    def __init__(self) -> None:
-        """Nothing is known of a trial."""
-        self.before: float | None = None
-        self._ended: Ended | None = None
-        self._last: float | None = None  # mean of the window before
+    before: float | None = None
+    _ended: Ended | None = None
+    _last: float | None = None  # mean of the window before
 
     def begin(self, ended: Ended | None) -> None:
         """A search is over.
@@ -67,14 +64,3 @@ class Plateau:
             return None
         self.before = position
         return position + STEP
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        ended = None if self._ended is None else list(self._ended)
-        return {"plateau": {"ended": ended, "before": self.before, "last": self._last}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; versions before had none."""
-        saved = state.get("plateau") or {"ended": None, "before": None, "last": None}
-        self._ended = None if saved["ended"] is None else Ended(*map(float, saved["ended"]))
-        self.before, self._last = saved["before"], saved["last"]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
-from typing import Any
 
 from alpha_optim.alpha.loss_level import Level, surely_above
+from alpha_optim.alpha.states import Remembers
 from alpha_optim.policies.calibrate.climb import LOST
 
 LOOK = 5
 """The last so many losses are compared with those before the rate was raised."""
 
 
-class Raised:
+class Raised(Remembers):
     """Whether the loss surely loses half of all progress within a window after the rate was raised.
 
     A window of the loss says so as well, but it is a 20th of the run: long enough to lose all. That the loss rises a
@@ -24,14 +23,18 @@ class Raised:
         before: The log rate held before; None if none was raised, or that is over.
     """
 
+    before: float | None
+    _level: Level  # of the losses before
+    _start: float  # the loss from which all progress counts; infinite if it is not known
+    _most: float  # how high the losses may lie
+    _steps: int  # for so many it is watched
+    _losses: list[float]  # since then
+
     def __init__(self) -> None:
         """Nothing was raised."""
-        self.before: float | None = None
-        self._level = Level(math.inf, 0.0, 0)  # of the losses before
-        self._start = math.inf  # the loss from which all progress counts; infinite if it is not known
-        self._most = math.inf  # how high the losses may lie
-        self._steps = 0  # for so many it is watched
-        self._losses: list[float] = []  # since then
+        self._level, self._steps = Level(math.inf, 0.0, 0), 0
+        self._start = self._most = math.inf
+        self.end()
 
     def progress_from(self, level: Level | None) -> None:
         """All progress counts from there; None: it is not known from where."""
@@ -64,25 +67,3 @@ class Raised:
         if not above and len(self._losses) >= self._steps:
             self.end()
         return above
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return {
-            "raised": {
-                "before": self.before,
-                "level": list(self._level),
-                "start": self._start,
-                "most": self._most,
-                "steps": self._steps,
-                "losses": list(self._losses),
-            }
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; versions before had none."""
-        saved = state.get("raised")
-        self.end()
-        if saved is not None:
-            self.before, self._level, self._steps = saved["before"], Level(*saved["level"]), int(saved["steps"])
-            self._start = float(saved["start"])
-            self._most, self._losses = float(saved["most"]), list(map(float, saved["losses"]))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+
+from alpha_optim.alpha.states import Remembers
 
 SMALLER = math.log(4.0)
 """Batches count as smaller than those of the search from this log ratio of their numbers of samples on."""
@@ -14,13 +15,11 @@ PER_SAMPLES = 0.8
 1 / N, and by 0.3 since the best rate lies so much further above that of the lowest loss (`loss_trace.room_above`)."""
 
 
-class UsualBatch:
+class UsualBatch(Remembers):
     """The usual number of samples in a batch, now and when the rate was found."""
 
-    def __init__(self) -> None:
-        """Start with no batch seen."""
-        self._usual: float | None = None  # its log
-        self._when_found = 0.0
+    _usual: float | None = None  # its log
+    _usual_found: float = 0.0
 
     def saw(self, samples: int) -> None:
         """Take note of the number of samples in a batch, 0 if not known."""
@@ -30,18 +29,10 @@ class UsualBatch:
 
     def rate_found(self) -> None:
         """The rate was found with batches as they are now."""
-        self._when_found = self._usual or 0.0
+        self._usual_found = self._usual or 0.0
 
     @property
     def too_small_by(self) -> float:
         """By how much the log rate has to lie below the one found."""
-        smaller = 0.0 if self._usual is None else self._when_found - self._usual
+        smaller = 0.0 if self._usual is None else self._usual_found - self._usual
         return PER_SAMPLES * smaller if smaller > SMALLER else 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return {"usual": self._usual, "usual_found": self._when_found}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; versions before had none."""
-        self._usual, self._when_found = state.get("usual"), float(state.get("usual_found", 0.0))
