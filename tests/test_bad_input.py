@@ -60,6 +60,12 @@ def test_model_whose_parameters_are_not_the_optimizers(model, sgd):
     assert hooks(model) == hooks(other) == 0
 
 
+def test_parameters_that_are_not_the_models_are_named_as_the_optimizer_was_told():
+    whole = nn.ModuleDict({"trunk": nn.Linear(4, 3), "head": nn.Linear(3, 2)})
+    with pytest.raises(ValueError, match=r"to loss_fn: head.weight of shape \[2, 3\], head.bias of shape \[2\]\."):
+        AlphaGuided(torch.optim.SGD(whole.named_parameters(), lr=0.1), whole["trunk"])
+
+
 def test_a_new_group_with_foreign_parameters(model, sgd):
     guided = AlphaGuided(sgd, model)
     with pytest.raises(ValueError, match=r"the new group has parameters .* shape \[3, 3\]"):

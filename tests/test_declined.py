@@ -520,6 +520,16 @@ def test_what_is_declined_in_tf32(name, monkeypatch):
     assert {m.information for m in guided.alpha_history} == {"slopes"}
 
 
+@pytest.fixture
+def without_onednn():
+    """The kernels of its LSTM run in no 16 bits on CPUs without AVX-512."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    yield
+    torch._C._set_mkldnn_enabled(enabled)
+
+
+@pytest.mark.usefixtures("without_onednn")
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("samples", [N, 40])
 @pytest.mark.parametrize("name", sorted(set(CASES) - {"balance of a router"}))  # torch runs it in no 16 bits
@@ -563,3 +573,51 @@ def test_a_model_that_runs_under_autocast_only(error, rows):
         guided.step()
     assert {m.information for m in guided.alpha_history} == {"full"}
     assert guided.alpha_history[-1].samples_start == 64
+
+
+class Tempered(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature, self.reduction = nn.Parameter(torch.ones(())), "mean"
+
+    def forward(self, output, y):
+        return F.cross_entropy(output * self.temperature, y, reduction=self.reduction)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_parameter_of_the_loss_that_is_trained_is_the_reason_told(trained):
+    torch.manual_seed(0)
+    model, loss_fn, generator = nn.Linear(6, 3), Tempered(), torch.Generator().manual_seed(0)
+    params = [*model.parameters(), *(loss_fn.parameters() if trained else ())]
+    guided = AlphaGuided(torch.optim.AdamW(params, lr=0.01), model, loss_fn)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            x, _, y = data(N, generator)
+            guided.zero_grad()
+            loss_fn(model(x), y).backward()
+            guided.step()
+    assert {m.information for m in guided.alpha_history} == {"slopes" if trained else "full"}
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == trained
+    assert all("parameters of the loss function are trained" in text for text in told)
+
+
+def test_an_empty_batch_is_no_subset():
+    torch.manual_seed(0)
+    model, loss_fn, generator = nn.Linear(6, 3), nn.CrossEntropyLoss(), torch.Generator().manual_seed(0)
+    guided = AlphaGuided(torch.optim.AdamW(model.parameters(), lr=0.01), model, loss_fn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for samples in (N, N, 0, N, N):
+            x, _, y = data(samples, generator)
+            guided.zero_grad()
+            loss = loss_fn(model(x), y)
+            if samples:
+                loss.backward()
+                guided.step()
+    with pytest.warns(UserWarning, match="a subset picked by a mask"):
+        x, _, y = data(N, generator)
+        loss_fn(model(x)[:5], y[:5]).backward()

@@ -1,6 +1,7 @@
 """Models that return their loss, made in many ways of torch's loss functions, against one backward pass per sample."""
 
 import copy
+import types
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from alpha_optim import AlphaGuided
 from alpha_optim.slopes.inner_losses import _without_dropout
 from tests.parity import QUANTITIES
 from tests.reference.losses_of_samples import observe
+from tests.reference.per_sample_loop import observe_run
 from tests.test_per_sample_oracle import check
 
 WEIGHT = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
@@ -191,3 +193,61 @@ def test_attention_without_dropout_is_the_same_attention(named):
     args, kwargs = _without_dropout(F.scaled_dot_product_attention, args, kwargs)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.equal(F.scaled_dot_product_attention(*args, **kwargs), expected)
+
+
+class Answer:
+    """Anything with attributes; it leads back to itself."""
+
+    def __init__(self, output, loss):
+        self.output, self.loss, self.itself = output, loss, self
+
+
+@pytest.mark.parametrize("build", [Answer, lambda output, loss: types.SimpleNamespace(output=output, loss=loss)])
+def test_a_loss_in_an_object_of_any_class_is_seen(build):
+    class InAnObject(Returns):
+        def forward(self, x, y, target):
+            return build(*super().forward(x, y, target))
+
+    histories = []
+    for kind in (Returns, InAnObject):
+        torch.manual_seed(0)
+        model = kind(lambda output, y, target: F.cross_entropy(output, y)).double()
+        guided = AlphaGuided(adamw(model), model, variance="exact")
+        for batch in batches(4):
+            guided.zero_grad()
+            answer = model(*batch)
+            (answer[1] if kind is Returns else answer.loss).backward()
+            guided.step()
+        histories.append(guided.alpha_history.to_dict())
+    assert set(histories[1]["information"]) == {"full"}
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize("variance", ["sampled", "exact"])
+def test_a_model_that_returns_a_distribution(variance):
+    class Gaussian(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk = nn.Linear(4, 6)
+
+        def forward(self, x):
+            mean, deviation = self.trunk(x).chunk(2, dim=1)
+            return torch.distributions.Normal(mean, deviation.exp())
+
+    torch.manual_seed(0)
+    model = Gaussian().double()
+    twin = copy.deepcopy(model)
+    given = [(x, target[:, :3]) for x, _, target in batches(4)]
+    mean_loss = lambda dist, y: -dist.log_prob(y).sum(1).mean()  # noqa: E731
+    of_one = lambda dist, y, _: -dist.log_prob(y).sum()  # noqa: E731
+    expected = observe_run(twin, of_one, mean_loss, adamw(twin), given)
+    guided = AlphaGuided(adamw(model), model, variance=variance)
+    for x, y in given:
+        guided.zero_grad()
+        guided.backward(-model(x).log_prob(y).sum(1))
+        guided.step()
+    assert {m.information for m in guided.alpha_history} == {"full"}
+    for m, row in zip(guided.alpha_history, expected, strict=True):
+        for name, value in row.items():
+            if variance == "exact" or "variance" not in name:
+                assert getattr(m, name) == pytest.approx(value, rel=1e-9), name

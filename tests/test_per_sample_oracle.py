@@ -1,6 +1,7 @@
 """Every backend against one backward pass per sample, on models of many kinds."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -390,3 +391,69 @@ def test_positions_are_not_taken_for_rows_of_samples(build):
     guided = AlphaGuided(torch.optim.Adam(model.parameters(), lr=0.01), model, loss_fn, variance="exact")
     measured = train(guided, model, loss_fn, batches)
     check(measured[2:], expected[2:])
+
+
+class TimeFirstCell(nn.Module):
+    """Takes and returns ``[T, N, ...]``; ``pooled`` returns one row of N numbers for each sample."""
+
+    def __init__(self, classes, pooled=False):
+        super().__init__()
+        self.cell, self.head, self.pooled = nn.RNN(6, 5), nn.Linear(5, classes), pooled
+
+    def forward(self, x):
+        output = self.head(self.cell(x)[0])
+        return output.mean(0) if self.pooled else output
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("steps", [3, 6, 12])
+@pytest.mark.parametrize("rows", ["flattened", "squares"])
+def test_time_first_with_more_as_many_and_fewer_steps_than_samples(rows, steps, kind):
+    samples, classes = 6, 4
+
+    def loss_of_one(output, target, _):
+        return F.mse_loss(output, target) if rows == "squares" else F.cross_entropy(output[0], target[0])
+
+    def mean_loss(output, target):
+        output, target = output.transpose(0, 1), target.transpose(0, 1)
+        return loss_fn(*((output, target) if rows == "squares" else (output.flatten(0, 1), target.flatten())))
+
+    class SamplesFirst(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+    torch.manual_seed(0)
+    model = TimeFirstCell(classes).double()
+    twin = SamplesFirst(copy.deepcopy(model))
+    loss_fn = nn.MSELoss() if rows == "squares" else nn.CrossEntropyLoss()
+    batches = []
+    for _ in range(4):
+        target = torch.randint(0, classes, (samples, steps))
+        target = torch.randn(samples, steps, classes, dtype=torch.float64) if rows == "squares" else target
+        batches.append((torch.randn(samples, steps, 6, dtype=torch.float64), target))
+    expected = observe_run(twin, loss_of_one, mean_loss, OPTIMIZERS[kind](twin.parameters()), batches)
+    guided = AlphaGuided(OPTIMIZERS[kind](model.parameters()), model, loss_fn, variance="exact", sample_dim=1)
+    for x, target in batches:
+        guided.zero_grad()
+        output, wanted = model(x.transpose(0, 1)), target.transpose(0, 1)
+        loss_fn(*((output, wanted) if rows == "squares" else (output.flatten(0, 1), wanted.flatten()))).backward()
+        guided.step()
+    check(list(guided.alpha_history), expected)
+
+
+@pytest.mark.parametrize("variance", ["sampled", "exact"])
+def test_pooled_rows_that_may_be_steps_in_time_are_declined(variance):
+    torch.manual_seed(0)
+    model, loss_fn = TimeFirstCell(6, pooled=True), nn.MSELoss()
+    guided = AlphaGuided(torch.optim.AdamW(model.parameters()), model, loss_fn, variance=variance, sample_dim=1)
+    with pytest.warns(UserWarning, match="neither the samples of the model's batch nor a multiple"):
+        for _ in range(4):
+            guided.zero_grad()
+            loss_fn(model(torch.randn(6, 6, 6)), torch.randn(6, 6)).backward()
+            guided.step()
+    assert {m.information for m in guided.alpha_history} == {"slopes"}
+    assert all(math.isnan(m.loss_variance_start) for m in guided.alpha_history)

@@ -248,3 +248,16 @@ def test_a_guard_inside_the_backward_pass_is_refused_by_name():
         stepped(True)
     model.zero_grad()
     stepped(False)
+
+
+def test_groups_and_state_are_the_same_objects_every_time():
+    model, optimizers = make()
+    guided = AlphaGuided(optimizers, model)
+    assert guided.param_groups is guided.param_groups
+    assert guided.state is guided.state
+    held = guided.param_groups
+    extra = nn.Parameter(torch.zeros(2))
+    model.register_parameter("extra", extra)
+    optimizers[1].add_param_group({"params": [extra]})
+    assert guided.param_groups is held
+    assert [id(group) for group in held] == [id(group) for part in optimizers for group in part.param_groups]

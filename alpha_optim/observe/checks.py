@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,11 +39,24 @@ def check_arguments(optimizer: Any, model: Any, loss_fn: Any, every: Any, varian
         raise ValueError(f"variance must be 'exact' or 'sampled', got {variance!r}")
     if sample_dim not in (0, 1) or isinstance(sample_dim, bool):
         raise ValueError(f"sample_dim must be 0, or 1 for models that are fed time first; got {sample_dim!r}")
-    check_membership(parameters_of(optimizer), model, loss_fn, "the optimizer")
+    check_membership(parameters_of(optimizer), model, loss_fn, "the optimizer", names_told(optimizer))
 
 
-def check_membership(params: list[Tensor], model: nn.Module | None, loss_fn: nn.Module | None, holder: str) -> None:
+def check_membership(
+    params: list[Tensor],
+    model: nn.Module | None,
+    loss_fn: nn.Module | None,
+    holder: str,
+    told: Mapping[int, str] | None = None,
+) -> None:
     """Refuse parameters that are not the model's.
+
+    Args:
+        params: The parameters.
+        model: The model; None refuses nothing.
+        loss_fn: The loss function, whose parameters may be among them.
+        holder: Whose parameters they are.
+        told: Names that the optimizer was told, by ``id``.
 
     Raises:
         ValueError: Naming them.
@@ -56,7 +70,7 @@ def check_membership(params: list[Tensor], model: nn.Module | None, loss_fn: nn.
             "order is AlphaGuided(optimizer, model, loss_fn)"
         )
     foreign = [
-        f"parameter {index} of shape {list(param.shape)}"
+        f"{(told or {}).get(id(param), f'parameter {index}')} of shape {list(param.shape)}"
         for index, param in enumerate(params)
         if id(param) not in names
     ]
@@ -70,6 +84,12 @@ def check_membership(params: list[Tensor], model: nn.Module | None, loss_fn: nn.
 
 def _kind(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def names_told(optimizer: Optimizer) -> dict[int, str]:
+    """Names of the parameters by ``id``, where the optimizer was built from named ones."""
+    groups = [(group["params"], group.get("param_names", ())) for group in optimizer.param_groups]
+    return {id(param): name for params, names in groups for param, name in zip(params, names, strict=False)}
 
 
 def named_parameters(*modules: nn.Module | None) -> dict[int, str]:

@@ -127,7 +127,7 @@ def ours(hook: Any) -> bool:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a nested value, in order; those of a mapping in its order."""
+    """Yield the tensors of a nested value, in order; those of a mapping in its order; of other objects, attributes."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -139,6 +139,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         for one in fields(value):
             yield from tensors_in(getattr(value, one.name, None))
+    elif not isinstance(value, nn.Module):
+        # Attributes that are tensors themselves: an object may lead to any other one, and back to itself.
+        yield from (entry for entry in getattr(value, "__dict__", {}).values() if isinstance(entry, Tensor))
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:

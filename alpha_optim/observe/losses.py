@@ -232,10 +232,16 @@ class LossHooks:
                     whole = output if scale is None else output / scale
                 seen_at_output = self._followed_module(loss_fn, args, kwargs, whole, samples)
         interact = not complete and iteration.follows_losses and self._couples(output)
-        if not complete and not interact and (not fitting or not known_reduction(loss_fn) or iteration.wants_losses):
-            self._warn_incomplete(loss_fn, subset=has_rows and not fitting)
+        subset = has_rows and not fitting
+        if (
+            samples != 0
+            and not complete
+            and not interact
+            and (not fitting or not known_reduction(loss_fn) or iteration.wants_losses)
+        ):
+            self._warn_incomplete(loss_fn, subset)
         self._calls += 1
-        order, subset = self._calls, bool(has_rows and not fitting)
+        order = self._calls
 
         def start(gradient: Tensor) -> None:
             gamma = gradient.detach() if scale is None else gradient.detach() * scale

@@ -68,8 +68,7 @@ def folded(rows: Tensor, samples: int, sample_dim: int) -> Tensor | None:
         return None
     count = rows.shape[0]
     if sample_dim == 1 and rows.dim() > 1 and rows.shape[1] == samples:
-        # Where both fit, rows of pooled outputs could be taken for steps in time.
-        return None if count == samples else rows.transpose(0, 1).flatten(1).sum(1)
+        return rows.transpose(0, 1).flatten(1).sum(1) if _first_is_time(rows.shape, samples) else None
     if count == samples:
         return rows.flatten(1).sum(1) if rows.dim() > 1 else rows
     if count % samples:
@@ -84,8 +83,13 @@ def fits(shape: torch.Size, samples: int, sample_dim: int) -> bool:
     if not shape or samples == 0:
         return False
     if sample_dim == 1 and len(shape) > 1 and shape[1] == samples:
-        return shape[0] != samples
+        return _first_is_time(shape, samples)
     return shape[0] % samples == 0
+
+
+def _first_is_time(shape: torch.Size, samples: int) -> bool:
+    """Whether ``[T, N, ...]`` has steps in time first; not known of ``[N, N]``, which may be N numbers a sample."""
+    return shape[0] != samples or len(shape) > 2
 
 
 def cut(value: Any, samples: int, chosen: Tensor, sample_dim: int) -> Any:
@@ -125,16 +129,11 @@ def cut(value: Any, samples: int, chosen: Tensor, sample_dim: int) -> Any:
             return {name: walk(one) for name, one in entry.items()}
         if isinstance(entry, Tensor):
             return of_tensor(entry)
-        if any(True for _ in tensors_in(entry)) or _holds_tensors(entry):
+        if any(True for _ in tensors_in(entry)):
             raise CannotCutError(f"its inputs are of type {type(entry).__name__}")
         return entry
 
     return walk(value)
-
-
-def _holds_tensors(entry: Any) -> bool:
-    """Whether an object has a tensor among its attributes."""
-    return any(isinstance(value, Tensor) for value in getattr(entry, "__dict__", {}).values())
 
 
 def detached(value: Any) -> Any:
@@ -159,7 +158,7 @@ def cut_rows(rows: Tensor, samples: int, chosen: Tensor, sample_dim: int) -> Ten
         return None
     count = rows.shape[0]
     if sample_dim == 1 and rows.dim() > 1 and rows.shape[1] == samples:
-        return None if count == samples else rows.index_select(1, chosen)
+        return rows.index_select(1, chosen) if _first_is_time(rows.shape, samples) else None
     if count == samples:
         return rows.index_select(0, chosen)
     if count % samples:

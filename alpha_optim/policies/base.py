@@ -75,12 +75,13 @@ def factor_of(policy: Policy, measurement: AlphaMeasurement) -> float:
 
 
 def step_factor_of(policy: Policy, iteration: int, loss: float) -> float:
-    """Tell a policy of a step and its loss, nan if not known; return its factor, 1 if it does not listen.
+    """Tell a policy of a step and its loss, nan if not known; return its factor, 1 if it has none or does not listen.
 
     Raises:
         ValueError: If it is not a finite number > 0.
     """
-    return _checked(policy, _asked(policy, "on_step", 1.0, iteration, loss), iteration)
+    answer = _asked(policy, "on_step", None, iteration, loss)
+    return 1.0 if answer is None else _checked(policy, answer, iteration)
 
 
 def _checked(policy: Policy, answer: Any, iteration: int) -> float:

@@ -30,12 +30,13 @@ OTHER_TERMS = (
     "or another run of the model does not repeat it, as where it keeps state, or "
     "draws random numbers in a function that was compiled by itself"
 )
+OF_LOSS_FN = "parameters of the loss function are trained, and their share of a sample's slope is not seen"
 SUBSET = "the loss is one of some samples only, picked by a mask"
 INTERACT = (
     "samples interact (a contrastive loss?) or do not lie along sample_dim; models that are fed time first take "
     "sample_dim=1"
 )
-DERIVATIVES = "the loss contains derivatives of the model (create_graph=True)"
+DERIVATIVES = "derivatives of the model were taken with create_graph=True, and may be part of the loss (a penalty)"
 
 
 CHECKS = 100

@@ -6,7 +6,7 @@ import importlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,24 +29,29 @@ class Line:
         point: Values of the parameters that move, by name.
         tangents: Their changes, divided by ``unit``.
         unit: A power of two.
+        others_move: Whether parameters move that are not the model's, but the loss function's.
     """
 
     point: Values
     tangents: Values
     unit: float = 1.0
+    others_move: bool = False
 
     @classmethod
     def along(cls, names: Names, params: Sequence[Tensor], point: Sequence[Tensor], changes: Any) -> Line:
         """Put parameters, values and changes together; parameters that did not move are left out."""
         moving: dict[str, tuple[Tensor, Tensor]] = {}
+        others_move = False
         for param, value, change in zip(params, point, changes, strict=True):
             name = names.get(id(param))
+            others_move = others_move or (name is None and change is not None)
             if name is not None and change is not None:
                 wide = at_least_float32(value.detach())
                 moving[name] = (wide, change.detach().to(wide.dtype))
         return cls(
             {name: value for name, (value, _) in moving.items()},
             {name: change.to_dense() if change.is_sparse else change for name, (_, change) in moving.items()},
+            others_move=others_move,
         )
 
     def as_long_as_the_point(self) -> Line:
@@ -56,7 +61,8 @@ class Line:
         if not (0.0 < change < math.inf and 0.0 < size < math.inf):
             return self
         unit = 2.0 ** round(math.log2(change / size))  # so that nothing is rounded
-        return Line(self.point, {name: value / unit for name, value in self.tangents.items()}, unit)
+        tangents = {name: value / unit for name, value in self.tangents.items()}
+        return replace(self, tangents=tangents, unit=unit)
 
 
 @lru_cache(maxsize=1)

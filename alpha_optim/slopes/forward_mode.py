@@ -37,7 +37,7 @@ from alpha_optim.observe.hooks import inside_functorch, tensors_in
 from alpha_optim.observe.model_calls import innermost
 from alpha_optim.observe.model_inputs import CannotCutError
 from alpha_optim.observe.numbers import read
-from alpha_optim.slopes.base import INTERACT, OTHER_TERMS, SAMPLES, Expected, Names, SampleSlopes, by_chance
+from alpha_optim.slopes.base import INTERACT, OF_LOSS_FN, OTHER_TERMS, SAMPLES, Expected, Names, SampleSlopes, by_chance
 from alpha_optim.slopes.derivative import Line
 from alpha_optim.slopes.isolation import PROCESS_WIDE
 from alpha_optim.slopes.repetition import (
@@ -237,7 +237,7 @@ class ForwardMode(Remembers):
             slope = expected.slope.to(mean.device)
             far = true((mean - slope).abs() > tolerance * torch.maximum(slope.abs(), error))
             if far and not may_draw_others:
-                raise CannotDifferentiateError(OTHER_TERMS)
+                raise CannotDifferentiateError(OF_LOSS_FN if line.others_move else OTHER_TERMS)
             # Where products are rounded other random numbers may come as near by chance.
             self._draws_others = may_draw_others and (far or tolerance != TOLERANCE)
         self._unproved = self._draws_others

@@ -60,6 +60,7 @@ class Several(Optimizer):
 
     Attributes:
         optimizers: The optimizers.
+        state: All state of all of them, by parameter: a view.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -81,13 +82,19 @@ class Several(Optimizer):
         params = [id(param) for optimizer in found for group in optimizer.param_groups for param in group["params"]]
         if len(set(params)) < len(params):
             raise ValueError("a parameter belongs to more than one of the optimizers; every parameter has one rate")
-        self.optimizers = found
+        self._join(found)
+
+    def _join(self, optimizers: list[Optimizer]) -> None:
+        self.optimizers = optimizers
+        self.state = _States(optimizers)  # type: ignore[assignment] # - a view of theirs
+        self._groups: list[dict[str, Any]] = []
         make_hooks(self)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """All groups of all of them."""
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        """All groups of all of them; the same list every time, as it is with one optimizer."""
+        self._groups[:] = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return self._groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
@@ -97,11 +104,6 @@ class Several(Optimizer):
         waiting = iter(groups)
         for optimizer, count in zip(self.optimizers, counts, strict=True):
             optimizer.param_groups = [next(waiting) for _ in range(count)]
-
-    @property
-    def state(self) -> Any:  # type: ignore[override] # - a view of theirs
-        """All state of all of them, by parameter."""
-        return _States(self.optimizers)
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override] # - those of the first
@@ -182,5 +184,4 @@ class Several(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the optimizers over."""
-        self.optimizers = state["optimizers"]
-        make_hooks(self)
+        self._join(state["optimizers"])

@@ -78,6 +78,12 @@ def test_every_step_is_told_with_its_loss_though_few_are_measured(around):
     assert [n for n, _ in policy.measured if n > 0] == [10, 20]
 
 
+def test_a_policy_that_listens_only_need_not_answer():
+    silent, answering = Listening(answer=None), Listening(answer=1.0)
+    assert train(*build(silent)) == train(*build(answering))
+    assert silent.told == answering.told
+
+
 def test_without_a_guard_steps_are_told_without_losses():
     policy = Listening()
     train(*build(policy, guard=False))
@@ -153,7 +159,7 @@ def test_its_answer_is_a_factor_like_that_for_a_measurement():
     assert rates[-1] == pytest.approx(0.05 * 0.9 ** (STEPS - 10))
 
 
-@pytest.mark.parametrize("answer", [0.0, -1.0, math.nan, math.inf, None, "2"])
+@pytest.mark.parametrize("answer", [0.0, -1.0, math.nan, math.inf, "2"])
 def test_a_factor_that_is_none_is_refused(answer):
     with pytest.raises(ValueError, match=r"policy Listening returned .* for iteration 0; expected a finite"):
         train(*build(Listening(answer)), steps=1)
