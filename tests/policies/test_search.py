@@ -600,6 +600,13 @@ def test_a_trial_that_explodes_is_hopeless_and_something_between_is_tried():
     assert answers[-1][1].highest == answers[-1][1].found
 
 
+@pytest.mark.parametrize("around", np.random.default_rng(0).normal(0.0, 10.0, 40))
+def test_something_between_is_tried_wherever_the_rates_lie(around):
+    """Half a step is half a step, though sums of floats differ by their rounding."""
+    answers = trials(lambda where: None if where > around + 0.7 * STEP else 1.0 - 0.1 * (where - around), around)
+    assert [round((phase.position - around) / STEP, 6) for phase, _ in answers] == [0.0, -1.0, 1.0, 0.5]
+
+
 def test_where_all_trials_are_hopeless_the_rate_given_is_kept():
     answers = trials(lambda where: None)
     last = answers[-1][1]

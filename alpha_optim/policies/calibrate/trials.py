@@ -288,7 +288,8 @@ class Trials:
         following = min(self.best + STEP, highest) if not above else (self.best + min(above)) / 2.0
         hopeless = all(math.isinf(score) for where, score, _ in self.scores if where > self.best)
         wide = not above or min(above) - self.best > 0.6 * STEP
-        return following if hopeless and wide and self.best + STEP / 2 <= following <= highest else None
+        far = following - self.best > 0.4 * STEP  # half a step, but for rounding
+        return following if hopeless and wide and far and following <= highest else None
 
     def found(self) -> tuple[float, float]:
         """The log rate that follows from the scores, and how high it may ever be raised: to that of the best trial."""
