@@ -5,8 +5,8 @@ inherited:
 
 - ``envelope(iteration) -> float >= 0``: multiplied in at every step (warm-up, annealing; may be 0).
 - ``wants(iteration) -> bool``: whether to measure, asked when the optimizer has ``every=None``.
-- ``on_step(iteration, loss) -> float``: told of every step that was made, measured or not, with the mini-batch
-  loss it was made from as the guard read it (nan without); returns a further factor for the scale.
+- ``on_step(iteration, loss) -> float | None``: told of every step that was made, measured or not, with the mini-batch
+  loss it was made from as the guard read it (nan without); returns a further factor for the scale, if it has one.
 - ``on_event(event)``: told of what the guard did: a step taken back, a batch skipped, a level accepted.
 - ``decide(iteration, given) -> Decision``: asked once per scheduler step, after everything above: a policy that
   searches says there what the scale is, and which points to keep and to go back to. ``given`` is the rate of the first
