@@ -18,13 +18,12 @@ from alpha_optim.alpha.history_file import (
     NAMES,
     NOTE,
     VERSION,
-    check_header,
+    from_header,
     from_line,
     from_row,
     spans,
     to_line,
     to_row,
-    whole,
 )
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import DropReason
@@ -317,10 +316,10 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
 
     def _load_line(self, row: dict[str, Any], first: bool) -> None:
         if "format" in row or first:
-            check_header(row)
-            for reason, count in row.get("dropped", {}).items():
-                self.drop(str(reason), whole(count, "dropped"))
-            self.abandoned += spans(row)
+            dropped, abandoned = from_header(row)
+            for reason, count in dropped.items():
+                self.drop(reason, count)
+            self.abandoned += abandoned
         elif ABANDONED in row:
             self.abandoned = spans(row)
         elif EVENT not in row and NOTE not in row:  # those are for reports

@@ -97,11 +97,11 @@ _INFINITE = ("inf", "-inf")
 _NOT_FLOAT = ("iteration", "status", "information", "samples_start", "samples_end", "lr")
 
 
-def check_header(row: dict[str, Any]) -> None:
-    """Refuse a first line of something else, or of a file that this version cannot read.
+def from_header(row: dict[str, Any]) -> tuple[dict[str, int], list[tuple[int, int]]]:
+    """What the first line of a file says: pairs that were not measured, by reason, and trials that were taken back.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: If it is one of something else, or of a file that this version cannot read.
     """
     if row.get("format") != FORMAT:
         raise ValueError(f"the header must say format={FORMAT!r}, it says {row.get('format')!r}")
@@ -110,6 +110,8 @@ def check_header(row: dict[str, Any]) -> None:
             f"written by a newer alpha_optim (format version {row['version']}, "
             f"this one reads up to {VERSION}): update the package"
         )
+    dropped = {str(reason): whole(count, "dropped") for reason, count in row.get("dropped", {}).items()}
+    return dropped, spans(row)
 
 
 def spans(row: dict[str, Any]) -> list[tuple[int, int]]:

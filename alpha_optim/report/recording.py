@@ -31,7 +31,7 @@ from alpha_optim.alpha.history_file import (
     LARGEST,
     NAMES,
     NOTE,
-    check_header,
+    from_header,
     from_line,
     from_row,
     is_as_written,
@@ -192,10 +192,10 @@ class Recording:
                 raise ValueError("the header is missing")
             self._add([SimpleNamespace(**row)], [line], self._lines)
         elif self._lines == 1 or "format" in row:
-            check_header(row)
-            for reason, count in row.get("dropped", {}).items():
-                self.dropped[str(reason)] = self.dropped.get(str(reason), 0) + whole(count, "dropped")
-            self.abandoned += spans(row)
+            dropped, abandoned = from_header(row)
+            for reason, count in dropped.items():
+                self.dropped[reason] = self.dropped.get(reason, 0) + count
+            self.abandoned += abandoned
         elif ABANDONED in row:
             self.abandoned = spans(row)
         elif EVENT in row:
