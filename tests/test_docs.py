@@ -12,6 +12,7 @@ from torch import nn
 
 import alpha_optim
 from alpha_optim import AlphaGuided, AlphaScheduler
+from alpha_optim.alpha.records import DropReason
 from tests import today
 from tests.browser import in_a_browser, photograph
 
@@ -109,6 +110,11 @@ def test_the_code_on_a_page_runs_without_a_warning(page, title, tmp_path, monkey
 def test_formulas_are_readable_without_a_renderer(path):
     """The site loads nothing from elsewhere, so there is nothing that would set LaTeX."""
     assert not re.findall(r"\$\$|\$\\|\\frac", path.read_text())
+
+
+@pytest.mark.parametrize("reason", DropReason)
+def test_every_reason_for_a_pair_that_is_not_measured_is_explained(reason):
+    assert re.search(rf"^\|.*`{reason}`.*\| \w", (DOCS / "reading.md").read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", [*DOCS.glob("*.md"), ROOT / "README.md"], ids=lambda path: path.name)

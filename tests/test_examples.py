@@ -70,7 +70,7 @@ def test_the_tutorial_runs_as_it_stands(capsys, tmp_path, monkeypatch):
     assert min(ends) > 88.0
     assert max(ends) - min(ends) < 5.0  # each is uncertain by 1.3 points, on 397 test samples
     assert re.search(r"AlphaScheduler\(.* CalibrateThenAnneal\(600 steps: holds \S+ since step", printed)
-    assert re.search(r"iteration \d+: the rate climbed to \S+, the loss was lowest at \S+", printed)
+    assert re.search(r"iteration \d+: the rate climbed to \S+, the loss was lowest at a rate of \S+", printed)
     assert len(re.findall(r"iteration \d+: trial of \d+ steps at", printed)) >= 2
     assert "resumed at step 300 with 299 measurements" in printed
     assert (tmp_path / "run.png").is_file()

@@ -250,3 +250,39 @@ def test_a_guard_that_does_nothing_changes_no_measurement(kind):
     assert run[2].guard_events == ()
     assert equal_states(run[0].state_dict(), model.state_dict())
     assert repr(list(run[2].alpha_history)) == repr(list(watched.alpha_history))
+
+
+@pytest.mark.parametrize("one_prediction", [True, False])
+def test_a_first_term_without_weight_breaks_no_batch(one_prediction):
+    """An auxiliary loss that is switched on later, or targets that are not mixed in this batch."""
+
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x):
+            hidden = self.trunk(x).tanh()
+            return self.one(hidden), self.two(hidden)
+
+    ends = []
+    for steered in (False, True):
+        torch.manual_seed(0)
+        model, loss_fn = TwoHeads(), nn.CrossEntropyLoss()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        if steered:
+            optimizer = AlphaGuided(optimizer, model, loss_fn)
+            scheduler = AlphaScheduler(optimizer, Hold())
+        for step in range(12):
+            x, y = torch.randn(16, 6), torch.randint(0, 3, (16,))
+            weight = 0.0 if step < 6 else 0.1
+            one, two = model(x)
+            optimizer.zero_grad()
+            (weight * loss_fn(two if one_prediction else one, y.flip(0)) + loss_fn(two, y)).backward()
+            optimizer.step()
+            if steered:
+                scheduler.step()
+        ends.append(model.state_dict())
+    assert equal_states(*ends)
+    assert not optimizer.guard_events
+    assert set(optimizer.alpha_history.to_dict()["information"]) == {"full"}

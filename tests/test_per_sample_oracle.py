@@ -457,3 +457,65 @@ def test_pooled_rows_that_may_be_steps_in_time_are_declined(variance):
             guided.step()
     assert {m.information for m in guided.alpha_history} == {"slopes"}
     assert all(math.isnan(m.loss_variance_start) for m in guided.alpha_history)
+
+
+@pytest.mark.compatibility("Losses", "two targets that are mixed (mixup, CutMix), with another weight in every batch")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_targets_that_are_mixed(kind, reduction, scale):
+    """The weights of a batch add up to one; none of them may set the scale, which would be another one in each."""
+
+    def mixed(loss_of, output, target):
+        share = float(target[0, 2])
+        return share * loss_of(output, target[:, 0].long()) + (1.0 - share) * loss_of(output, target[:, 1].long())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    twin, loss_fn = copy.deepcopy(model), nn.CrossEntropyLoss(reduction=reduction)
+    batches = []
+    for share in (0.9, 0.5, 1e-4, 0.3):
+        targets = torch.randint(0, 4, (6, 2)).double()
+        batches.append((torch.randn(6, 6).double(), torch.cat([targets, torch.full((6, 1), share)], 1)))
+    expected = observe_run(
+        twin,
+        lambda output, target, _: mixed(F.cross_entropy, output, target),
+        lambda output, target: mixed(F.cross_entropy, output, target) * scale,
+        OPTIMIZERS[kind](twin.parameters()),
+        batches,
+    )
+    guided = AlphaGuided(OPTIMIZERS[kind](model.parameters()), model, loss_fn, variance="exact")
+    for x, target in batches:
+        guided.zero_grad()
+        (mixed(loss_fn, model(x), target).mean() * scale).backward()
+        guided.step()
+    check(list(guided.alpha_history), expected)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.5), (0.5, 1.0), (0.0, 1.0), (3.0, 0.0), (-0.1, 2.0)])
+def test_of_terms_of_two_predictions_the_largest_weight_sets_the_scale(weights):
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            hidden = self.trunk(x).tanh()
+            return self.one(hidden), self.two(hidden)
+
+    def total(outputs, y):
+        return sum(weight * F.cross_entropy(output, y) for weight, output in zip(weights, outputs, strict=True))
+
+    torch.manual_seed(0)
+    model, loss_fn = TwoHeads().double(), nn.CrossEntropyLoss()
+    twin = copy.deepcopy(model)
+    batches = [(torch.randn(6, 6).double(), torch.randint(0, 4, (6,))) for _ in range(4)]
+    mean = lambda outputs, y: total(outputs, y) / max(weights)  # noqa: E731
+    bare = OPTIMIZERS["adamw"](twin.parameters())
+    expected = observe_run(twin, lambda outputs, y, _: mean(outputs, y), total, bare, batches)
+    guided = AlphaGuided(OPTIMIZERS["adamw"](model.parameters()), model, loss_fn, variance="exact")
+    for x, y in batches:
+        guided.zero_grad()
+        sum(weight * loss_fn(output, y) for weight, output in zip(weights, model(x), strict=True)).backward()
+        guided.step()
+    check(list(guided.alpha_history), expected)

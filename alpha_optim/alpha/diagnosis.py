@@ -139,6 +139,11 @@ def _verdict(
         return "undershooting", "Steps end short of the minimum along their direction: the learning rate can grow."
     if alpha - CERTAIN * std > FAR:
         return "overshooting", "Steps end far beyond the minimum along their direction: lower the learning rate."
+    if alpha > FAR:
+        return "unknown", (
+            "Steps end far beyond the minimum along their direction, most likely; alpha is not known well enough to be "
+            "sure. A lower learning rate may do better."
+        )
     large = bool(recent) and sorted(item.samples_start for item in recent)[len(recent) // 2] >= LARGE
     # Near 0 means a good rate for large batches, and nothing at all for tiny ones.
     if not alpha - CERTAIN * std > (SHORT if large else 0.0):

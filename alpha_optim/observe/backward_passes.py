@@ -8,7 +8,8 @@ reach a parameter of the optimizer (another network, a gradient of the input) do
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +29,13 @@ class LossCall:
         samples: N, or None if it is not known.
         gamma: Factor between the mini-batch loss and what was sent backward ``[]``, or None.
         explicit: Whether the user handed the losses over; then loss_fn's own calls are ignored.
-        order: When it was called; of several terms the first sets the scale.
+        order: When it was called.
         complete: Whether losses of single samples can be had at all.
         subset: Whether the loss is one of some samples only, picked by a mask.
         returned: Whether the model returned it.
         share: Whether it is a share of one mean over all passes of the iteration, which they add up to.
         seen_at_output: Gradients of ``mean`` at the outputs of the model, by place; None if not looked at.
+        prediction: The ``id`` of what made the prediction that it judges, in the graph; None if not known.
     """
 
     mean: Tensor
@@ -47,6 +49,11 @@ class LossCall:
     returned: bool = False
     share: bool = False
     seen_at_output: dict[tuple[int, int], Tensor] | None = None
+    prediction: int | None = None
+
+    def judging(self, maker: Any) -> LossCall:
+        """The same, as a loss of a prediction that was made by a node of the graph, if it is known by which."""
+        return self if maker is None else replace(self, prediction=id(maker))
 
 
 @dataclass(eq=False)
@@ -77,17 +84,37 @@ class BackwardPass:
 
     @property
     def gamma(self) -> Tensor | None:
-        """Factor between the mean loss and what was sent backward, None if not seen."""
-        return self.calls[0].gamma if self.calls else None
+        """Factor between the mean loss and what was sent backward, None if not seen.
+
+        Of several terms that with the largest weight sets the scale: another one's may be 0, or begin there. Terms that
+        judge the same prediction (two targets that are mixed, a matrix of similarities and its transpose) are one loss,
+        their mean by weight: none of them need have a weight that stays from step to step.
+        """
+        if not self.calls:
+            return None
+        gammas = [call.gamma for call in self.calls]
+        first = self.calls[0].prediction
+        alike = first is not None and all(call.prediction == first for call in self.calls)
+        known = [gamma for gamma in gammas if gamma is not None]
+        if len(gammas) == 1 or len(known) < len(gammas):
+            return gammas[0]
+        together = torch.stack([gamma.to(known[0]) for gamma in known])
+        largest = together.abs().max()
+        largest = torch.where(largest > 0.0, largest, torch.ones_like(largest))  # none of them counts
+        mixed = alike & (together >= 0.0).all() & (together.sum() > 0.0)
+        return torch.where(mixed, together.sum(), largest)
 
     def losses(self) -> tuple[Tensor, Tensor | None]:
         """Mean loss ``[]`` and individual losses ``[N]``, terms added up; only for a pass with calls."""
-        first = self.calls[0]
+        first, gamma = self.calls[0], self.gamma
         mean, individual = first.mean, first.individual
+        if len(self.calls) > 1 and gamma is not None and first.gamma is not None:
+            weight = (first.gamma / gamma).to(mean.device)
+            mean, individual = weight * mean, None if individual is None else weight * individual
         for other in self.calls[1:]:
-            if first.gamma is None or other.gamma is None:
+            if gamma is None or other.gamma is None:
                 continue
-            weight = (other.gamma / first.gamma).to(mean.device)
+            weight = (other.gamma / gamma).to(mean.device)
             mean = mean + weight * other.mean
             if individual is not None and other.individual is not None and other.samples == first.samples:
                 individual = individual + weight * other.individual

@@ -122,7 +122,7 @@ class LossHooks:
             self.watch(losses, explicit=True)
         return self._call_of(losses, values.mean(), None, explicit=True)
 
-    def watch(self, losses: Tensor, explicit: bool) -> None:
+    def watch(self, losses: Tensor, explicit: bool, prediction: Any = None) -> None:
         """Report ``losses`` (``[N]`` or ``[N, ...]`` with graph) when its backward pass starts."""
         values = losses.detach()
         self._calls += 1
@@ -140,7 +140,7 @@ class LossHooks:
                 self._iteration().losses_declined = True  # what is sent backward is a function of them nobody has seen
                 return
             call = LossCall(products.sum() / total, individual, samples, total, explicit, order, fitting, not fitting)
-            self._report(call)
+            self._report(call.judging(prediction))
 
         self._on_backward(losses, weighted)
 
@@ -203,10 +203,11 @@ class LossHooks:
             return
         iteration = self._iteration()
         iteration.passes.forward_started()
-        if output.dim() > 0:
-            self.watch(output, explicit=False)
-            return
         first = args[0] if args else next(iter(kwargs.values()), None)
+        prediction = _made_by(first)  # held until the backward pass, so that nothing else gets its id
+        if output.dim() > 0:
+            self.watch(output, explicit=False, prediction=prediction)
+            return
         samples, fitting = None, False
         has_rows = isinstance(first, Tensor) and first.dim() > 0
         if isinstance(first, Tensor) and first.dim() > 0:
@@ -245,11 +246,8 @@ class LossHooks:
 
         def start(gradient: Tensor) -> None:
             gamma = gradient.detach() if scale is None else gradient.detach() * scale
-            self._report(
-                LossCall(
-                    mean, individual, samples, gamma, False, order, complete, subset, seen_at_output=seen_at_output
-                )
-            )
+            call = LossCall(mean, individual, samples, gamma, False, order, complete, subset)
+            self._report(replace(call, seen_at_output=seen_at_output).judging(prediction))
 
         self._on_backward(output, start)
 
@@ -423,6 +421,13 @@ def _saved_tensors_are_hooked() -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def _made_by(value: Any) -> Any:
+    """What made a tensor, or the one that it is a view of, in the graph; None if nothing did, or for anything else."""
+    if not isinstance(value, Tensor):
+        return None
+    return value.grad_fn if value._base is None else value._base.grad_fn
 
 
 def _same(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:

@@ -205,7 +205,7 @@ class Climb:
             # It may grow where the loss falls fast later, half a decade less far than the climb went.
             return After(None, restore="start", highest=self.position - STEP, text=why)
         low, knee = self.lowest(), self.knee()
-        seen = f"the rate climbed to {{{self.position}}}, the loss was lowest at {{{low}}}"
+        seen = f"the rate climbed to {{{self.position}}}, the loss was lowest at a rate of {{{low}}}"
         by_itself = self.by_itself and not fell
         if by_itself:  # the lowest loss is an early one
             low = self.losses[-1][0] if knee is None else knee
