@@ -52,12 +52,27 @@ def test_shares_of_one_mean_have_one_weight():
     assert float(gamma_of(made)) == 1.0
 
 
-def test_terms_of_a_loss_add_up_relative_to_the_first():
-    (made,) = passes_of(([call(3.0, 4, 2.0, order=2), call(1.0, 4, 0.5, order=1)], 4))
+@pytest.mark.parametrize(
+    ("weights", "gamma"), [((2.0, 0.5), 2.0), ((0.0, 0.5), 0.5), ((-2.0, 0.5), 2.0), ((0.0, 0.0), 1.0)]
+)
+def test_terms_of_a_loss_add_up_relative_to_the_largest_weight(weights, gamma):
+    (made,) = passes_of(([call(3.0, 4, weights[0], order=2), call(1.0, 4, weights[1], order=1)], 4))
     mean, individual = made.losses()
-    assert float(mean) == pytest.approx(1.0 + 4.0 * 3.0)
-    assert individual.tolist() == pytest.approx([13.0] * 4)
-    assert float(made.gamma) == 0.5
+    expected = (3.0 * weights[0] + 1.0 * weights[1]) / gamma
+    assert float(mean) == pytest.approx(expected)
+    assert individual.tolist() == pytest.approx([expected] * 4)
+    assert float(made.gamma) == gamma
+
+
+@pytest.mark.parametrize(
+    ("weights", "gamma"), [((0.25, 0.75), 1.0), ((0.0, 1.0), 1.0), ((2.0, 0.5), 2.5), ((-1.0, 0.5), 1.0)]
+)
+def test_terms_of_one_prediction_are_one_loss_their_mean_by_weight(weights, gamma):
+    node = object()
+    terms = [call(value, 4, weight).judging(node) for value, weight in zip((3.0, 1.0), weights, strict=True)]
+    (made,) = passes_of((terms, 4))
+    assert float(made.gamma) == gamma
+    assert float(made.losses()[0]) == pytest.approx((3.0 * weights[0] + 1.0 * weights[1]) / gamma)
 
 
 def test_terms_over_other_samples_leave_no_losses_of_samples():

@@ -459,7 +459,7 @@ def test_pooled_rows_that_may_be_steps_in_time_are_declined(variance):
     assert all(math.isnan(m.loss_variance_start) for m in guided.alpha_history)
 
 
-@pytest.mark.compatibility("Losses", "two targets that are mixed (mixup, CutMix), with another weight in every batch")
+@pytest.mark.compatibility("Loops", "two targets that are mixed (mixup, CutMix), with another weight in every batch")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
