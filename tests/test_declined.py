@@ -11,6 +11,7 @@ from alpha_optim import AlphaGuided
 from alpha_optim.slopes import forward_mode
 from tests.test_transparency import equal_states
 from tests.today import GPT, Experts, Recurrent, T, V
+from tests.zoo import TwoHeads
 
 N = 8
 
@@ -39,16 +40,6 @@ class Contrastive(nn.Module):
     def forward(self, x, z):
         logits = self.pair(x, z)
         return {"loss": F.cross_entropy(logits, torch.arange(len(x))), "logits": logits}
-
-
-class TwoHeads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.trunk, self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 1)
-
-    def forward(self, x):
-        h = self.trunk(x).tanh()
-        return self.one(h), self.two(h)
 
 
 def data(samples, generator):
@@ -135,8 +126,8 @@ CASES = {
     "clip, similarities": (lambda: Pair(True), clip_similarities, data, "samples interact"),
     "info nce": (lambda: Pair(False), info_nce, data, "samples interact"),
     "contrastive loss returned": (Contrastive, returned, data, "samples interact"),
-    "two losses, one seen": (TwoHeads, two_losses, data, "not all of the loss"),
-    "two losses of one output": (TwoHeads, one_output_twice, data, "not all of the loss"),
+    "two losses, one seen": (lambda: TwoHeads(3, 1), two_losses, data, "not all of the loss"),
+    "two losses of one output": (lambda: TwoHeads(3, 1), one_output_twice, data, "not all of the loss"),
     "balance of a router": (Experts, balance, tokens, "not all of the loss"),
     "subset by a mask": (linear, masked, data, "subset picked by a mask"),
     "the last rows": (linear, last, data, "subset picked by a mask"),

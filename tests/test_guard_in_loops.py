@@ -12,6 +12,7 @@ from alpha_optim import AlphaGuided, AlphaScheduler, Hold
 from tests.harm.setups import Sam
 from tests.test_guard import all_finite, batches, go, guarded, make_model, snapshot, spiked
 from tests.test_transparency import equal_states
+from tests.zoo import TwoHeads
 
 
 def sam_run(steered, bad, every=1):
@@ -256,19 +257,10 @@ def test_a_guard_that_does_nothing_changes_no_measurement(kind):
 def test_a_first_term_without_weight_breaks_no_batch(one_prediction):
     """An auxiliary loss that is switched on later, or targets that are not mixed in this batch."""
 
-    class TwoHeads(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.trunk, self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
-
-        def forward(self, x):
-            hidden = self.trunk(x).tanh()
-            return self.one(hidden), self.two(hidden)
-
     ends = []
     for steered in (False, True):
         torch.manual_seed(0)
-        model, loss_fn = TwoHeads(), nn.CrossEntropyLoss()
+        model, loss_fn = TwoHeads(3, 3), nn.CrossEntropyLoss()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         if steered:
             optimizer = AlphaGuided(optimizer, model, loss_fn)

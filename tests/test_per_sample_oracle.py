@@ -494,20 +494,11 @@ def test_targets_that_are_mixed(kind, reduction, scale):
 
 @pytest.mark.parametrize("weights", [(1.0, 0.5), (0.5, 1.0), (0.0, 1.0), (3.0, 0.0), (-0.1, 2.0)])
 def test_of_terms_of_two_predictions_the_largest_weight_sets_the_scale(weights):
-    class TwoHeads(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.trunk, self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 4)
-
-        def forward(self, x):
-            hidden = self.trunk(x).tanh()
-            return self.one(hidden), self.two(hidden)
-
     def total(outputs, y):
         return sum(weight * F.cross_entropy(output, y) for weight, output in zip(weights, outputs, strict=True))
 
     torch.manual_seed(0)
-    model, loss_fn = TwoHeads().double(), nn.CrossEntropyLoss()
+    model, loss_fn = zoo.TwoHeads(4, 4).double(), nn.CrossEntropyLoss()
     twin = copy.deepcopy(model)
     batches = [(torch.randn(6, 6).double(), torch.randint(0, 4, (6,))) for _ in range(4)]
     mean = lambda outputs, y: total(outputs, y) / max(weights)  # noqa: E731

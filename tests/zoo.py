@@ -82,6 +82,18 @@ class Outside(nn.Module):
         return self.head(F.linear(x, self.inner.weight, self.inner.bias).tanh())
 
 
+class TwoHeads(nn.Module):
+    """Makes two predictions of six numbers."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.trunk, self.one, self.two = nn.Linear(6, 8), nn.Linear(8, first), nn.Linear(8, second)
+
+    def forward(self, x):
+        hidden = self.trunk(x).tanh()
+        return self.one(hidden), self.two(hidden)
+
+
 class Tied(nn.Module):
     """Embedding and output head share their weight."""
 

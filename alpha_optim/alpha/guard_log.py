@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from alpha_optim.alpha.records import GuardEvent
-from alpha_optim.alpha.states import from_plain, to_plain
+from alpha_optim.alpha.states import Remembers, from_plain
 
 KEPT = 10_000
 """Events that are kept: some megabytes. Where a guard acts that often, older ones say nothing that these do not."""
 
 
-class GuardLog:
+class GuardLog(Remembers):
     """The newest events, and how many there were in all.
 
     Attributes:
@@ -22,9 +22,14 @@ class GuardLog:
         restored: Steps of all events that were taken back.
     """
 
+    _newest: deque[GuardEvent]
+    count: int
+    skipped: int
+    restored: int
+
     def __init__(self) -> None:
         """Begin with none."""
-        self._newest: deque[GuardEvent] = deque(maxlen=KEPT)
+        self._newest = deque(maxlen=KEPT)
         self.count = self.skipped = self.restored = 0
 
     def append(self, event: GuardEvent) -> None:
@@ -38,17 +43,12 @@ class GuardLog:
         """Iterate over the newest events, oldest first."""
         return iter(self._newest)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        counts = {"count": self.count, "skipped": self.skipped, "restored": self.restored}
-        return {"newest": to_plain(self._newest), **counts}
-
-    def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | list[dict[str, Any]]) -> None:
         """Replace the contents by those of a `state_dict`, or by a list of events, as version 0.1 wrote."""
-        newest = state if isinstance(state, list) else state["newest"]
+        if not isinstance(state, list):
+            super().load_state_dict(state)
+            return
         self._newest.clear()
         self.count = self.skipped = self.restored = 0
-        for event in newest:
+        for event in state:
             self.append(from_plain(GuardEvent, event, "newest"))
-        if not isinstance(state, list):
-            self.count, self.skipped, self.restored = (int(state[name]) for name in ("count", "skipped", "restored"))

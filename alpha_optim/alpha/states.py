@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -104,6 +105,12 @@ def from_plain(kind: Any, value: Any, name: str) -> Any:
     raise TypeError(f"{name} should be {_said(kind)}, got {value!r:.100}")
 
 
+@cache
+def _kinds(kind: Any) -> dict[str, Any]:
+    """Types of the fields of a dataclass or a named tuple; a log holds thousands of them."""
+    return get_type_hints(kind)
+
+
 def _said(kind: Any) -> str:
     """A type, in a message."""
     return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
@@ -113,7 +120,7 @@ def _sequence(kind: Any, value: Any, name: str) -> Any:
     """A tuple, named or not, list, deque or set; None if the type is none of them, or has another length."""
     origin, of = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and hasattr(kind, "_make"):  # a named tuple
-        of, origin = tuple(get_type_hints(kind).values()), kind._make
+        of, origin = tuple(_kinds(kind).values()), kind._make
     elif origin in (list, deque, set) or of[1:] == (...,):
         of = of[:1] * len(value)
     elif origin is not tuple:
@@ -129,7 +136,7 @@ def _fields(kind: Any, state: Mapping[str, Any], name: str) -> dict[str, Any]:
     Raises:
         TypeError: If there is one that the dataclass does not have.
     """
-    kinds = get_type_hints(kind)
+    kinds = _kinds(kind)
     known = [field.name for field in fields(kind)]
     if not set(state) <= set(known):
         raise TypeError(f"{name} should have {', '.join(known)} and nothing else, got {sorted(state, key=str)!r:.100}")

@@ -90,14 +90,11 @@ class BackwardPass:
         judge the same prediction (two targets that are mixed, a matrix of similarities and its transpose) are one loss,
         their mean by weight: none of them need have a weight that stays from step to step.
         """
-        if not self.calls:
-            return None
-        gammas = [call.gamma for call in self.calls]
-        first = self.calls[0].prediction
-        alike = first is not None and all(call.prediction == first for call in self.calls)
-        known = [gamma for gamma in gammas if gamma is not None]
-        if len(gammas) == 1 or len(known) < len(gammas):
-            return gammas[0]
+        known = [call.gamma for call in self.calls if call.gamma is not None]
+        if len(self.calls) < 2 or len(known) < len(self.calls):
+            return self.calls[0].gamma if self.calls else None
+        predictions = {call.prediction for call in self.calls}
+        alike = len(predictions) == 1 and None not in predictions
         together = torch.stack([gamma.to(known[0]) for gamma in known])
         largest = together.abs().max()
         largest = torch.where(largest > 0.0, largest, torch.ones_like(largest))  # none of them counts
@@ -107,20 +104,13 @@ class BackwardPass:
     def losses(self) -> tuple[Tensor, Tensor | None]:
         """Mean loss ``[]`` and individual losses ``[N]``, terms added up; only for a pass with calls."""
         first, gamma = self.calls[0], self.gamma
-        mean, individual = first.mean, first.individual
-        if len(self.calls) > 1 and gamma is not None and first.gamma is not None:
-            weight = (first.gamma / gamma).to(mean.device)
-            mean, individual = weight * mean, None if individual is None else weight * individual
-        for other in self.calls[1:]:
-            if gamma is None or other.gamma is None:
-                continue
-            weight = (other.gamma / gamma).to(mean.device)
-            mean = mean + weight * other.mean
-            if individual is not None and other.individual is not None and other.samples == first.samples:
-                individual = individual + weight * other.individual
-            else:
-                individual = None
-        return mean, individual
+        if len(self.calls) == 1 or gamma is None or first.gamma is None:
+            return first.mean, first.individual
+        terms = [((call.gamma / gamma).to(first.mean.device), call) for call in self.calls if call.gamma is not None]
+        mean = torch.stack([weight * call.mean for weight, call in terms]).sum()
+        single = [weight * call.individual for weight, call in terms if call.individual is not None]
+        whole = len(single) == len(terms) and all(call.samples == first.samples for _, call in terms)
+        return mean, torch.stack(single).sum(0) if whole else None
 
 
 @dataclass(eq=False)

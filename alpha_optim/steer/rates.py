@@ -127,4 +127,4 @@ class GroupRates(Remembers, names={"factor": "factor_now"}):
             [new / share if place is None else rates[place] for place, new in zip(known, now, strict=True)]
             for rates, share in ((self.scheduled, factor), (self.peaks, factor), (self.written, 1.0))
         )
-        self._groups = list(map(id, groups))
+        self.belong_to(groups)
