@@ -149,8 +149,9 @@ class AlphaScheduler(LRScheduler):
     def __repr__(self) -> str:
         """Say what the rates are and what the policy is doing."""
         rates = ", ".join(f"{rate:.3g}" for rate in self._rates.written)
-        owner = "" if self._cut is None else ", written by the training loop"
-        return f"AlphaScheduler(learning rate {rates}{owner}, {base.shown(self.policy)})"
+        if self._cut is not None:  # what the policy says of itself is no longer so
+            return f"AlphaScheduler(learning rate {rates}, written by the training loop; {base.name_of(self.policy)} rests)"
+        return f"AlphaScheduler(learning rate {rates}, {base.shown(self.policy)})"
 
     def _initial_step(self) -> None:
         """Write the first effective rates; torch's constructor calls this."""

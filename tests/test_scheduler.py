@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler as torch_schedules
 
 from alpha_optim import AlphaGuided, AlphaScheduler, Bounded, CalibrateThenAnneal, Hold, TargetAlpha, WithWarmup
+from alpha_optim.policies.base import name_of
 
 SCHEDULES = {
     "step": lambda o: torch_schedules.StepLR(o, 5, 0.5),
@@ -333,6 +334,7 @@ def test_a_rate_written_at_every_step_is_the_loops(policy):
     assert "schedule=" in said[0]
     assert scheduler.scale == 1.0
     assert [m.lr[0] for m in guided.alpha_history][5:] == pytest.approx([0.1 / (n + 1) for n in range(5, 29)])
+    assert repr(scheduler).endswith(f"written by the training loop; {name_of(scheduler.policy)} rests)")
 
 
 def test_the_guards_cut_applies_inside_the_step_where_the_loop_owns_the_rate():
