@@ -163,7 +163,8 @@ class AlphaGuided(Optimizer):
         fit = [entry for entry in named if isinstance(entry, Tensor) and entry.is_leaf]
         check_membership(fit, self._session.plan.model, self._session.plan.loss_fn, "the new group")
         known = {id(param) for group in self.optimizer.param_groups for param in group["params"]}
-        if len(fit) == len(named) and not any(id(param) in known for param in fit):  # else it is going to be refused
+        refused = isinstance(self.optimizer, Several) or any(id(param) in known for param in fit)
+        if len(fit) == len(named) and not refused:
             self._session.supervision.group_comes()
         self.optimizer.add_param_group(param_group)
         self._session.begin()
@@ -277,7 +278,10 @@ class AlphaGuided(Optimizer):
     # ---------------------------------------------------------------- leaving
 
     def detach(self) -> None:
-        """Remove every hook; model and wrapped optimizer are as before, `step` passes through."""
+        """Remove every hook; model and wrapped optimizer are as before, `step` passes through.
+
+        A search for the learning rate that is under way ends first: at its best trial, or where all of them began.
+        """
         self._session.detach()
 
     def __enter__(self) -> AlphaGuided:

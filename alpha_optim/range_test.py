@@ -306,6 +306,9 @@ def _left_as_found(model: nn.Module, optimizer: Optimizer, loader: Any) -> Itera
     copies = [local(tensor).detach().clone() for tensor in tensors]
     gradients = [(tensor, tensor.grad) for tensor in tensors if tensor.is_leaf]
     groups = [dict(group) for group in optimizer.param_groups]
+    # Rates that are tensors are written in place, and torch has the same one among the defaults.
+    options = [value for group in groups for value in group.values() if isinstance(value, Tensor)]
+    values = [option.clone() for option in options]
     state = optimizer.state
     snapshot = Snapshot()
     modules = list(model.modules())
@@ -340,6 +343,8 @@ def _left_as_found(model: nn.Module, optimizer: Optimizer, loader: Any) -> Itera
         optimizer.state = state
         for group, kept in zip(optimizer.param_groups, groups, strict=False):
             put_back(group, kept)
+        for option, value in zip(options, values, strict=True):
+            option.copy_(value)
         of_loader.restore()
         if loader_state is not None:
             with untouched(devices), other_random_numbers_untouched():

@@ -47,6 +47,9 @@ PATIENT = 3
 RECOVERY = 1.3
 """Where the loop owns the rates, what the guard cut grows back by this factor per step."""
 
+SMALLEST = 1e-200
+"""A factor that stands for 0 where the bound ``min_lr`` makes rates of it, whose ratios are kept."""
+
 
 class AlphaScheduler(LRScheduler):
     """Sets learning rates from measured alphas; stepped once per optimizer step.
@@ -117,12 +120,13 @@ class AlphaScheduler(LRScheduler):
         self._once = Once()
         self._cut: float | None = None  # of the rates of a loop that owns them; None: they are ours
         self._sparse = 0  # calls after several steps, during a search
-        self._cooling: tuple[int, int] | None = None  # progress at which `cool_down` began, and its steps
+        # Progress at which `cool_down` began, its steps, and the highest envelope of the policy since.
+        self._cooling: tuple[int, int, float] | None = None
         self._rates = GroupRates(optimizer.param_groups)
         self._inside_step = False  # whether the rates are cut for a step
         self._news = News(optimizer._session.progress, optimizer.iteration)
         self._guarded = guard
-        self._decision = base.Decision()
+        self._decision = base.Decision(searching=base.decides(policy))  # until it is asked: peaks are to be scaled
         super().__init__(optimizer)
         self._steer()
         if self._decision.searching and any(group.get("maximize") for group in optimizer.param_groups):
@@ -150,7 +154,8 @@ class AlphaScheduler(LRScheduler):
         """Say what the rates are and what the policy is doing."""
         rates = ", ".join(f"{rate:.3g}" for rate in self._rates.written)
         if self._cut is not None:  # what the policy says of itself is no longer so
-            return f"AlphaScheduler(learning rate {rates}, written by the training loop; {base.name_of(self.policy)} rests)"
+            name = base.name_of(self.policy)
+            return f"AlphaScheduler(learning rate {rates}, written by the training loop; {name} rests)"
         return f"AlphaScheduler(learning rate {rates}, {base.shown(self.policy)})"
 
     def _initial_step(self) -> None:
@@ -227,7 +232,8 @@ class AlphaScheduler(LRScheduler):
         """Anneal the rates linearly to 0 over the coming steps, whatever the policy says; for runs without a horizon.
 
         A search that is still under way ends, with the best trial so far or where they all began. A guard still lowers
-        the rates, ``min_lr`` bounds them.
+        the rates, ``min_lr`` bounds them, and a warm-up that is under way is finished. Called again, it anneals what
+        is left over so many steps.
 
         Args:
             steps: Number of optimizer steps until 0, at least 1.
@@ -241,20 +247,23 @@ class AlphaScheduler(LRScheduler):
         if self._cut is not None:
             self._once.say("cool_down() changes nothing: the rates are the training loop's, which writes them itself.")
         self._end_search(base.cut_short)
-        self._cooling = (self._session.progress, int(steps))
+        left = self._cooled()
+        if left > 0.0:
+            self.scale *= left
+            self._cooling = (self._session.progress, int(steps), 0.0)
         self._write()
 
     def _cooled(self) -> float:
         """What `cool_down` multiplies the rates by."""
         if self._cooling is None:
             return 1.0
-        begin, steps = self._cooling
+        begin, steps, _ = self._cooling
         return max(0.0, 1.0 - (self._session.progress - begin) / steps)
 
     def _decide(self, iteration: int) -> None:
         """Ask a policy that searches for the scale, and for what is to be done with the points it keeps."""
         session, rates = self._session, self._base_rates()
-        given = rates[0]
+        given = rates[0] or max(rates)
         if max(rates) > 0.0:
             base.tell_limit(self.policy, self.max_lr / max(rates))
         decision = base.decision_of(self.policy, iteration, given)
@@ -269,7 +278,7 @@ class AlphaScheduler(LRScheduler):
             )
             base.give_up(self.policy, iteration)
             decision = base.decision_of(self.policy, iteration, given)
-        if decision.scale is not None:
+        if decision.scale is not None and self._cooling is None:
             self.scale = decision.scale
         self._decision = decision
 
@@ -277,7 +286,7 @@ class AlphaScheduler(LRScheduler):
         """Tell the session whether a search goes on."""
         searching = self._decision.searching and self._cut is None and not self._sparse
         trial = searching and self._decision.trial
-        self._session.search.goes_on(searching, trial, over=not self._decision.searching)
+        self._session.search.goes_on(searching, trial, over=not self._decision.searching or self._cut is not None)
 
     def _too_sparse(self, optimizer: AlphaGuided) -> bool:
         """Whether a search goes on, but the scheduler is stepped after several steps only."""
@@ -320,9 +329,12 @@ class AlphaScheduler(LRScheduler):
                 "AlphaScheduler(..., schedule=...) and do not write the rate yourself."
             )
         elif searching:
+            kept = (
+                "it is the rate given" if self.schedule is None else "the peak of the schedule is still the rate given"
+            )
             self._once.say(
-                "a learning rate was changed outside AlphaScheduler while one is searched: it is the rate given from "
-                "here on, and the search goes on. If it came with optimizer.load_state_dict(), load "
+                f"a learning rate was changed outside AlphaScheduler while one is searched: {kept}, which counts where "
+                "none is found, and the search goes on. If it came with optimizer.load_state_dict(), load "
                 "scheduler.state_dict() as well, else the search begins anew in the middle of the run."
             )
         elif self._cut is None:
@@ -432,21 +444,39 @@ class AlphaScheduler(LRScheduler):
         self._rates.factor = 1.0
         if self._sparse:  # the search waits
             return clamped(self._rates.scheduled, self.min_lr, self.max_lr)
-        progress = self._session.progress
-        envelope = base.envelope_of(self.policy, progress) * self._cooled()
-        if not 0.0 <= envelope < math.inf:
-            raise ValueError(
-                f"policy {type(self.policy).__name__} returned envelope({progress}) = {envelope!r}; "
-                "expected a finite number >= 0"
-            )
+        envelope = self._envelope()
         scheduled = self._base_rates()
         largest, scale = max(scheduled) * self.scale, self.scale
         if largest > self.max_lr and self._decision.scale is not None:
             scale *= self.max_lr / largest  # cut before the envelope, which still anneals it
         elif self.schedule is None and largest > self.max_lr:
             self.scale = scale = scale * self.max_lr / largest  # it must not wind up against the bound
-        self._rates.factor = scale * envelope or 1.0
-        return clamped([rate * scale * envelope for rate in scheduled], self.min_lr, self.max_lr)
+        if envelope == 0.0 < self.min_lr:
+            envelope = SMALLEST  # their ratios are known at no rate but 0
+        wanted = [rate * scale * envelope for rate in scheduled]
+        rates = clamped(wanted, self.min_lr, self.max_lr)
+        factors = [rate / base for rate, base in zip(rates, scheduled, strict=True) if rate > 0.0 and base > 0.0]
+        self._rates.factor = (scale * envelope if rates == wanted else max(factors, default=1.0)) or 1.0
+        return rates
+
+    def _envelope(self) -> float:
+        """The policy's envelope, or what `cool_down` makes of it.
+
+        Raises:
+            ValueError: If the policy's is not a number >= 0.
+        """
+        progress = self._session.progress
+        envelope = base.envelope_of(self.policy, progress)
+        if not 0.0 <= envelope < math.inf:
+            raise ValueError(
+                f"policy {type(self.policy).__name__} returned envelope({progress}) = {envelope!r}; "
+                "expected a finite number >= 0"
+            )
+        if self._cooling is None:
+            return envelope
+        begin, steps, highest = self._cooling
+        self._cooling = (begin, steps, max(highest, envelope))
+        return max(highest, envelope) * self._cooled()
 
     def _set_rates(self, rates: list[float]) -> None:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -506,7 +536,7 @@ class AlphaScheduler(LRScheduler):
         self._step_count = int(state_dict["step_count"])
         self._cut, self._sparse = state_dict.get("cut"), int(state_dict.get("sparse", 0))
         cooling = state_dict.get("cooling")
-        self._cooling = None if cooling is None else (int(cooling[0]), int(cooling[1]))
+        self._cooling = None if cooling is None else (int(cooling[0]), int(cooling[1]), float((*cooling, 0.0)[2]))
         self._once.said = set(state_dict.get("said", ()))
         self.last_epoch = self._news.progress
         self._decision = from_plain(base.Decision, state_dict.get("decision", {}), "decision")
@@ -556,7 +586,7 @@ class _Listener:
         """Tell the scheduler, whose search is over."""
         scheduler = self._scheduler()
         if scheduler is not None:
-            scheduler._end_search(base.give_up)
+            scheduler._end_search(base.cut_short)
 
     def reached_by_others(self) -> None:
         """Tell the scheduler."""

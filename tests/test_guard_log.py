@@ -85,4 +85,4 @@ def test_an_event_tells_what_was_done():
     assert told("loss_rose", restored=True).endswith(", the step was taken back")
     assert told("loss_not_finite", restored=True).endswith(", again, so the step before was taken back")
     assert told("loss_not_finite", skipped=True).endswith(", batch skipped")
-    assert told("no_effect", skipped=False).endswith(", level accepted")
+    assert told("no_effect", skipped=False).endswith(", the batch is used")

@@ -181,6 +181,6 @@ class GuardEvent:
         elif self.skipped:
             done = "batch skipped"
         else:
-            done = "level accepted" if math.isfinite(self.loss_after) else "skipped by a gradient scaler"
+            done = "the batch is used" if math.isfinite(self.loss_after) else "skipped by a gradient scaler"
         rate = "" if self.scale_factor == 1.0 else f", learning rate times {self.scale_factor:g}"
         return f"iteration {self.iteration}: {self.reason.explanation}, {losses}, {done}{rate}"

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import count
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from alpha_optim.alpha.history import AlphaHistory
 from alpha_optim.alpha.history_file import ABANDONED, EVENT, NOTE, from_line, to_json, to_line, to_row
 from alpha_optim.alpha.measurement import AlphaMeasurement
+from alpha_optim.alpha.records import GuardEvent
 from alpha_optim.alpha.window import window_alpha
 from alpha_optim.optimizer import AlphaGuided
 from alpha_optim.scheduler import AlphaScheduler
@@ -300,6 +301,7 @@ class _Recorder:
             last = known[-1].iteration if len(known) else optimizer.iteration - 1
             if optimizer.iteration and len(written) and written.iterations.max() > last:
                 _cut_after(path, last)
+            self._cut_what_was_not_told(path)
             with open(path, encoding="utf-8") as before:
                 told = (line for line in before if line.startswith((f'{{"{EVENT}"', f'{{"{NOTE}"')))
                 self._there = {json.dumps(from_line(line.encode())) for line in told}
@@ -311,6 +313,27 @@ class _Recorder:
         self._abandoned: list[tuple[int, int]] = []
         self._unsubscribe = optimizer.alpha_history.subscribe(self._measured)
 
+    def _cut_what_was_not_told(self, path: str | os.PathLike[str]) -> None:
+        """Cut off events and notes from after the checkpoint that the run goes on from."""
+        policy = getattr(self._scheduler, "policy", None)
+        told = [_event_row(event) for event in self._optimizer.guard_events]
+        told += _notes(getattr(policy, "phases", ()), getattr(policy, "story", ()))
+        texts = set(map(json.dumps, told))
+        with open(path, "rb") as file:
+            lines = file.readlines()
+        kept = []
+        for line in lines:
+            row = from_line(line)
+            entry = row.get(EVENT) or row.get(NOTE) or {}
+            if entry.get("iteration", -1) < self._optimizer.iteration or json.dumps(row) in texts:
+                kept.append(line)
+        if len(kept) < len(lines):
+            same = next(n for n, line in enumerate(lines) if n == len(kept) or line != kept[n])
+            with open(path, "rb+") as file:
+                file.truncate(sum(map(len, lines[:same])))
+                file.seek(0, os.SEEK_END)
+                file.writelines(kept[same:])
+
     def _measured(self, measurement: AlphaMeasurement) -> None:
         self._write([*self._told(), to_row(measurement)])
 
@@ -320,14 +343,8 @@ class _Recorder:
         events = self._optimizer.guard_events[-(so_far - self._events) :] if so_far > self._events else ()
         policy = getattr(self._scheduler, "policy", None)
         notes, phases = getattr(policy, "story", ()), getattr(policy, "phases", ())
-        rows: list[dict[str, Any]] = [
-            {EVENT: {name: to_json(value) for name, value in asdict(event).items()}} for event in events
-        ]
-        rows += [
-            {NOTE: {"iteration": iteration, "text": f"phase: {name}", "phase": name}}
-            for iteration, name in phases[self._phases :]
-        ]
-        rows += [{NOTE: {"iteration": iteration, "text": text}} for iteration, text in notes[self._notes :]]
+        rows = [_event_row(event) for event in events]
+        rows += _notes(phases[self._phases :], notes[self._notes :])
         self._events, self._notes, self._phases = so_far, len(notes), len(phases)
         abandoned = self._optimizer.alpha_history.abandoned
         if abandoned != self._abandoned:
@@ -345,6 +362,16 @@ class _Recorder:
         if not self._file.closed:
             self._write(self._told())
             self._file.close()
+
+
+def _event_row(event: GuardEvent) -> dict[str, Any]:
+    return {EVENT: {name: to_json(value) for name, value in asdict(event).items()}}
+
+
+def _notes(phases: Iterable[tuple[int, str]], story: Iterable[tuple[int, str]]) -> list[dict[str, Any]]:
+    """Rows of the phases of a search and of what it tells."""
+    rows = [{NOTE: {"iteration": n, "text": f"phase: {name}", "phase": name}} for n, name in phases]
+    return [*rows, *({NOTE: {"iteration": n, "text": text}} for n, text in story)]
 
 
 def _mend_last_line(path: str | os.PathLike[str]) -> None:

@@ -136,6 +136,8 @@ class Plan:
             return
         self._learned = dict(state["learned"])
         self._unaccounted = from_plain(dict[str, dict[str, str]], state.get("unaccounted", {}), "unaccounted")
-        if self.wanted == "auto":
-            self.choice = from_plain(Choice, state["choice"], "choice")
+        saved = from_plain(Choice, state["choice"], "choice")
+        possible = "gradients" not in (saved.name, self.choice.name)  # that one hangs on what was given, not on the run
+        if self.wanted == "auto" and possible:
+            self.choice = saved
         self._asked = from_plain(tuple[int, bool] | None, state["asked"], "asked")

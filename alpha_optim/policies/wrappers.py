@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -41,8 +42,12 @@ class _Around:
         """Tell the inner policy."""
         base.tell_event(self.policy, event)
 
-    def decide(self, iteration: int, given: float) -> base.Decision:
-        """Ask the inner policy."""
+    @property
+    def decide(self) -> Callable[[int, float], base.Decision] | None:
+        """What the inner policy decides, if it does: one that answers with factors is steered otherwise."""
+        return self._decided if base.decides(self.policy) else None
+
+    def _decided(self, iteration: int, given: float) -> base.Decision:
         return base.decision_of(self.policy, iteration, given)
 
     def limit(self, scale: float) -> None:
@@ -121,9 +126,9 @@ class Bounded(_Around):
         factor, self._product = product / self._product, product
         return factor
 
-    def decide(self, iteration: int, given: float) -> base.Decision:
+    def _decided(self, iteration: int, given: float) -> base.Decision:
         """Ask the inner policy; a scale it decides on is kept within the bounds."""
-        decision = super().decide(iteration, given)
+        decision = super()._decided(iteration, given)
         if decision.scale is None:
             return decision
         return replace(decision, scale=min(self.highest, max(self.lowest, decision.scale)))

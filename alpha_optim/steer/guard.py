@@ -75,6 +75,7 @@ class Guard:
         self._readings = Readings(model)
         self._losses: deque[tuple[int, float]] = deque(maxlen=KEPT)  # for the policy
         self.stepped = False  # whether a step was made from the last point
+        self._accepted_at = -1  # iteration of the batch that was used last
 
     def kept_parameters(self, params: Sequence[Tensor]) -> list[Tensor] | None:
         """The copy of the parameters from before the coming step, if it is kept on their device."""
@@ -97,10 +98,12 @@ class Guard:
     def forget(self) -> None:
         """Forget all points, and what the last loss was."""
         self._forget_points()
+        self._last.forget()
         self._before, self._broken.in_a_row = UNSEEN, 0
 
     def _forget_points(self) -> None:
-        self._last.forget()
+        """Forget the weights that could be gone back to; the buffers are still those from before the forward pass."""
+        self._last.forget_weights()
         self._risen.forget()
         self.stepped = False
 
@@ -136,14 +139,14 @@ class Guard:
         """A rise that was confirmed as an explosion turned out to be the data's: do not look at the next such."""
         self._risen.came_from_data(rise)
 
-    @property
-    def lacks_buffers(self) -> bool:
-        """Whether there are no buffers to put back yet."""
-        return self._model is not None and not self._last and not self._last.buffers
-
-    def keep_buffers(self) -> None:
-        """Keep the buffers as they are before the first forward pass."""
-        self._last.keep_buffers(self._model)
+    @torch.no_grad()
+    def model_is_about_to_be_called(self, params: Sequence[Tensor]) -> None:
+        """Without a point to go back to, keep the buffers, which the forward pass may change."""
+        if self._last and not self._last.buffers:
+            return  # the model has none
+        self.notice_edits(params)
+        if not self._last:
+            self._last.keep_buffers(self._model)
 
     # ---------------------------------------------------------------- judging
 
@@ -171,6 +174,10 @@ class Guard:
         if now.buffers_broke and self._broken.in_a_row < PATIENCE - 1:  # so many in a row seem to be meant
             self._broken.in_a_row += 1
             return self._skip(iteration, GuardReason.STATE_NOT_FINITE, now)
+        if iteration == self._accepted_at:  # a run goes on from where a hook for accepted points has saved it
+            self._last.keep(params, self._model, self._optimizer)
+            self._readings.accepted()
+            return Judgement(None, True)
         rose = self._risen.seen(now, self._before, self.stepped)
         if rose and self._risen.confirmed:
             judgement = self._take_back(iteration, GuardReason.LOSS_ROSE, now, params)
@@ -228,10 +235,12 @@ class Guard:
         broke = now.params_broke or (loss is not None and not math.isfinite(loss))
         if broke or self._risen.seen(now, self._before, self.stepped):
             reason = GuardReason.STATE_NOT_FINITE if broke else GuardReason.LOSS_ROSE
-            return self._take_back(iteration, reason, now, params).event
-        if now.buffers_broke:
-            return self._skip(iteration, GuardReason.STATE_NOT_FINITE, now).event
-        return None
+            event = self._take_back(iteration, reason, now, params).event
+        elif now.buffers_broke:
+            event = self._skip(iteration, GuardReason.STATE_NOT_FINITE, now).event
+        else:
+            event = None
+        return None if event is None else replace(event, skipped=False)  # there is no batch
 
     def report(self, report: Report, params: Sequence[Tensor], pass_broke: bool, gradients: bool = True) -> Report:
         """Add to a report to other ranks what is judged on this one; nothing is read from the device.
@@ -255,7 +264,7 @@ class Guard:
         if now.loss is not None:
             self._risen.used(now.loss)
             self._losses.append((iteration, now.loss))
-        self._before = now
+        self._before, self._accepted_at = now, iteration
 
     def _settle(self, iteration: int, rose: bool, now: Reading) -> GuardEvent | None:
         """Answer the question that an earlier batch has raised."""
@@ -301,6 +310,8 @@ class Guard:
     def _take_back(self, iteration: int, reason: GuardReason, now: Reading, params: Sequence[Tensor]) -> Judgement:
         """Put the point before the last step back."""
         restored = self.stepped and now.can_return and self._last.restore(params, self._model)
+        if not restored:
+            self._last.restore_buffers(self._model)
         self.stepped = False
         return Judgement(self._event(iteration, reason, now, restored), False)
 
@@ -316,6 +327,7 @@ class Guard:
             **self._broken.state_dict(),
             "losses": to_plain(self._losses),
             "stepped": self.stepped,
+            "accepted_at": self._accepted_at,
         }
 
     def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
@@ -326,8 +338,9 @@ class Guard:
             state["last"], params, self._model, self._optimizer
         )
         self.stepped = bool(state["stepped"]) and fits
+        self._accepted_at = int(state.get("accepted_at", -1))
         self._versions = None  # the model may be loaded after the optimizer
-        self._readings.load_state_dict(state["finite"] if fits else None)
+        self._readings.load_state_dict(state["finite"])
         self._before = Reading(*state["before"])
         self._risen.load_state_dict(state)
         if not fits:  # the point that it may doubt

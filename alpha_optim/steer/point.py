@@ -202,14 +202,18 @@ class Point:
 
     def forget(self) -> None:
         """Free the copies."""
+        self.forget_weights()
+        self._buffers: list[list[Tensor]] = []
+        self.buffers: list[list[Tensor]] = []
+        """Copies of the buffers, by module."""
+
+    def forget_weights(self) -> None:
+        """Free all copies but those of the buffers."""
         self._params: list[Tensor] = []
         self._shapes: list[torch.Size] = []
-        self._buffers: list[list[Tensor]] = []
         self._state: OptimizerState | None = None
         self.params: list[Tensor] = []
         """Copies of the parameters."""
-        self.buffers: list[list[Tensor]] = []
-        """Copies of the buffers, by module."""
 
     def __bool__(self) -> bool:
         """Whether a point is kept."""
@@ -287,10 +291,10 @@ class Point:
             model: The model.
 
         Returns:
-            False if it is not a point of these tensors: then nothing is written, and the point is forgotten.
+            False if it is not a point of these tensors: then nothing is written, and the weights are forgotten.
         """
         if not self.fits(params):
-            self.forget()
+            self.forget_weights()
             return False
         for param, kept in zip(params, self.params, strict=True):
             local(param).copy_(kept)

@@ -78,7 +78,7 @@ class GroupRates(Remembers, names={"factor": "factor_now"}):
         self._groups = list(map(id, groups))
 
     def take_over(self, groups: Sequence[Mapping[str, Any]], searching: bool = False) -> bool:
-        """Take over what somebody else has written since, as a ratio; during a search as the rates given.
+        """Take over what somebody else has written since, as a ratio; during a search as a rate given.
 
         The rates of a search have nothing to do with those given: the first are a hundred millionth of them.
 
@@ -97,7 +97,9 @@ class GroupRates(Remembers, names={"factor": "factor_now"}):
             return False
         self.foreign += 1
         if searching:
-            self.scheduled, self.peaks = list(now), list(map(peak_of, groups))
+            changed = [place for place, factor in enumerate(factors) if factor != 1.0]
+            for place in changed:
+                self.scheduled[place], self.peaks[place] = now[place], peak_of(groups[place])
             self.written = now
             return True
         plain = [rate / self.factor for rate in now]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from alpha_optim.user_warning import Once
@@ -10,6 +12,15 @@ UNSCHEDULED = 10
 """After so many steps without the scheduler's the user is reminded."""
 IDLE = 50
 """And after so many of the scheduler's without the optimizer's; a gradient scaler skips some, too."""
+
+
+def two_schedulers(names: Sequence[str]) -> str:
+    """What is wrong with schedulers of two optimizers of one model, whose types have these names."""
+    return (
+        f"another optimizer of this model ({names[0]}) already has an AlphaScheduler, and two of them would "
+        f"take back different steps; wrap both as one: AlphaGuided([{names[0].lower()}, {names[1].lower()}], "
+        "model, loss_fn), or detach() the other one if it is done"
+    )
 
 
 class Reminders:
@@ -22,33 +33,32 @@ class Reminders:
             loss_fn: The loss function that was given, if any.
         """
         self._loss_fn = loss_fn
-        self._scheduled_at: int | None = None
         self._idle = 0  # scheduler steps since the optimizer's last
         self._once = Once()
 
-    def scheduler_stepped(self, iteration: int) -> None:
+    def scheduler_stepped(self) -> None:
         """The scheduler was built or stepped."""
-        self._idle = self._idle + 1 if iteration == self._scheduled_at else 0
-        self._scheduled_at = iteration
+        self._idle += 1
         if self._idle > IDLE:
             self._once.say(
                 f"{IDLE} scheduler steps in which the optimizer made none: call step() of AlphaGuided, not "
                 "of the optimizer it wraps; if you do, every step is skipped (optimizer.guard_events says why)"
             )
 
-    def resumed(self, iteration: int) -> None:
+    def resumed(self) -> None:
         """The run goes on at another iteration."""
-        self._scheduled_at = None if self._scheduled_at is None else iteration
+        self._idle = 0
 
-    def after_step(self, iteration: int, measured: bool, saw_loss: bool) -> None:
+    def after_step(self, alone: int, measured: bool, saw_loss: bool) -> None:
         """Look at a step that was made.
 
         Args:
-            iteration: Number of steps made so far.
+            alone: How many were made since the scheduler's last.
             measured: Whether the step starts a pair.
             saw_loss: Whether its loss was seen.
         """
-        if self._scheduled_at is not None and iteration - self._scheduled_at > UNSCHEDULED:
+        self._idle = 0
+        if alone > UNSCHEDULED:
             self._once.say(
                 f"{UNSCHEDULED} optimizer steps without scheduler.step(): AlphaScheduler is stepped once per "
                 "optimizer step, not once per epoch; until then it changes no rate, and its guard rests"
@@ -74,6 +84,10 @@ class Reminders:
             "nor judged, and no rate is searched. Capture the model alone (torch.cuda.make_graphed_callables), or let "
             "torch.compile(mode='reduce-overhead') make the graphs."
         )
+
+    def two_schedulers(self, names: Sequence[str]) -> None:
+        """Two optimizers of one model are steered, and both make steps."""
+        self._once.say(two_schedulers(names))
 
     def ranks_leave(self) -> None:
         """Processes may leave the loop one after the other."""

@@ -161,11 +161,16 @@ class Several(Optimizer):
         """Take over a state dict of as many groups.
 
         Raises:
-            ValueError: If it has another number of groups.
+            ValueError: If it has another number of groups, or one of them another number of parameters; nothing is
+                changed then.
         """
         groups, offset, begin = state_dict["param_groups"], 0, 0
-        if len(groups) != len(self.param_groups):
-            raise ValueError(f"this state dict has {len(groups)} param groups, the optimizers {len(self.param_groups)}")
+        there, here = ([len(group["params"]) for group in entries] for entries in (groups, self.param_groups))
+        if there != here:
+            raise ValueError(
+                f"this state dict has param groups of {there} parameters, the optimizers have groups of {here}; "
+                "nothing was changed"
+            )
         for optimizer in self.optimizers:
             mine = groups[begin : begin + len(optimizer.param_groups)]
             count = sum(len(group["params"]) for group in mine)

@@ -29,7 +29,7 @@ from alpha_optim.observe.interrupts import uninterrupted
 from alpha_optim.observe.memory import Shortage, sparing
 from alpha_optim.observe.step_direction import parameters_of, rates_of, same_tensors
 from alpha_optim.policies.base import Place
-from alpha_optim.steer.reminders import Reminders
+from alpha_optim.steer.reminders import Reminders, two_schedulers
 from alpha_optim.steer.search import Search
 from alpha_optim.steer.supervision import Steering, Supervision
 
@@ -99,8 +99,14 @@ class Session:
         backend = self.plan.backend() if in_pair else None
         ended = self._started_before
         self.pairing.begin(self.optimizer, backend, self.iteration, starts, guard is not None, ranks, ended)
-        if guard is not None and guard.lacks_buffers and not self.supervision.rests(self.iteration):
-            self.pairing.iteration.before_forward = guard.keep_buffers
+        if guard is not None:
+            self.pairing.iteration.before_forward = self._model_is_about_to_be_called
+
+    def _model_is_about_to_be_called(self) -> None:
+        """Buffers change in the forward pass: those of a batch that is not used are put back to what they are now."""
+        guard = self.supervision.judges(self.iteration)
+        if guard is not None:
+            guard.model_is_about_to_be_called(parameters_of(self.optimizer))
 
     @property
     def _starts(self) -> bool:
@@ -120,9 +126,9 @@ class Session:
             steering: The scheduler.
             guard: Whether points are judged; ``"cpu"``: and kept in the memory of the CPU.
         """
-        self.scheduler_stepped()
         if self.plan.model is not None:
             _STEERED[self.plan.model] = weakref.ref(self)
+        self.scheduler_stepped()
         self.plan.ask_policy(steering.wants)
         self.supervision.steered(steering, guard)
         self.begin()
@@ -130,7 +136,10 @@ class Session:
     def scheduler_stepped(self) -> None:
         """The scheduler was built or stepped."""
         self.supervision.scheduler_stepped(self.iteration)
-        self.reminders.scheduler_stepped(self.iteration)
+        self.reminders.scheduler_stepped()
+        other = self._steered_last()
+        if other is not None and other is not self and other.iteration > 0 and not self._shares_parameters(other):
+            self.reminders.two_schedulers([type(session.optimizer).__name__ for session in (other, self)])
 
     @uninterrupted()
     def restore_point(self, place: Place) -> bool:
@@ -154,21 +163,21 @@ class Session:
         Raises:
             ValueError: If there is one.
         """
-        other = None if self.plan.model is None else _STEERED.get(self.plan.model, lambda: None)()
+        other = self._steered_last()
         # Of an earlier phase of training the other one has made steps, and this one none.
-        together = other is not None and other is not self and other.active and other.iteration == self.iteration
+        together = other is not None and other is not self and other.iteration == self.iteration
         if other is not None and together and not self._shares_parameters(other):
-            names = [type(session.optimizer).__name__ for session in (other, self)]
-            raise ValueError(
-                f"another optimizer of this model ({names[0]}) already has an AlphaScheduler, and two of them would "
-                f"take back different steps; wrap both as one: AlphaGuided([{names[0].lower()}, {names[1].lower()}], "
-                "model, loss_fn), or detach() the other one if it is done"
-            )
+            raise ValueError(two_schedulers([type(session.optimizer).__name__ for session in (other, self)]))
         if self.supervision.steering is not None:
             raise ValueError(
                 "this optimizer already has an AlphaScheduler, and only one can set its rates; combine "
                 "policies with Bounded and WithWarmup, and schedules with schedule="
             )
+
+    def _steered_last(self) -> Session | None:
+        """The session of this model to which a scheduler came last, if it is not detached."""
+        other = None if self.plan.model is None else _STEERED.get(self.plan.model, lambda: None)()
+        return other if other is not None and other.active else None
 
     def _shares_parameters(self, other: Session) -> bool:
         """Whether another session, perhaps of an earlier run, has parameters of this one."""
@@ -178,11 +187,11 @@ class Session:
     @uninterrupted()
     def detach(self) -> None:
         """Remove every hook; from here on the wrapped optimizer steps alone."""
-        self.pairing.close()
-        self.pairing.pending = None
         if self.active:
             self.supervision.nothing_seen()
         self.active = False
+        self.pairing.close()
+        self.pairing.pending = None
 
     @uninterrupted()
     def gradients_cleared(self, in_place: bool) -> None:
@@ -261,6 +270,8 @@ class Session:
             self._accepted = None
 
     def _step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
+        if self.supervision.steering is None and self.search.under_way:  # a state that was loaded without a scheduler's
+            self.search.goes_on(under_way=False, trial=False, over=True)
         if not self.active:
             self._tell_accepted()
             self.iteration += 1
@@ -312,7 +323,7 @@ class Session:
     def _after_unwatched(self) -> None:
         self.iteration += 1
         self._started_before = False
-        self.reminders.after_step(self.iteration, measured=False, saw_loss=False)
+        self.reminders.after_step(self.supervision.steps_alone(self.iteration), measured=False, saw_loss=False)
         self.supervision.step_made(self.iteration)
         self.begin()
 
@@ -453,7 +464,7 @@ class Session:
 
     def finish(self, loss: float | None) -> None:
         """Judge the point that the last step reached; see `AlphaScheduler.finish`."""
-        guard, ranks = self.supervision.guard, self.processes.ranks
+        guard, ranks = self.supervision.judges(self.iteration), self.processes.ranks
         if guard is None or not self.active:
             return
         self._judge_lost()
@@ -523,7 +534,7 @@ class Session:
         saw_loss = iteration.loss.mean is not None or iteration.losses_declined
         saw_loss = saw_loss or (together is not None and iteration.without_data())
         measured = pairing.pending is not None and iteration.gradients.any_seen
-        self.reminders.after_step(self.iteration, measured, saw_loss)
+        self.reminders.after_step(self.supervision.steps_alone(self.iteration), measured, saw_loss)
         if iteration.gradients.added_to_old and same_tensors(parameters_of(self.optimizer), iteration.params):
             self.reminders.not_cleared()
         self.supervision.step_made(self.iteration)
@@ -607,7 +618,7 @@ class Session:
                 self.plan.load_state_dict(state["plan"])
             else:  # an older one: the pending measurement is dropped, what was learned is learned anew
                 self.plan.load_state_dict(None)
-            self.reminders.resumed(self.iteration)
+            self.reminders.resumed()
             self.resumed_at = self.iteration
         self.supervision.load_state_dict(state, self.iteration)
         self.begin()

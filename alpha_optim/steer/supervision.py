@@ -75,7 +75,7 @@ class Supervision:
         self.steering: Steering | None = None
         self.guard: Guard | None = None
         self.events = GuardLog()
-        self._scheduled_at = 0  # iteration at which the scheduler was stepped last
+        self._scheduled_at: int | None = None  # iteration at which the scheduler was stepped last
         self._reached = 0  # steps before which another network's backward pass came through
         self._saved_guard: dict[str, Any] | None = None  # of a run that goes on, until there is a guard
 
@@ -95,13 +95,21 @@ class Supervision:
         """The scheduler was built or stepped."""
         self._scheduled_at = iteration
 
+    def steps_alone(self, iteration: int) -> int:
+        """How many steps were made since the scheduler's last; 0 without one."""
+        return 0 if self._scheduled_at is None else iteration - self._scheduled_at
+
     def rests(self, iteration: int) -> bool:
         """Whether nobody steps the scheduler, so that nothing is judged."""
-        return iteration - self._scheduled_at >= RESTS
+        return self.steps_alone(iteration) >= RESTS
 
     def step_made(self, iteration: int) -> None:
         """So many steps were made; a scheduler that was not stepped for long hears of it."""
-        if self.steering is not None and iteration - self._scheduled_at == UNSCHEDULED + 1:
+        if self.guard is None:
+            self._saved_guard = None  # its points are of a past that nobody has watched since
+        if self.steering is None:
+            self._scheduled_at = None
+        elif self.steps_alone(iteration) == UNSCHEDULED + 1:
             self.steering.not_stepped()
 
     def nothing_seen(self) -> None:
@@ -231,7 +239,7 @@ class Supervision:
         self._saved_guard, self.events, self._scheduled_at = None, GuardLog(), iteration
         if state is not None:
             self._saved_guard = state["guard"]
-            self._scheduled_at = int(state.get("scheduled_at", iteration))
+            self._scheduled_at = state.get("scheduled_at") or iteration  # of a run that nobody steered it knows none
             self.events.load_state_dict(state["events"])
         if self.guard is not None:
             self.guard = self._new_guard(self.guard.on_host)

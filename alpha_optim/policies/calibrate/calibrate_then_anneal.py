@@ -72,7 +72,8 @@ class CalibrateThenAnneal:
         if around and self._phase is not None:
             self._phase = Trials.begun(settings, 0.0, -math.inf, UNKNOWN, 0)
         self._held = HeldRate(total_steps)
-        self._given: float | None = None  # learning rate of the first group at scale 1
+        self._given: float | None = None  # learning rate of the first group at scale 1, when the search began
+        self._now: float | None = None  # and now, which is kept where none is found; others may have written it
         self._since = 0  # measurements of earlier iterations belong to another trial
         self._begun = False  # whether the start of the search is kept
         self._keep: Place | None = None
@@ -134,8 +135,12 @@ class CalibrateThenAnneal:
             return f"{math.exp(min(700.0, position)):.3g} times the rate given"
         return f"{self._given * math.exp(min(700.0, position)):.3g}"
 
+    def _in_rates(self, text: str) -> str:
+        """A text of a phase, its log rates as learning rates."""
+        return _RATE.sub(lambda match: self._shown(float(match[1])), text)
+
     def _tell(self, iteration: int, text: str, severity: int = logging.INFO) -> None:
-        text = _RATE.sub(lambda match: self._shown(float(match[1])), text)
+        text = self._in_rates(text)
         self._story.append((iteration, text))
         LOG.log(severity, "%s", text)
 
@@ -148,7 +153,7 @@ class CalibrateThenAnneal:
         if self._phase is None:
             self._hold(n, measurement.loss_start)
             return 1.0
-        rate = measurement.lr[0] if measurement.lr else 0.0
+        rate = (measurement.lr[0] or max(measurement.lr)) if measurement.lr else 0.0
         if n < self._since:
             return 1.0
         if measurement.status is AlphaStatus.NOT_FINITE:  # nobody judges steps; else there are no such measurements
@@ -173,12 +178,14 @@ class CalibrateThenAnneal:
                 self._go_on(self._phase.exploded(), event.iteration - 1)
         elif event.reason is GuardReason.NO_EFFECT:
             lowered, self._undo = self._undo, None
+            of_data = lowered is not None and bool(lowered["broken"])  # batches that are not finite tell of no level
             if lowered is not None:
                 self._held.rate_is(lowered)
-            self._held.level_accepted()
+            if not of_data:
+                self._held.level_accepted()
             if lowered is not None:
                 self._tell(event.iteration, f"going back did not help: {{{self._held.position}}} is held again")
-            if math.isfinite(event.loss_after):
+            if math.isfinite(event.loss_after) and not of_data:
                 self._envelope.ramp_from(event.iteration + self._envelope.skipped)
         elif event.restored:
             broken = event.reason is not GuardReason.LOSS_ROSE
@@ -220,16 +227,19 @@ class CalibrateThenAnneal:
     def _end(self, after: After, iteration: int, level: Level) -> None:
         """The search is over: hold what was found, or the rate given."""
         self._envelope.search_ended(iteration)
-        position = 0.0
+        position, shift, text = 0.0, self._shift(), self._in_rates(after.text)
+        self._given = self._now
         if after.found is None:
-            self._tell(iteration, f"{after.text}: {KEPT}", logging.WARNING)
+            self._tell(iteration, f"{text}: {KEPT}", logging.WARNING)
         else:
-            position = after.found + (BELOW_FOUND if self.anneal else 0.0)
+            position = after.found + shift + (BELOW_FOUND if self.anneal else 0.0)
             share = ", two thirds of it" if self.anneal else ""
-            self._tell(iteration, f"{after.text}; {{{position}}} is held{share}")
+            self._tell(iteration, f"{text}; {{{position}}} is held{share}")
             self._envelope.ramp_from(self._envelope.found_at)
         ended = after.ended if after.corrected else None
-        self._held.begin(position, level if after.corrected else None, after.highest, ended)
+        if ended is not None:
+            ended = ended._replace(worse_from=ended.worse_from + shift)
+        self._held.begin(position, level if after.corrected else None, after.highest + shift, ended)
         self._held.starts_after(iteration)
 
     def _level(self) -> Level:
@@ -252,24 +262,35 @@ class CalibrateThenAnneal:
 
     def limit(self, scale: float) -> None:
         """Look for no rate above a bound."""
-        highest = min(HIGHEST, math.log(scale)) if scale > 0.0 else HIGHEST
-        self._held.limit = highest
-        if self._phase is not None and self._phase.settings.highest != highest:
-            settings = replace(self._phase.settings, highest=highest)
-            position = min(self._phase.position, highest)
-            self._phase = replace(self._phase, settings=settings, position=position)  # type: ignore[type-var] # - a dataclass
+        self._held.limit = min(HIGHEST, math.log(scale)) if scale > 0.0 else HIGHEST
+
+    def _shift(self) -> float:
+        """The log of the rate given when the search began, in multiples of that given now."""
+        return 0.0 if self._given is None or self._now is None else math.log(self._given / self._now)
+
+    def _heed_limits(self, phase: Phase, iteration: int) -> Phase | None:
+        """The phase, within the highest rate allowed; None if it ends since the run has become too short for it."""
+        highest = min(HIGHEST, self._held.limit - self._shift())
+        if phase.settings.highest != highest:
+            settings = replace(phase.settings, highest=highest)
+            phase = replace(phase, settings=settings, position=min(phase.position, highest))  # type: ignore[type-var] # - a dataclass
+            self._phase = phase
+        if isinstance(phase, Trials) and not phase.settings.allows(phase.steps - phase.made):
+            self._go_on(phase.cut_short(), iteration - 1)
+        return self._phase
 
     def decide(self, iteration: int, given: float) -> Decision:
         """Say what the scale is, and which points to keep and to go back to."""
         if given > 0.0 and (self._given is None or self._phase is not None):  # later it is not the peak of a schedule
-            self._given = given
+            self._now = given
+            self._given = self._given or given
+        phase = None if self._phase is None else self._heed_limits(self._phase, iteration)
         keep, restore, self._keep, self._restore = self._keep, self._restore, None, None
         self._note_phase(iteration)
-        phase = self._phase
         if phase is None:
             return Decision(math.exp(self._held.now), keep, restore)
         return Decision(
-            math.exp(min(phase.position, phase.settings.highest)) * phase.factor,
+            math.exp(min(phase.position, phase.settings.highest) + self._shift()) * phase.factor,
             keep,
             restore,
             trial=True,
@@ -309,6 +330,7 @@ class CalibrateThenAnneal:
             "phase_state": {} if phase is None else to_plain(phase),
             "held": self._held.state_dict(),
             "given": self._given,
+            "given_now": self._now,
             "since": self._since,
             "begun": self._begun,
             "keep": self._keep,
@@ -324,17 +346,27 @@ class CalibrateThenAnneal:
         if "version" not in state:
             state = _of_version_1(state, self)
         self._held.load_state_dict(state["held"])
-        before = int(state["total_steps"])
+        before, here = int(state["total_steps"]), self._phase
         name = state["phase"]
         self._phase = None if name is None else from_plain(_PHASES[name], state["phase_state"], "phase_state")
         if before != self.total_steps:
             self._held.plan_anew(before)
+            self._plan_anew(trial_length(self.total_steps) if here is None else here.settings.trial)
         self._given, self._since = state["given"], int(state["since"])
+        self._now = state.get("given_now", self._given)
         self._keep, self._restore, self._begun = state["keep"], state["restore"], bool(state["begun"])
         self._envelope.load_state_dict(state)
         self._undo = state["undo"]
         self._story = from_plain(list[tuple[int, str]], state["story"], "story")
         self._phases = from_plain(list[tuple[int, str]], state.get("phases", []), "phases")
+
+    def _plan_anew(self, trial: int) -> None:
+        """The run has another length than the search was planned for; trials stay as long as those before them."""
+        phase = self._phase
+        if phase is not None:
+            trial = phase.settings.trial if isinstance(phase, Trials) else trial
+            settings = replace(phase.settings, total_steps=self.total_steps, trial=trial)
+            self._phase = replace(phase, settings=settings)  # type: ignore[type-var] # - a dataclass
 
 
 def _name_of(phase: Phase) -> str:
