@@ -184,6 +184,7 @@ def _without_checkpoints() -> Iterator[None]:
     with ExitStack() as stack:
         for name, plain in (
             ("_checkpoint_without_reentrant_generator", _around_nothing),
+            ("_checkpoint_without_reentrant_generator_impl", _around_nothing),  # the same, from torch 2.14 on
             ("CheckpointFunction", _CheckpointedAsItIs),
         ):
             if hasattr(torch_checkpoint, name):
