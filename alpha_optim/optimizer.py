@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -99,7 +100,12 @@ class AlphaGuided(Optimizer):
         check_arguments(optimizer, model, loss_fn, every, variance, sample_dim)
         self.optimizer = optimizer
         self._make_hooks()
-        self._session = Session(Plan(optimizer, model, loss_fn, every, backend, variance, sample_dim))
+        self._begin(Session(Plan(optimizer, model, loss_fn, every, backend, variance, sample_dim)))
+
+    def _begin(self, session: Session) -> None:
+        """Step with a session, whose hooks go with the wrapper: the loss function may serve the next run, too."""
+        self._session = session
+        weakref.finalize(self, session.close).atexit = False
 
     def _make_hooks(self) -> None:
         """What torch's own constructor makes, but for groups and state: those are the wrapped one's."""
@@ -364,7 +370,7 @@ class AlphaGuided(Optimizer):
         """Build the wrapper anew around a copied or unpickled optimizer."""
         self.optimizer = state["optimizer"]
         self._make_hooks()
-        self._session = Session(Plan(self.optimizer, *state["plan"]))
+        self._begin(Session(Plan(self.optimizer, *state["plan"])))
         self._session.load_state_dict(state["ours"])
         if not state["active"]:
             self._session.detach()

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Rprop
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from alpha_optim.alpha.records import GuardEvent, GuardReason
@@ -30,6 +31,7 @@ from alpha_optim.policies import CalibrateThenAnneal, TargetAlpha, base
 from alpha_optim.steer.checks import check_scheduler_state, check_scheduling, load_whole, sealed
 from alpha_optim.steer.explosions import ExplosionCuts
 from alpha_optim.steer.news import News
+from alpha_optim.steer.point import inner_optimizers
 from alpha_optim.steer.rates import GroupRates, clamped, rates_in
 from alpha_optim.steer.step_cycle import Session
 from alpha_optim.user_warning import Once
@@ -134,6 +136,11 @@ class AlphaScheduler(LRScheduler):
                 "maximize=True: the search looks for rates at which the loss falls, and here it is to rise. Train the "
                 "negated loss without maximize."
             )
+        if self._decision.searching and any(isinstance(part, Rprop) for part in inner_optimizers(optimizer)):
+            LOG.warning(
+                "Rprop takes its learning rate as the first size of its steps and then ignores it, so none is searched."
+            )
+            self._end_search(base.give_up)
 
     @property
     def _session(self) -> Session:

@@ -1,8 +1,10 @@
 """Calls in an unusual order: states loaded late or without the other one, guards that come and go, rates written."""
 
 import copy
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -386,3 +388,36 @@ def test_a_loop_that_takes_the_rates_over_in_a_search_leaves_no_point_in_memory(
             go(*run, [n])
     assert any("the policy rests" in str(warning.message) for warning in caught)
     assert not run[2].state_dict()["alpha_guided"]["search_points"]["points"]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_runs_with_one_loss_function_leave_nothing_behind(reduction):
+    """A sweep in a notebook: the names of the run before are bound anew, the loss and its graph among them."""
+    loss_fn, models = nn.CrossEntropyLoss(reduction=reduction), []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+        guided = AlphaGuided(torch.optim.Adam(model.parameters()), model, loss_fn)
+        assert len(loss_fn._forward_hooks) == 1
+        models.append(weakref.ref(model))
+        for n in range(5):
+            x, y = batch(n)
+            guided.zero_grad()
+            loss = loss_fn(model(x), y).mean()
+            loss.backward()
+            guided.step()
+        assert guided.alpha_history[-1].information == "full"
+        model(torch.randn(37, 8))  # an evaluation under autograd; a warning of the next run would be an error here
+        gc.collect()
+    assert [known() is not None for known in models] == [False, False, False, True]
+
+
+def test_rprop_has_no_rate_to_search(caplog):
+    torch.manual_seed(0)
+    model, loss_fn = nn.Linear(8, 4), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.Rprop(model.parameters(), lr=0.01), model, loss_fn)
+    scheduler = AlphaScheduler(guided, total_steps=200)
+    assert "Rprop" in caplog.text
+    go(model, loss_fn, guided, scheduler, range(3))
+    assert scheduler.policy.calibrated
+    assert guided.param_groups[0]["lr"] == pytest.approx(0.01)

@@ -368,6 +368,7 @@ def test_a_run_at_one_rate_suggests_none():
         (-0.7, 64, 0.3, "Steps end short of the minimum along their direction: the learning rate can grow."),
         (1.5, 64, 0.3, "Steps end far beyond the minimum along their direction: lower the learning rate."),
         (-0.2, 64, 5.0, "Alpha is not known well enough to tell."),
+        (-0.1, 64, 0.05, "Steps end a little short of the minimum along their direction, as they do at good"),
         (0.0, 8, 0.3, "Batches this small tell little: their alpha is near 0 at low and at good learning rates alike."),
     ],
 )
@@ -385,3 +386,37 @@ def test_the_rate_that_has_been_lowered_since_is_the_highest_of_the_descent():
         filled.append(measure_alpha(n, 1.0, start, end, (rate,)))
     said = str(diagnose(filled))
     assert said.startswith("balanced: At learning rates from 1 to 0.85, up to iteration 40:")
+
+
+def annealed(alphas, losses, noise=0.1):
+    """A rate held for 200 steps and annealed in 200; ``alphas`` and ``losses`` by step."""
+    rng, filled = np.random.default_rng(0), AlphaHistory()
+    for n in range(400):
+        loss = losses(n) + 0.01 * rng.normal()
+        start, end = Observation(64, -1.0, None, loss), Observation(64, alphas(n) + noise * rng.normal(), None, loss)
+        filled.append(measure_alpha(n, 1.0, start, end, (0.1 * min(1.0, (400 - n) / 200),)))
+    return diagnose(filled)
+
+
+def test_steps_that_do_not_fall_short_after_annealing_are_not_said_to():
+    assert "fall short" not in str(annealed(lambda n: 0.6, lambda n: 2.0 - 0.002 * n))
+    assert "which makes steps fall short" in str(
+        annealed(lambda n: 0.6 if n < 200 else -0.5, lambda n: 2.0 - 0.002 * n)
+    )
+
+
+@pytest.mark.parametrize("alpha", [-0.42, 1.17])
+def test_steps_that_lie_elsewhere_are_not_called_near_the_minimum_since_the_loss_has_fallen(alpha):
+    said = annealed(lambda n: alpha, lambda n: 1.0 if n < 200 else 1.0 - 0.004 * (n - 200), noise=4.0)
+    assert said.verdict != "balanced"
+
+
+def test_a_rate_that_was_just_annealed_is_not_to_be_lowered():
+    said = str(annealed(lambda n: 0.2, lambda n: 2.0 - 0.01 * min(n, 80)))
+    assert "no longer fell, and the rate has been lowered" in said
+    assert "Lower it" not in said
+
+
+def test_without_losses_it_is_not_known_whether_a_model_whose_steps_fall_short_still_learns():
+    assert "whether the model still learns is not known" in str(diagnose(history(-0.9)))
+    assert "still learns" not in str(diagnose(history(-0.9, losses=lambda n: 2.0 - 0.01 * n)))

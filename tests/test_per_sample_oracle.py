@@ -510,3 +510,50 @@ def test_of_terms_of_two_predictions_the_largest_weight_sets_the_scale(weights):
         sum(weight * loss_fn(output, y) for weight, output in zip(weights, model(x), strict=True)).backward()
         guided.step()
     check(list(guided.alpha_history), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("time_first", [False, True])
+@pytest.mark.parametrize("concatenated", [False, True])
+def test_ctc_losses_of_sequences_of_unequal_length(reduction, time_first, concatenated):
+    """CTCLoss wants time first, whatever the model's output is; its mean divides by the lengths of the targets."""
+    samples, steps, lengths = 6, 9, torch.tensor([4, 2, 3, 1, 4, 2])
+    seen = torch.tensor([9, 9, 7, 8, 9, 6])
+    loss_fn = nn.CTCLoss(reduction=reduction)
+
+    class Recurrent(nn.Module):
+        def __init__(self, time_first):
+            super().__init__()
+            self.cell, self.head = nn.GRU(6, 5, batch_first=not time_first), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.head(self.cell(x)[0]).log_softmax(-1)
+
+    def loss_of_one(output, target, n):
+        loss = F.ctc_loss(output.transpose(0, 1), target, seen[n : n + 1], lengths[n : n + 1], reduction="sum")
+        return loss / lengths[n] if reduction == "mean" else loss
+
+    def mean_loss(output, target):
+        return torch.stack([loss_of_one(output[n : n + 1], target[n : n + 1], n) for n in range(samples)]).mean()
+
+    torch.manual_seed(0)
+    twin = Recurrent(False).double()
+    model = Recurrent(time_first).double()
+    model.load_state_dict(twin.state_dict())
+    batches = [
+        (torch.randn(samples, steps, 6, dtype=torch.float64), torch.randint(1, 4, (samples, 4))) for _ in range(4)
+    ]
+    expected = observe_run(twin, loss_of_one, mean_loss, OPTIMIZERS["momentum"](twin.parameters()), batches)
+    # A sum is sent backward as a mean, so that both make the same steps.
+    guided = AlphaGuided(
+        OPTIMIZERS["momentum"](model.parameters()), model, loss_fn, variance="exact", sample_dim=int(time_first)
+    )
+    for x, target in batches:
+        guided.zero_grad()
+        output = model(x.transpose(0, 1) if time_first else x)
+        output = output if time_first else output.transpose(0, 1)
+        flat = torch.cat([row[:length] for row, length in zip(target, lengths, strict=True)])
+        loss = loss_fn(output, flat if concatenated else target, seen, lengths)
+        (loss / samples if reduction == "sum" else loss).backward()
+        guided.step()
+    check(list(guided.alpha_history), expected)

@@ -91,19 +91,21 @@ def diagnose(history: AlphaHistory, events: Sequence[GuardEvent] = ()) -> Diagno
     """
     recent = history.lasting(WINDOW)
     window, diverges = window_alpha(recent), _diverges(recent, events)
+    falls_short = _surely_short(window)
     before = [] if diverges or not _may_fall_short_on_purpose(recent, window) else _before_lowering(history)
     if before:
         recent = before[-WINDOW:]
         window = window_alpha(recent)
     verdict, cause = ("diverging", diverges) if diverges else _verdict(history, recent, window)
-    if before and verdict == "unknown" and _fell_since(history, recent):
+    if before and verdict == "unknown" and SHORT <= window.alpha <= FAR and _fell_since(history, recent):
         verdict, cause = "balanced", f"{_steps_end(window.alpha)}; the loss has fallen with the rate since."
     if before:
         first, last = (f"{item.lr[0]:.2g}" for item in (recent[0], recent[-1]))
         rates = f"a learning rate of {first}" if first == last else f"learning rates from {first} to {last}"
+        so = ", which makes steps fall short" if falls_short else ""
         cause = (
             f"At {rates}, up to iteration {recent[-1].iteration}: {cause[0].lower()}{cause[1:]} Since then the rate "
-            "was lowered further, which makes steps fall short."
+            f"was lowered further{so}."
         )
     suggested = rate_from_climbs(history.lasting())  # a search that took its climb back has found a rate itself
     if suggested is not None and not _agrees(verdict, suggested, recent):
@@ -135,8 +137,11 @@ def _verdict(
         return "unknown", "Nothing has been measured yet; an alpha is known after two steps."
     if count < FEWEST or not math.isfinite(std):
         return "unknown", f"Too few measurements: {FEWEST} are needed."
-    if alpha + CERTAIN * std < SHORT:
-        return "undershooting", "Steps end short of the minimum along their direction: the learning rate can grow."
+    if _surely_short(window):
+        unseen = " No losses are seen, so whether the model still learns is not known." if _unseen(recent) else ""
+        return "undershooting", (
+            f"Steps end short of the minimum along their direction: the learning rate can grow.{unseen}"
+        )
     if alpha - CERTAIN * std > FAR:
         return "overshooting", "Steps end far beyond the minimum along their direction: lower the learning rate."
     if alpha > FAR:
@@ -147,6 +152,11 @@ def _verdict(
     large = bool(recent) and sorted(item.samples_start for item in recent)[len(recent) // 2] >= LARGE
     # Near 0 means a good rate for large batches, and nothing at all for tiny ones.
     if not alpha - CERTAIN * std > (SHORT if large else 0.0):
+        if large and alpha + CERTAIN * std < 0.0:
+            return "unknown", (
+                "Steps end a little short of the minimum along their direction, as they do at good learning rates and "
+                "at rates that are a little too low."
+            )
         return "unknown", (
             "Alpha is not known well enough to tell." if large
             else "Batches this small tell little: their alpha is near 0 at low and at good learning rates alike."
@@ -159,6 +169,8 @@ def _verdict(
             "The loss fell and rises again since: the learning rate may have become too high, which alpha does not "
             "show. Lower it to find out."
         )
+    if trend is _Trend.STANDS and _lowered(recent[0], history[-1]):
+        return "unknown", "The loss no longer fell, and the rate has been lowered."
     if trend is _Trend.STANDS:
         return "unknown", (
             "The loss no longer falls: training is done at this learning rate, or the rate is too high, which alpha "
@@ -171,10 +183,25 @@ def _verdict(
     return "balanced", f"{_steps_end(alpha)}{said}"
 
 
+def _surely_short(window: WindowAlpha) -> bool:
+    """Whether steps surely end short of the minimum along their direction."""
+    return window.alpha + CERTAIN * window.alpha_std < SHORT
+
+
+def _unseen(recent: Sequence[AlphaMeasurement]) -> bool:
+    """Whether losses of a window are not known."""
+    return any(not math.isfinite(item.loss_start) for item in recent)
+
+
+def _lowered(early: AlphaMeasurement, late: AlphaMeasurement) -> bool:
+    """Whether the rate was lowered by half at least in between."""
+    return bool(early.lr and late.lr) and late.lr[0] < LOWERED * early.lr[0]
+
+
 def _may_fall_short_on_purpose(recent: Sequence[AlphaMeasurement], window: WindowAlpha) -> bool:
     """Whether the rate falls over the window, or its steps surely fall short: else they tell of the rate they have."""
     rates = [item.lr[0] for item in recent if item.lr]
-    return window.alpha + CERTAIN * window.alpha_std < SHORT or (bool(rates) and rates[-1] < rates[0])
+    return _surely_short(window) or (bool(rates) and rates[-1] < rates[0])
 
 
 def _before_lowering(history: AlphaHistory) -> list[AlphaMeasurement]:
@@ -184,7 +211,7 @@ def _before_lowering(history: AlphaHistory) -> list[AlphaMeasurement]:
         if not item.lr or (falling and not item.lr[0] >= falling[-1].lr[0]):
             break
         falling.append(item)
-    if not falling or not falling[0].lr[0] < LOWERED * falling[-1].lr[0]:
+    if not falling or not _lowered(falling[-1], falling[0]):
         return []
     before = [item for item in reversed(falling) if item.lr[0] >= NEAR * falling[-1].lr[0]]
     return before if len(before) >= FEWEST else []
@@ -229,7 +256,7 @@ class _Trend(Enum):
 def _trend(recent: Sequence[AlphaMeasurement]) -> _Trend:
     """Say where the loss goes; that it stands, or not yet, only a full window tells."""
     losses = np.array([item.loss_start for item in recent])
-    if not np.isfinite(losses).all():
+    if _unseen(recent):
         return _Trend.UNSEEN
     rise, noise = _halves(losses[len(losses) // 2 :])
     if rise > RISES * noise:

@@ -98,9 +98,20 @@ class LossHooks:
     def _failed(self, error: BaseException) -> None:
         self._iteration().passes.failed(error)
 
-    def _on_backward(self, loss: Tensor, call: Callable[[Tensor], None]) -> None:
-        """Call a function with the gradient that reaches a loss."""
-        loss.register_hook(of_gradient(call, self._failed))
+    def _on_backward(self, loss: Tensor, call: Callable[[LossHooks, Tensor], None]) -> None:
+        """Call a function with these hooks and the gradient that reaches a loss.
+
+        A loss often outlives the run, too: one that kept these hooks would hand them on to the next run, whose loss
+        function is the same.
+        """
+        alive = weakref.ref(self)
+
+        def run(gradient: Tensor) -> None:
+            hooks = alive()
+            if hooks is not None:
+                call(hooks, gradient)
+
+        loss.register_hook(of_gradient(run, weakly(self._failed)))
 
     # ---------------------------------------------------------------- losses handed over, or of reduction "none"
 
@@ -108,7 +119,7 @@ class LossHooks:
         """The backward pass of the mean of ``losses`` is about to run: report it when it starts."""
         call = self._call_of(losses, losses.detach().mean(), torch.ones_like(mean), explicit=True)
         call = replace(call, seen_at_output=self._followed(losses, mean))
-        self._on_backward(mean, lambda _gradient: self._report(call))
+        self._on_backward(mean, lambda hooks, _gradient: hooks._report(call))
 
     def hand_over(self, losses: Tensor) -> LossCall:
         """Return handed over losses as a call; reports their factor to the backward pass, if it comes."""
@@ -116,7 +127,7 @@ class LossHooks:
         if values.dim() == 0:
             call = LossCall(values.clone(), None, None, explicit=True, complete=False)
             if losses.requires_grad:
-                self._on_backward(losses, lambda g: self._report(replace(call, gamma=g.detach())))
+                self._on_backward(losses, lambda hooks, g: hooks._report(replace(call, gamma=g.detach())))
             return call
         if losses.requires_grad:
             self.watch(losses, explicit=True)
@@ -130,17 +141,17 @@ class LossHooks:
         samples, fitting = self._samples_of(values.shape)
         self._followed(losses, None)
 
-        def weighted(weights: Tensor) -> None:
+        def weighted(hooks: LossHooks, weights: Tensor) -> None:
             total = weights.sum()
             products = weights * values
             individual = folded(products, samples, sample_dim) if fitting else None
             if individual is not None:
                 individual = individual * (samples / total)
-            if not explicit and not self._evenly(weights, values):
-                self._iteration().losses_declined = True  # what is sent backward is a function of them nobody has seen
+            if not explicit and not hooks._evenly(weights, values):
+                hooks._iteration().losses_declined = True  # what is sent backward is a function of them nobody has seen
                 return
             call = LossCall(products.sum() / total, individual, samples, total, explicit, order, fitting, not fitting)
-            self._report(call.judging(prediction))
+            hooks._report(call.judging(prediction))
 
         self._on_backward(losses, weighted)
 
@@ -209,12 +220,10 @@ class LossHooks:
             self.watch(output, explicit=False, prediction=prediction)
             return
         samples, fitting = None, False
-        has_rows = isinstance(first, Tensor) and first.dim() > 0
-        if isinstance(first, Tensor) and first.dim() > 0:
-            # One entry per row: the dimension of the classes is none of rows.
-            per_class = isinstance(loss_fn, _CLASSES) and first.dim() > 1
-            shape = first.shape
-            samples, fitting = self._samples_of(torch.Size((shape[0], *shape[2:])) if per_class else shape)
+        shape = shape_of_rows(loss_fn, first)
+        has_rows = shape is not None
+        if shape is not None:
+            samples, fitting = self._samples_of(shape)
         scale = self._scale(loss_fn, args, kwargs, samples)
         mean = output.detach() if scale is None else output.detach() / scale
         individual, complete = None, fitting and known_reduction(loss_fn)
@@ -244,10 +253,10 @@ class LossHooks:
         self._calls += 1
         order = self._calls
 
-        def start(gradient: Tensor) -> None:
+        def start(hooks: LossHooks, gradient: Tensor) -> None:
             gamma = gradient.detach() if scale is None else gradient.detach() * scale
             call = LossCall(mean, individual, samples, gamma, False, order, complete, subset)
-            self._report(replace(call, seen_at_output=seen_at_output).judging(prediction))
+            hooks._report(replace(call, seen_at_output=seen_at_output).judging(prediction))
 
         self._on_backward(output, start)
 
@@ -485,6 +494,17 @@ def matches_loss(entry: BackwardPass, calls: list[ModelCall]) -> bool:
     return True
 
 
+def shape_of_rows(loss_fn: nn.Module, first: Any) -> torch.Size | None:
+    """Shape of the losses of the rows, given the first argument of a call; None if there are no rows."""
+    if not isinstance(first, Tensor) or first.dim() == 0:
+        return None
+    if isinstance(loss_fn, nn.CTCLoss):  # time first, and classes last
+        return first.shape[1:2] if first.dim() == 3 else None
+    # One entry per row: the dimension of the classes is none of rows.
+    per_class = isinstance(loss_fn, _CLASSES) and first.dim() > 1
+    return torch.Size((first.shape[0], *first.shape[2:])) if per_class else first.shape
+
+
 def known_reduction(loss_fn: nn.Module) -> bool:
     """Whether a loss function says how it reduces the losses of its rows."""
     return getattr(loss_fn, "reduction", None) in ("mean", "sum", "batchmean")
@@ -507,7 +527,8 @@ def rows_of(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tensor, graph: 
     if not known_reduction(loss_fn) or not (args or kwargs):
         return None
     first = args[0] if args else next(iter(kwargs.values()))
-    if not isinstance(first, Tensor) or first.dim() == 0:
+    shape = shape_of_rows(loss_fn, first)
+    if not isinstance(first, Tensor) or shape is None:
         return None
     single = _unreduced(loss_fn)
     ours = not type(loss_fn).__module__.startswith("torch.nn.")
@@ -526,9 +547,12 @@ def rows_of(loss_fn: nn.Module, args: Any, kwargs: Any, reduced: Tensor, graph: 
                 values = single.forward(*args, **kwargs)  # torch's own losses draw no random numbers
     except Exception:  # whatever a loss raises that knows no "none"; told once by the caller
         return None
-    if not isinstance(values, Tensor) or values.dim() == 0 or values.shape[0] != first.shape[0]:
+    if not isinstance(values, Tensor) or values.dim() == 0 or values.shape[0] != shape[0]:
         return None
     values = at_least_float32(values)
+    if type(loss_fn) is nn.CTCLoss and reduction == "mean":
+        lengths = args[3] if len(args) > 3 else kwargs["target_lengths"]
+        values = values / torch.as_tensor(lengths, device=values.device).clamp_min(1)
     if type(loss_fn) in _CLASSES:  # a subclass may divide by something else
         return Rows(values, total_weight(args, kwargs, loss_fn.ignore_index, loss_fn.weight, values.numel()))
     if reduction == "sum":

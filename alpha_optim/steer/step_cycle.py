@@ -189,6 +189,11 @@ class Session:
         """Remove every hook; from here on the wrapped optimizer steps alone."""
         if self.active:
             self.supervision.nothing_seen()
+        self.close()
+
+    @uninterrupted()
+    def close(self) -> None:
+        """Remove every hook."""
         self.active = False
         self.pairing.close()
         self.pairing.pending = None
