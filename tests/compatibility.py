@@ -56,7 +56,7 @@ HEAD = """# What it works with
 
 Written by `python -m tests.compatibility` from the marks on the tests; each row names the test that shows it.
 *supported*: works as without alpha, and alpha is measured or the reason why not is said. *refused*: an error
-that says what to do instead. Shown on a CPU with torch 2.13, Lightning 2.6, Accelerate 1.15 and
+that says what to do instead. Shown on a CPU with torch 2.13 and 2.14.1, Lightning 2.6, Accelerate 1.15 and
 Transformers 5.24, the rows of a GPU on one H100 with torch 2.11; with torch 2.6, the oldest that is supported, the same
 tests pass but for what that has not (Muon; `fully_shard` on CPUs, which are skipped).
 

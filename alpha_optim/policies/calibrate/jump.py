@@ -31,8 +31,8 @@ NEAR = 1.0
 
 
 NO_LOSSES = (
-    "no losses were seen (give AlphaGuided the loss_fn, or optimizer.backward the losses of the samples, [N], or "
-    "optimizer.record_losses the loss)"
+    "no losses were seen that can be used (a warning says why, if there was one; else give AlphaGuided the loss_fn, or "
+    "optimizer.backward the losses of the samples, [N], or optimizer.record_losses the loss)"
 )
 
 
