@@ -408,8 +408,8 @@ class AlphaScheduler(LRScheduler):
             self._end_search(base.cut_short)
             self._once.say(
                 "a param group is added while the learning rate is searched, so the search ends: with the best trial "
-                "so far or, if there is none, where it began and at the rates given. Add groups before training, or "
-                "once the search is over (print(scheduler) says so)."
+                "so far or, if there is none, where it began, at half of what its climb found or at the rates given. "
+                "Add groups before training, or once the search is over (print(scheduler) says so)."
             )
 
     @contextmanager

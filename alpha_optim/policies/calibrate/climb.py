@@ -16,7 +16,7 @@ from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.window import ratio_of_sums, rise_of_steps, rises_by_itself, rises_of
 from alpha_optim.policies.calibrate.phase import After
 from alpha_optim.policies.calibrate.settings import Settings
-from alpha_optim.policies.calibrate.trials import STEP, Trials
+from alpha_optim.policies.calibrate.trials import STEP, WITHOUT_TRIALS, Trials
 
 PACE = math.log(10.0) / 9
 """Change of the log rate per step: a decade in nine."""
@@ -30,9 +30,6 @@ FURTHER = math.log(1e3)
 SOON = 14
 """Where the loss rose within so many steps and never fell the climb began too high: once more from so far below. As far
 above the knee a climb ends, further than those of losses that rise again have come."""
-WITHOUT_TRIALS = math.log(2.0)
-"""Without trials the rate lies so far below that of the lowest loss: the loss falls on for a while at rates that are
-already too high."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ FEWEST_SCORED, SHARE_SCORED = 10, 5
 EQUAL = 2.0
 """Scores that differ by fewer standard errors of the difference are equal. Then the mean of their log rates is taken,
 and the trial at the lowest is gone on from: what too high a rate does to a network shows in the loss later."""
+WITHOUT_TRIALS = math.log(2.0)
+"""Without trials the rate lies so far below that of the lowest loss: the loss falls on for a while at rates that are
+already too high."""
 FIRST = 3
 """So many losses of a trial, at rates that have hardly grown, tell where it began."""
 LOOK = 5
@@ -228,7 +231,11 @@ class Trials:
         return [where for where, score, own in self.scores if score <= lowest + EQUAL * math.hypot(error, own)]
 
     def cut_short(self) -> After:
-        """Go on from the best trial so far, or from the start at the rate given: the run is about to end."""
+        """Go on from the best trial so far; without one from the start, at what the climb says or at the rate given."""
+        if math.isnan(self.kept) and self.fell and not self.scores:
+            found = self.position - WITHOUT_TRIALS
+            text = f"{CUT_SHORT.text}; half of the rate at which the climb's loss was lowest is taken"
+            return After(None, restore="start", found=found, highest=self.position, text=text)
         if math.isnan(self.kept) or not self._fell():
             return CUT_SHORT
         return self._over("best", f"{CUT_SHORT.text}; the best rate so far is")
