@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from alpha_optim import AlphaGuided
 from tests.loops import FIELDS, check_same, make_batches, make_model, plain_run, train, wrap
@@ -177,3 +178,32 @@ def test_a_loss_function_that_draws_random_numbers_and_counts_its_calls_is_left_
     (bare, calls), (guided, same_calls) = run(False), run(True)
     assert torch.equal(bare, guided)
     assert calls == same_calls == 4.0
+
+
+@pytest.mark.filterwarnings("ignore:no slopes of single samples")
+def test_terms_that_a_model_returns_in_a_dict_are_the_loss_as_far_as_they_are_sent_backward():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.kinds, self.boxes = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+
+        def forward(self, x, y):
+            seen = torch.tanh(self.body(x))
+            return {
+                "kind": F.cross_entropy(self.kinds(seen), y),
+                "box": self.boxes(seen).square().mean(),
+                "unused": self.boxes(seen).abs().mean(),
+            }
+
+    torch.manual_seed(0)
+    model, sent = Detector(), []
+    optimizer = AlphaGuided(torch.optim.Adam(model.parameters(), lr=0.01), model)
+    for _ in range(6):
+        optimizer.zero_grad()
+        losses = model(torch.randn(8, 6), torch.randint(0, 3, (8,)))
+        loss = losses["kind"] + 0.25 * losses["box"]
+        loss.backward()
+        optimizer.step()
+        sent.append(loss.item())
+    assert [m.loss_start for m in optimizer.alpha_history] == pytest.approx(sent[:-1])
+    assert [m.loss_end for m in optimizer.alpha_history] == pytest.approx(sent[1:])

@@ -126,6 +126,12 @@ def returned_loss(output: Any) -> tuple[Tensor, int] | None:
     return (found, places[0]) if places else None
 
 
+def returned_terms(output: Any) -> list[Tensor]:
+    """The terms of the loss that a model returned in a dict of nothing else, as detectors do; the loop adds them up."""
+    tensors = list(tensors_in(output)) if isinstance(output, Mapping) else []
+    return tensors if all(tensor.dim() == 0 and tensor.requires_grad for tensor in tensors) else []
+
+
 NEAR = 200
 """So many operations a loss lies at most above the output it is made from."""
 
@@ -275,8 +281,8 @@ class ModelHooks:
                 [tensor._version for tensor in tensors] if iteration.follows_losses else [],
             )
         iteration.model_called(samples, (args, kwargs), [tensor.shape for tensor in tensors], call)
-        if loss is not None:
-            iteration.loss_returned(loss[0], samples, kwargs.get("num_items_in_batch"))
+        for term in returned_terms(output) if loss is None else [loss[0]]:
+            iteration.loss_returned(term, samples, kwargs.get("num_items_in_batch"))
         for place, tensor in differentiable:
             _register_first(tensor, _arrival(self, samples, call, place))
         return replaced
