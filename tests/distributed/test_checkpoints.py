@@ -168,6 +168,7 @@ def both_ways(rank, size):
 def test_a_rank_dies_and_the_run_goes_on(tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+        "--monitor-interval=5",  # else the other rank may be stopped before it has noticed
         "-m", "tests.distributed.dying_run", str(tmp_path),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
