@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Rprop
@@ -51,6 +51,24 @@ RECOVERY = 1.3
 
 SMALLEST = 1e-200
 """A factor that stands for 0 where the bound ``min_lr`` makes rates of it, whose ratios are kept."""
+
+
+class Cooling(NamedTuple):
+    """The way down that `AlphaScheduler.cool_down` has begun.
+
+    Attributes:
+        begin: Progress at which it began.
+        steps: Its length.
+        highest: The highest envelope of the policy since: a warm-up is finished, and no other decay is heard of.
+    """
+
+    begin: int
+    steps: int
+    highest: float = 0.0
+
+    def left(self, progress: int) -> float:
+        """What it multiplies the rates by."""
+        return max(0.0, 1.0 - (progress - self.begin) / self.steps)
 
 
 class AlphaScheduler(LRScheduler):
@@ -122,8 +140,7 @@ class AlphaScheduler(LRScheduler):
         self._once = Once()
         self._cut: float | None = None  # of the rates of a loop that owns them; None: they are ours
         self._sparse = 0  # calls after several steps, during a search
-        # Progress at which `cool_down` began, its steps, and the highest envelope of the policy since.
-        self._cooling: tuple[int, int, float] | None = None
+        self._cooling: Cooling | None = None
         self._rates = GroupRates(optimizer.param_groups)
         self._inside_step = False  # whether the rates are cut for a step
         self._news = News(optimizer._session.progress, optimizer.iteration)
@@ -254,18 +271,11 @@ class AlphaScheduler(LRScheduler):
         if self._cut is not None:
             self._once.say("cool_down() changes nothing: the rates are the training loop's, which writes them itself.")
         self._end_search(base.cut_short)
-        left = self._cooled()
+        left = 1.0 if self._cooling is None else self._cooling.left(self._session.progress)
         if left > 0.0:
             self.scale *= left
-            self._cooling = (self._session.progress, int(steps), 0.0)
+            self._cooling = Cooling(self._session.progress, int(steps))
         self._write()
-
-    def _cooled(self) -> float:
-        """What `cool_down` multiplies the rates by."""
-        if self._cooling is None:
-            return 1.0
-        begin, steps, _ = self._cooling
-        return max(0.0, 1.0 - (self._session.progress - begin) / steps)
 
     def _decide(self, iteration: int) -> None:
         """Ask a policy that searches for the scale, and for what is to be done with the points it keeps."""
@@ -481,9 +491,8 @@ class AlphaScheduler(LRScheduler):
             )
         if self._cooling is None:
             return envelope
-        begin, steps, highest = self._cooling
-        self._cooling = (begin, steps, max(highest, envelope))
-        return max(highest, envelope) * self._cooled()
+        self._cooling = self._cooling._replace(highest=max(self._cooling.highest, envelope))
+        return self._cooling.highest * self._cooling.left(progress)
 
     def _set_rates(self, rates: list[float]) -> None:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -543,7 +552,7 @@ class AlphaScheduler(LRScheduler):
         self._step_count = int(state_dict["step_count"])
         self._cut, self._sparse = state_dict.get("cut"), int(state_dict.get("sparse", 0))
         cooling = state_dict.get("cooling")
-        self._cooling = None if cooling is None else (int(cooling[0]), int(cooling[1]), float((*cooling, 0.0)[2]))
+        self._cooling = None if cooling is None else Cooling(*cooling)  # of two numbers in earlier versions
         self._once.said = set(state_dict.get("said", ()))
         self.last_epoch = self._news.progress
         self._decision = from_plain(base.Decision, state_dict.get("decision", {}), "decision")

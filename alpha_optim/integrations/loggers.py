@@ -301,10 +301,7 @@ class _Recorder:
             last = known[-1].iteration if len(known) else optimizer.iteration - 1
             if optimizer.iteration and len(written) and written.iterations.max() > last:
                 _cut_after(path, last)
-            self._cut_what_was_not_told(path)
-            with open(path, encoding="utf-8") as before:
-                told = (line for line in before if line.startswith((f'{{"{EVENT}"', f'{{"{NOTE}"')))
-                self._there = {json.dumps(from_line(line.encode())) for line in told}
+            self._there = self._cut_what_was_not_told(path)
         else:
             AlphaHistory().save(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open while training runs
@@ -313,26 +310,32 @@ class _Recorder:
         self._abandoned: list[tuple[int, int]] = []
         self._unsubscribe = optimizer.alpha_history.subscribe(self._measured)
 
-    def _cut_what_was_not_told(self, path: str | os.PathLike[str]) -> None:
-        """Cut off events and notes from after the checkpoint that the run goes on from."""
+    def _cut_what_was_not_told(self, path: str | os.PathLike[str]) -> set[str]:
+        """Cut off events and notes from after the checkpoint that the run goes on from; returns those that stay."""
         policy = getattr(self._scheduler, "policy", None)
         told = [_event_row(event) for event in self._optimizer.guard_events]
         told += _notes(getattr(policy, "phases", ()), getattr(policy, "story", ()))
-        texts = set(map(json.dumps, told))
-        with open(path, "rb") as file:
-            lines = file.readlines()
-        kept = []
-        for line in lines:
-            row = from_line(line)
-            entry = row.get(EVENT) or row.get(NOTE) or {}
-            if entry.get("iteration", -1) < self._optimizer.iteration or json.dumps(row) in texts:
-                kept.append(line)
-        if len(kept) < len(lines):
-            same = next(n for n, line in enumerate(lines) if n == len(kept) or line != kept[n])
-            with open(path, "rb+") as file:
-                file.truncate(sum(map(len, lines[:same])))
-                file.seek(0, os.SEEK_END)
-                file.writelines(kept[same:])
+        texts, there = set(map(json.dumps, told)), set()
+        begins = tuple(f'{{"{name}"'.encode() for name in (EVENT, NOTE))
+        with open(path, "rb+") as file:
+            same, behind = 0, []  # bytes before the first line that goes, and the lines behind it that stay
+            cut = False
+            for line in file:
+                if line.startswith(begins):
+                    row = from_line(line)
+                    text, entry = json.dumps(row), row.get(EVENT) or row.get(NOTE) or {}
+                    if entry.get("iteration", -1) >= self._optimizer.iteration and text not in texts:
+                        cut = True
+                        continue
+                    there.add(text)
+                if cut:
+                    behind.append(line)
+                else:
+                    same += len(line)
+            file.truncate(same)
+            file.seek(same)
+            file.writelines(behind)
+        return there
 
     def _measured(self, measurement: AlphaMeasurement) -> None:
         self._write([*self._told(), to_row(measurement)])
