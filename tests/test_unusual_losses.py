@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from alpha_optim import AlphaGuided
 from tests.loops import check_same, make_batches, make_model, plain_run, train, wrap
@@ -75,6 +76,47 @@ def test_two_batches_of_different_size_in_one_backward_pass_have_slopes_only(kin
             sum(loss_fn(model(x), y) for x, y in (first, second)).backward()
             guided.step()
     assert [m.information for m in guided.alpha_history] == ["slopes"] * 2
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_two_backward_passes_through_one_call_are_of_the_same_samples(kind, handed_over):
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = make_model(), make_model(1)
+
+        def forward(self, x):
+            return self.first(x), self.second(x)
+
+    def train_by(passes):
+        torch.manual_seed(0)
+        model, loss_fn = Heads(), nn.CrossEntropyLoss()
+        guided = wrap(model, None if handed_over else loss_fn, kind)
+        for x, y in make_batches(6):
+            guided.zero_grad()
+            terms = [functional.cross_entropy(output, y, reduction="none") for output in model(x)]
+            if handed_over and passes == 1:
+                guided.backward(sum(terms))
+            elif handed_over:
+                for losses in terms:
+                    guided.backward(losses)
+            elif passes == 1:
+                sum(loss_fn(output, y) for output in model(x)).backward()
+            else:
+                for loss in [loss_fn(output, y) for output in model(x)]:
+                    loss.backward(retain_graph=True)
+            guided.step()
+        return guided.alpha_history
+
+    together = train_by(1)
+    with pytest.warns(UserWarning, match="go through one call of the model"):
+        apart = train_by(2)
+    assert {(m.information, m.samples_start) for m in together} == {("full", 12)}
+    assert {(m.information, m.samples_start) for m in apart} == {("slopes", 12)}
+    for one, both in zip(apart, together, strict=True):  # the mean of the two, as of two batches
+        assert 2.0 * one.slope_start == pytest.approx(both.slope_start, rel=1e-9)
+        assert 2.0 * one.loss_start == pytest.approx(both.loss_start, rel=1e-9)
 
 
 @pytest.mark.compatibility("Loops", "gradient penalties (create_graph): slopes only, named in a warning")

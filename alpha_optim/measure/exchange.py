@@ -132,7 +132,7 @@ class Exchange:
             gradients.factor,
             gradients.lost,
             _scatter(slopes, direction, _share(iteration), centre),
-            unseen or _mixed(iteration),
+            unseen or _inseparable(iteration),
             saved(variances.of_loss),
             saved(variances.of_slope("start")),
             (self.ranks.rank, self.ranks.size),
@@ -174,7 +174,7 @@ class Exchange:
         return replace(
             report,
             unpaired=_either(seen.edited, start.lost),
-            slopes_unseen=seen.unseen or start.unseen or _mixed(iteration),
+            slopes_unseen=seen.unseen or start.unseen or _inseparable(iteration),
             end=_scatter(seen.slopes, direction, share, centres.end),
             start=start.slopes,
             end_product=_plain(seen.product) * factor,
@@ -255,9 +255,9 @@ def _share(iteration: Iteration) -> Number:
     return _gamma(iteration) / max(1, iteration.loss.samples)
 
 
-def _mixed(iteration: Iteration) -> bool:
-    """Whether losses with different numbers of samples were sent backward together."""
-    return any(entry.mixed for entry in iteration.passes.reached)
+def _inseparable(iteration: Iteration) -> bool:
+    """Whether what was sent backward cannot be told sample by sample."""
+    return any(entry.inseparable for entry in iteration.passes.reached)
 
 
 def _scatter(slopes: SampleSlopes | None, direction: Direction, share: Number, centre: float) -> Scatter:

@@ -186,11 +186,14 @@ class Iteration:
 
         loss.register_hook(of_gradient(start, passes.failed))
 
-    def output_reached(self, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor) -> None:
+    def output_reached(
+        self, run: int, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor
+    ) -> None:
         """A backward pass has reached an output of the model."""
         if self.passes.muted:
             return
         entry = self.passes.anchor(samples=samples)
+        self.passes.went_through(entry, run)
         if call is not None:
             entry.outputs.append((call, place, gradient.detach()))
             call.outputs.clear()

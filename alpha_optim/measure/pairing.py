@@ -315,7 +315,7 @@ class Pairing:
         passes = iteration.passes.reached
         gamma = gamma_of(passes)
         due = role in iteration.task.due
-        alone = loss.samples == 1 or any(entry.mixed for entry in passes)
+        alone = loss.samples == 1 or any(entry.inseparable for entry in passes)
         loss_variance = loss.variance
         slope_variance: Number | None = None
         doubtful: Truth = False

@@ -234,13 +234,14 @@ def batch_loss(passes: BackwardPasses, fallback: Tensor | float | None) -> Batch
     seen = [entry for entry in reached if entry.calls]
     # What was handed over counts, unless it is a mere mean and single losses were seen.
     singly = any(call.complete for call in recorded)
+    again = any(entry.again for entry in reached)
     if recorded and (singly or not any(call.complete for entry in seen for call in entry.calls)):
-        return _of_recorded(recorded, samples)
+        return _of_recorded(recorded, samples, again)
     if not seen:
         mean = None if fallback is None else torch.as_tensor(fallback).detach()
         return BatchLoss(mean, None, samples)
     parts = [entry.losses() for entry in seen]
-    complete = all(call.complete for entry in seen for call in entry.calls)
+    complete = not again and all(call.complete for entry in seen for call in entry.calls)
     if len(seen) == 1:
         mean, individual = parts[0]
         return BatchLoss.of(mean, individual, samples, complete)
@@ -254,20 +255,26 @@ def batch_loss(passes: BackwardPasses, fallback: Tensor | float | None) -> Batch
         for part, entry in zip(parts, seen, strict=True)
         if part[1] is not None
     ]
-    every = torch.cat(single) if len(single) == len(seen) else None
+    every = torch.cat(single) if len(single) == len(seen) and not again else None
     return BatchLoss.of(torch.stack(weighted).sum() / gamma, every, samples, complete)
 
 
-def _of_recorded(calls: Sequence[LossCall], samples: int) -> BatchLoss:
-    """Losses that were handed over, as those of one batch in which every sample weighs the same."""
+def _of_recorded(calls: Sequence[LossCall], samples: int, again: bool) -> BatchLoss:
+    """Losses that were handed over, as those of one batch in which every sample weighs the same.
+
+    Args:
+        calls: What was handed over.
+        samples: N, as the passes tell.
+        again: Whether several passes have the same samples.
+    """
     counted = sum(call.samples or 0 for call in calls)
-    individual = [call.individual for call in calls if call.individual is not None]
+    individual = [] if again else [call.individual for call in calls if call.individual is not None]
     if len(individual) == len(calls):
         values = torch.cat(individual) if len(individual) > 1 else individual[0]
         return BatchLoss.of(values.double().mean(), values, counted or samples, complete=True)
     weights = [call.samples or 0 if counted else 1 for call in calls]
     means = [call.mean.double() * (w / sum(weights)) for call, w in zip(calls, weights, strict=True)]
-    return BatchLoss(torch.stack(means).sum(), None, counted or samples)
+    return BatchLoss(torch.stack(means).sum(), None, samples if again or not counted else counted)
 
 
 def sample_variance(values: Tensor) -> Tensor | None:

@@ -66,6 +66,8 @@ class BackwardPass:
     """Gradients that reached outputs of the model: the call, which tensor of its output, and the gradient."""
     reached: bool = False
     mixed: bool = False  # several losses with different numbers of samples
+    runs: set[int] = field(default_factory=set)  # calls of the model that it went back through, by their order
+    again: bool = False  # one of those was gone back through by an earlier pass, whose samples are the same
     creates_graph: bool = False  # to be differentiated again
 
     def add(self, call: LossCall) -> None:
@@ -81,6 +83,11 @@ class BackwardPass:
             self.samples = call.samples
         elif call.samples is not None and call.samples != self.samples:
             self.mixed = True
+
+    @property
+    def inseparable(self) -> bool:
+        """Whether its loss cannot be told sample by sample."""
+        return self.mixed or self.again
 
     @property
     def gamma(self) -> Tensor | None:
@@ -237,6 +244,11 @@ class BackwardPasses:
             entry.samples = samples
         return entry
 
+    def went_through(self, entry: BackwardPass, run: int) -> None:
+        """Note which call of the model a pass went back through."""
+        entry.runs.add(run)
+        entry.again = entry.again or any(run in other.runs for other in self.reached if other is not entry)
+
     def current(self) -> BackwardPass:
         """Return the running backward pass; a nested one (checkpointing) belongs to its anchor."""
         task = torch._C._current_graph_task_id()
@@ -281,8 +293,8 @@ class BackwardPasses:
 
 
 def total_samples(passes: Sequence[BackwardPass]) -> int:
-    """Samples of several passes together, 0 if not known."""
-    return sum(entry.samples or 0 for entry in passes)
+    """Samples of several passes together, 0 if not known; those of a call that is gone back through twice count once."""
+    return sum(entry.samples or 0 for entry in passes if not entry.again)
 
 
 def scale_of(passes: Sequence[BackwardPass]) -> Tensor | float:

@@ -192,8 +192,10 @@ class Reports:
     def loss_returned(self, loss: Tensor, samples: int | None, tokens: Any) -> None:
         """It returned a loss, not detached."""
 
-    def output_reached(self, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor) -> None:
-        """A backward pass has reached one of its outputs."""
+    def output_reached(
+        self, run: int, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor
+    ) -> None:
+        """A backward pass has reached one of the outputs of its call number ``run``."""
 
 
 class ModelHooks:
@@ -211,6 +213,7 @@ class ModelHooks:
         self._handles: list[RemovableHandle] = []
         self._compiled_call: Callable[..., Any] | None = None
         self._before: list[tuple[RandomState, tuple[int, ...], tuple[int, ...]]] = []
+        self._runs = 0  # calls under autograd so far
 
     @property
     def attached(self) -> bool:
@@ -253,6 +256,7 @@ class ModelHooks:
         iteration: Reports = self._iteration()
         if not torch.is_grad_enabled():
             return None
+        self._runs += 1
         samples = samples_of(args, kwargs, self._sample_dim)
         loss = returned_loss(output)
         call, replaced = None, None
@@ -284,13 +288,13 @@ class ModelHooks:
         for term in returned_terms(output) if loss is None else [loss[0]]:
             iteration.loss_returned(term, samples, kwargs.get("num_items_in_batch"))
         for place, tensor in differentiable:
-            _register_first(tensor, _arrival(self, samples, call, place))
+            _register_first(tensor, _arrival(self, self._runs, samples, call, place))
         return replaced
 
-    def arrived(self, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor) -> None:
+    def arrived(self, run: int, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor) -> None:
         """A gradient has reached an output."""
         if self.attached:
-            self._iteration().output_reached(samples, call, place, gradient)
+            self._iteration().output_reached(run, samples, call, place, gradient)
 
 
 def _devices_of(model: nn.Module) -> set[torch.device]:
@@ -315,9 +319,9 @@ class _CompiledCall:
         return output if replaced is None else replaced
 
 
-def _arrival(hooks: ModelHooks, samples: int | None, call: ModelCall | None, place: int) -> Any:
+def _arrival(hooks: ModelHooks, run: int, samples: int | None, call: ModelCall | None, place: int) -> Any:
     def arrived(gradient: Tensor) -> None:
-        hooks.arrived(samples, call, place, gradient)
+        hooks.arrived(run, samples, call, place, gradient)
 
     return of_gradient(arrived, hooks._failed)
 

@@ -23,7 +23,7 @@ from alpha_optim.observe.model_calls import ModelCall, innermost
 from alpha_optim.observe.model_inputs import CannotCutError, cut, cut_rows, folded
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.random_state import RandomState, untouched
-from alpha_optim.slopes.base import INTERACT, OTHER_TERMS, SUBSET
+from alpha_optim.slopes.base import AGAIN, INTERACT, OTHER_TERMS, SUBSET
 from alpha_optim.slopes.derivative import Line, Values, forward, twice_backward
 from alpha_optim.slopes.inner_losses import SeesLosses
 from alpha_optim.slopes.isolation import as_in_its_call
@@ -96,6 +96,8 @@ def calls_of(entry: BackwardPass) -> Calls:
         gradients[place] = gradients[place] + gradient if place in gradients else gradient
     if entry.mixed:
         raise CannotDifferentiateError("several losses with different numbers of samples in one backward pass")
+    if entry.again:
+        raise CannotDifferentiateError(AGAIN)
     if any(call.subset for call in entry.calls):
         raise CannotDifferentiateError(SUBSET)
     if not found:
