@@ -293,7 +293,7 @@ class BackwardPasses:
 
 
 def total_samples(passes: Sequence[BackwardPass]) -> int:
-    """Samples of several passes together, 0 if not known; those of a call that is gone back through twice count once."""
+    """Samples of several passes together, 0 if not known; those of one call of the model count once."""
     return sum(entry.samples or 0 for entry in passes if not entry.again)
 
 

@@ -277,8 +277,9 @@ class LossHooks:
         if subset:
             warn_user(
                 f"{name} was called with rows that are neither the samples of the model's batch nor a multiple of "
-                "them (a subset picked by a mask?), so alpha uses the slopes only. Give ignored targets "
-                "ignore_index, or weigh the losses with 0, instead of leaving rows out."
+                "them, so alpha uses the slopes only. Of a subset picked by a mask: give ignored targets "
+                "ignore_index, or weigh the losses with 0, instead of leaving rows out. Of pairs or triplets in one "
+                "batch: give the model each part in a call of its own, as far as it takes them."
             )
         else:
             warn_user(

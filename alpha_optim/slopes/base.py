@@ -32,7 +32,10 @@ OTHER_TERMS = (
 )
 OF_LOSS_FN = "parameters of the loss function are trained, and their share of a sample's slope is not seen"
 SUBSET = "the loss is one of some samples only, picked by a mask"
-AGAIN = "several backward passes go through one call of the model: their samples are the same ones (one pass of the sum can be told apart)"
+AGAIN = (
+    "several backward passes go through one call of the model, with the same samples (a single pass, of the sum of "
+    "their losses, has slopes of samples)"
+)
 INTERACT = (
     "samples interact (a contrastive loss?) or do not lie along sample_dim; models that are fed time first take "
     "sample_dim=1"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import sys
 import tempfile
 import time
@@ -71,6 +72,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    logging.getLogger("alpha_optim").setLevel(logging.CRITICAL)  # thousands of searches that come to nothing
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         parts = {
