@@ -14,7 +14,7 @@ IDLE = 50
 """And after so many of the scheduler's without the optimizer's; a gradient scaler skips some, too."""
 
 
-def two_schedulers(names: Sequence[str]) -> str:
+def text_of_two_schedulers(names: Sequence[str]) -> str:
     """What is wrong with schedulers of two optimizers of one model, whose types have these names."""
     return (
         f"another optimizer of this model ({names[0]}) already has an AlphaScheduler, and two of them would "
@@ -87,7 +87,7 @@ class Reminders:
 
     def two_schedulers(self, names: Sequence[str]) -> None:
         """Two optimizers of one model are steered, and both make steps."""
-        self._once.say(two_schedulers(names))
+        self._once.say(text_of_two_schedulers(names))
 
     def ranks_leave(self) -> None:
         """Processes may leave the loop one after the other."""

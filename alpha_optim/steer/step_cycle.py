@@ -29,7 +29,7 @@ from alpha_optim.observe.interrupts import uninterrupted
 from alpha_optim.observe.memory import Shortage, sparing
 from alpha_optim.observe.step_direction import parameters_of, rates_of, same_tensors
 from alpha_optim.policies.base import Place
-from alpha_optim.steer.reminders import Reminders, two_schedulers
+from alpha_optim.steer.reminders import Reminders, text_of_two_schedulers
 from alpha_optim.steer.search import Search
 from alpha_optim.steer.supervision import Steering, Supervision
 
@@ -167,7 +167,7 @@ class Session:
         # Of an earlier phase of training the other one has made steps, and this one none.
         together = other is not None and other is not self and other.iteration == self.iteration
         if other is not None and together and not self._shares_parameters(other):
-            raise ValueError(two_schedulers([type(session.optimizer).__name__ for session in (other, self)]))
+            raise ValueError(text_of_two_schedulers([type(session.optimizer).__name__ for session in (other, self)]))
         if self.supervision.steering is not None:
             raise ValueError(
                 "this optimizer already has an AlphaScheduler, and only one can set its rates; combine "
