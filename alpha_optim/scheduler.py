@@ -402,13 +402,13 @@ class AlphaScheduler(LRScheduler):
             self._tell_session()
             self._write()
 
-    def _reached_by_others(self) -> None:
+    def _meets_another_network(self) -> None:
         """Two networks that play against each other have no rate at which the loss falls fastest."""
         self._end_search(base.give_up)
         self._once.say(
-            "backward passes of another network come through the parameters of "
-            f"{type(self._session.optimizer).__name__} (a GAN?). A loss that another network pushes up tells nothing "
-            "about the learning rate, so no rate is searched: the one given is used. Watching works as ever; consider "
+            f"the network of {type(self._session.optimizer).__name__} and another one are trained apart, and backward "
+            "passes of one go through the other (a GAN?). A loss that another network pushes up tells nothing about "
+            "the learning rate, so no rate is searched: the one given is used. Watching works as ever; consider "
             "guard=False."
         )
 
@@ -604,11 +604,11 @@ class _Listener:
         if scheduler is not None:
             scheduler._end_search(base.cut_short)
 
-    def reached_by_others(self) -> None:
+    def meets_another_network(self) -> None:
         """Tell the scheduler."""
         scheduler = self._scheduler()
         if scheduler is not None:
-            scheduler._reached_by_others()
+            scheduler._meets_another_network()
 
     def group_comes(self) -> None:
         """Tell the scheduler."""

@@ -186,10 +186,17 @@ class _Nobody:
 @pytest.mark.compatibility("Schedules", "GANs steered: no rate is searched, a warning says so")
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("watched", [0, 5])
-def test_networks_that_play_against_each_other_are_watched_and_no_rate_is_searched(watched):
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("toggled", [False, True])
+@pytest.mark.parametrize("critic_first", [False, True])
+def test_networks_that_play_against_each_other_are_watched_and_no_rate_is_searched(
+    watched, shared, toggled, critic_first
+):
+    """However the loop is written: one loss function or two, the critic frozen in the generator's turn or not."""
     torch.manual_seed(0)
     generator, critic = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)), nn.Linear(2, 1)
-    loss_fns = nn.BCEWithLogitsLoss(), nn.BCEWithLogitsLoss()
+    loss_fns = [nn.BCEWithLogitsLoss(), nn.BCEWithLogitsLoss()]
+    loss_fns[1] = loss_fns[shared - 1]
     guided = [
         AlphaGuided(torch.optim.Adam(net.parameters(), lr=1e-3), net, loss_fn)
         for net, loss_fn in zip((generator, critic), loss_fns, strict=True)
@@ -197,28 +204,62 @@ def test_networks_that_play_against_each_other_are_watched_and_no_rate_is_search
     schedulers = [_Nobody(), _Nobody()]
     ones, zeros = torch.ones(16, 1), torch.zeros(16, 1)
 
+    def critics_turn(fake):
+        guided[1].zero_grad()
+        (loss_fns[1](critic(torch.randn(16, 2)), ones) + loss_fns[1](critic(fake.detach()), zeros)).backward()
+        guided[1].step()
+        schedulers[1].step()
+
+    def generators_turn(fake):
+        critic.requires_grad_(not toggled)
+        guided[0].zero_grad()
+        loss_fns[0](critic(fake), ones).backward()
+        guided[0].step()
+        schedulers[0].step()
+        critic.requires_grad_(True)
+
     def play(steps):
         for _ in range(steps):
             fake = generator(torch.randn(16, 4))
-            guided[1].zero_grad()
-            (loss_fns[1](critic(torch.randn(16, 2)), ones) + loss_fns[1](critic(fake.detach()), zeros)).backward()
-            guided[1].step()
-            schedulers[1].step()
-            guided[0].zero_grad()
-            loss_fns[0](critic(fake), ones).backward()
-            guided[0].step()
-            schedulers[0].step()
+            for turn in (critics_turn, generators_turn)[:: 1 if critic_first else -1]:
+                turn(fake)
 
     play(watched)
     schedulers[:] = [AlphaScheduler(one, total_steps=400) for one in guided]
-    with pytest.warns(UserWarning, match=r"another network come through the parameters of Adam \(a GAN\?\)") as caught:
+    with pytest.warns(UserWarning, match=r"the network of Adam and another one are trained apart.*\(a GAN\?\)") as caught:
         play(30)
-    assert len(caught) == 1
-    assert len(str(caught[0].message)) < 500
-    assert guided[1].param_groups[0]["lr"] == pytest.approx(
-        1e-3
-    )  # the critic's, through which the generator's pass goes
+    assert len(caught) == 2  # of both
+    assert all(len(str(warning.message)) < 500 for warning in caught)
+    assert [one.param_groups[0]["lr"] for one in guided] == [pytest.approx(1e-3)] * 2
     assert len(guided[0].alpha_history) > 20
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("other", ["a disturbance of the input", "an encoder that is trained with it"])
+def test_what_no_other_network_plays_is_searched(other):
+    """A pass whose gradients are thrown away, or that goes on to another network, is not yet an opponent's."""
+    torch.manual_seed(0)
+    encoder, model, loss_fn = nn.Linear(4, 4), nn.Linear(4, 2), nn.CrossEntropyLoss()
+    guided = [
+        AlphaGuided(torch.optim.SGD(net.parameters(), lr=1e-3), net, loss_fn)
+        for net in ((model,) if other == "a disturbance of the input" else (encoder, model))
+    ]
+    schedulers = [AlphaScheduler(one, total_steps=400) for one in guided]
+    for _ in range(60):
+        x, y = torch.randn(16, 4), torch.randint(0, 2, (16,))
+        if len(guided) == 1:
+            disturbance = torch.zeros_like(x, requires_grad=True)
+            loss_fn(model(x + disturbance), y).backward()  # projected gradients
+            x = x + 0.1 * disturbance.grad.sign()
+        else:
+            x = encoder(x)
+        for one in guided:
+            one.zero_grad()
+        loss_fn(model(x), y).backward()
+        for one, scheduler in zip(guided, schedulers, strict=True):
+            one.step()
+            scheduler.step()
+    assert all(scheduler.policy.calibrated is False or "rate given" not in str(scheduler) for scheduler in schedulers)
 
 
 @pytest.mark.compatibility("Loops", "a guard with optimizers stepped inside the backward pass", "refused")

@@ -18,7 +18,7 @@ from alpha_optim.observe.gradients import Gradients, LossGradients
 from alpha_optim.observe.hooks import of_gradient, ours, tensors_in, weakly
 from alpha_optim.observe.losses import matches_loss
 from alpha_optim.observe.memory import sparing
-from alpha_optim.observe.model_calls import ModelCall
+from alpha_optim.observe.model_calls import ModelCall, Run
 from alpha_optim.observe.numbers import Truth, read
 from alpha_optim.observe.some_elements import SomeElements, differ
 from alpha_optim.observe.step_direction import AlongGradient
@@ -61,12 +61,12 @@ class Unused:
 
     Attributes:
         skipped: Whether a gradient scaler skipped a step for them.
-        discarded: Whether some of them had finite gradients and were thrown away.
+        of_others: Tasks of those that were another network's.
         losses: Their losses, if a guard is going to judge them.
     """
 
     skipped: bool = False
-    discarded: bool = False
+    of_others: frozenset[int] = frozenset()
     losses: tuple[float, ...] = ()
 
 
@@ -186,13 +186,11 @@ class Iteration:
 
         loss.register_hook(of_gradient(start, passes.failed))
 
-    def output_reached(
-        self, run: int, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor
-    ) -> None:
+    def output_reached(self, run: Run, call: ModelCall | None, place: int, gradient: Tensor) -> None:
         """A backward pass has reached an output of the model."""
         if self.passes.muted:
             return
-        entry = self.passes.anchor(samples=samples)
+        entry = self.passes.anchor(samples=run.samples)
         self.passes.went_through(entry, run)
         if call is not None:
             entry.outputs.append((call, place, gradient.detach()))
@@ -251,11 +249,11 @@ class Iteration:
         losses, skipped = list(self.lost_losses), not self.in_step and self.gradients.not_finite()
         if skipped and self.task.guarded and (loss := batch_loss(self.passes, None).mean) is not None:
             losses.append(loss)
-        return Unused(skipped or self.passes.skipped, self.passes.discarded, tuple(map(float, read(losses))))
+        return Unused(skipped or self.passes.skipped, frozenset(self.passes.of_others), tuple(map(float, read(losses))))
 
     def take_over(self, unused: Unused) -> None:
         """Begin with what passes before, of the same iteration, have left."""
-        self.passes.skipped, self.passes.discarded = unused.skipped, unused.discarded
+        self.passes.skipped, self.passes.of_others = unused.skipped, set(unused.of_others)
         self.lost_losses = [torch.tensor(loss) for loss in unused.losses]
 
     def all_of_loss(self) -> bool:

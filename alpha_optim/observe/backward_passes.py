@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alpha_optim.observe.memory import Trouble
-from alpha_optim.observe.model_calls import ModelCall
+from alpha_optim.observe.model_calls import ModelCall, Run
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,10 @@ class BackwardPass:
     """Gradients that reached outputs of the model: the call, which tensor of its output, and the gradient."""
     reached: bool = False
     mixed: bool = False  # several losses with different numbers of samples
-    runs: set[int] = field(default_factory=set)  # calls of the model that it went back through, by their order
+    task: int = -1  # of autograd
+    runs: set[int] = field(default_factory=set)  # calls of the model that it went back through, by their number
+    goes_on: bool = False  # to another network, which has made the input of such a call
+    frozen: bool = False  # and nothing of the model is trained in it
     again: bool = False  # one of those was gone back through by an earlier pass, whose samples are the same
     creates_graph: bool = False  # to be differentiated again
 
@@ -165,9 +168,7 @@ class BackwardPasses:
         self.forwards: list[int] = []  # samples of the model's calls
         self.inputs: set[int] = set()  # storages of what the model was called with
         self.skipped = False
-        self.discarded = False
-        """Whether passes with finite gradients were thrown away: those of another network, a generator's through a
-        critic."""
+        self._of_others: set[int] = set()
         self.muted = False  # while we walk a graph ourselves
         self.trouble: Trouble | None = None
         """What was raised first while something was seen: then none of it is used."""
@@ -176,6 +177,18 @@ class BackwardPasses:
     def reached(self) -> list[BackwardPass]:
         """Passes that reached a parameter, in order."""
         return [entry for entry in self._passes if entry.reached]
+
+    @property
+    def of_others(self) -> set[int]:
+        """Tasks of passes that were another network's, a generator's through a critic.
+
+        Their gradients are finite and were thrown away, or go on to that network while this one is frozen.
+        """
+        return self._of_others | {entry.task for entry in self._passes if entry.goes_on and entry.frozen}
+
+    @of_others.setter
+    def of_others(self, tasks: set[int]) -> None:
+        self._of_others = set(tasks)
 
     @property
     def losses_inside(self) -> bool:
@@ -244,10 +257,11 @@ class BackwardPasses:
             entry.samples = samples
         return entry
 
-    def went_through(self, entry: BackwardPass, run: int) -> None:
+    def went_through(self, entry: BackwardPass, run: Run) -> None:
         """Note which call of the model a pass went back through."""
-        entry.runs.add(run)
-        entry.again = entry.again or any(run in other.runs for other in self.reached if other is not entry)
+        entry.runs.add(run.number)
+        entry.goes_on, entry.frozen = entry.goes_on or run.made_by_others, run.frozen
+        entry.again = entry.again or any(run.number in other.runs for other in self.reached if other is not entry)
 
     def current(self) -> BackwardPass:
         """Return the running backward pass; a nested one (checkpointing) belongs to its anchor."""
@@ -277,16 +291,17 @@ class BackwardPasses:
         backward pass that came through here.
         """
         if self.reached:
-            others = any(not entry.calls for entry in self.reached)  # not of our loss function
+            # Not of our loss function, or on through what another network has made.
+            others = {entry.task for entry in self.reached if not entry.calls or entry.goes_on}
             skipped = self._on_discard()
-            self.skipped, self.discarded = skipped or self.skipped, (others and not skipped) or self.discarded
+            self.skipped, self._of_others = skipped or self.skipped, self.of_others | (set() if skipped else others)
             self._passes, self._by_task, self._anchored, self._recorded = [], {}, None, []
 
     def _open(self, task: int) -> BackwardPass:
         if self.reached and self._gradients_cleared():
             self.discard()
         self._on_open()
-        entry = BackwardPass(reached=self._all_reach)
+        entry = BackwardPass(reached=self._all_reach, task=task)
         self._passes.append(entry)
         self._by_task[task] = entry
         return entry

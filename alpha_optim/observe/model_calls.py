@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,22 @@ class Autocast:
     def again(self) -> torch.autocast:
         """A context in which it is so again; casts of parameters are not kept from one pass to another."""
         return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+
+class Run(NamedTuple):
+    """What is always noted of a call of the model.
+
+    Attributes:
+        number: Which one it is, of all calls.
+        samples: Number of samples N, None if no tensor tells.
+        made_by_others: Whether the model was called with what another network has made, whose parameters are trained.
+        frozen: Whether no parameter of the model was.
+    """
+
+    number: int
+    samples: int | None
+    made_by_others: bool = False
+    frozen: bool = False
 
 
 @dataclass(eq=False)
@@ -133,7 +149,7 @@ def returned_terms(output: Any) -> list[Tensor]:
 
 
 NEAR = 200
-"""So many operations a loss lies at most above the output it is made from."""
+"""So many operations a loss lies at most above the output it is made from, and an input above a parameter."""
 
 
 def _made_from(loss: Tensor, outputs: list[Tensor]) -> bool:
@@ -148,6 +164,23 @@ def _made_from(loss: Tensor, outputs: list[Tensor]) -> bool:
         seen |= following
         waiting.extend(following)
     return not others
+
+
+def made_by_others(inputs: Any, model: nn.Module) -> bool:
+    """Whether parameters that are not the model's have made what it is called with, and gradients go on to them."""
+    waiting = [tensor.grad_fn for tensor in tensors_in(inputs) if tensor.grad_fn is not None]
+    if not waiting:
+        return False
+    own, seen = {id(param) for param in model.parameters()}, set(waiting)
+    while waiting and len(seen) < NEAR:
+        node = waiting.pop()  # depth first: the nearest layer has parameters
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, nn.Parameter) and id(variable) not in own:
+            return True
+        following = {entry for entry, _ in node.next_functions if entry is not None} - seen
+        seen |= following
+        waiting.extend(following)
+    return False
 
 
 def apart(output: Any) -> Any:
@@ -192,10 +225,8 @@ class Reports:
     def loss_returned(self, loss: Tensor, samples: int | None, tokens: Any) -> None:
         """It returned a loss, not detached."""
 
-    def output_reached(
-        self, run: int, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor
-    ) -> None:
-        """A backward pass has reached one of the outputs of its call number ``run``."""
+    def output_reached(self, run: Run, call: ModelCall | None, place: int, gradient: Tensor) -> None:
+        """A backward pass has reached one of the outputs of a call."""
 
 
 class ModelHooks:
@@ -256,8 +287,11 @@ class ModelHooks:
         iteration: Reports = self._iteration()
         if not torch.is_grad_enabled():
             return None
-        self._runs += 1
         samples = samples_of(args, kwargs, self._sample_dim)
+        self._runs += 1
+        run = Run(self._runs, samples)
+        if made_by_others((args, kwargs), model):
+            run = Run(self._runs, samples, True, not any(param.requires_grad for param in model.parameters()))
         loss = returned_loss(output)
         call, replaced = None, None
         if iteration.records and self._before and loss is None:
@@ -288,13 +322,13 @@ class ModelHooks:
         for term in returned_terms(output) if loss is None else [loss[0]]:
             iteration.loss_returned(term, samples, kwargs.get("num_items_in_batch"))
         for place, tensor in differentiable:
-            _register_first(tensor, _arrival(self, self._runs, samples, call, place))
+            _register_first(tensor, _arrival(self, run, call, place))
         return replaced
 
-    def arrived(self, run: int, samples: int | None, call: ModelCall | None, place: int, gradient: Tensor) -> None:
+    def arrived(self, run: Run, call: ModelCall | None, place: int, gradient: Tensor) -> None:
         """A gradient has reached an output."""
         if self.attached:
-            self._iteration().output_reached(run, samples, call, place, gradient)
+            self._iteration().output_reached(run, call, place, gradient)
 
 
 def _devices_of(model: nn.Module) -> set[torch.device]:
@@ -319,9 +353,9 @@ class _CompiledCall:
         return output if replaced is None else replaced
 
 
-def _arrival(hooks: ModelHooks, run: int, samples: int | None, call: ModelCall | None, place: int) -> Any:
+def _arrival(hooks: ModelHooks, run: Run, call: ModelCall | None, place: int) -> Any:
     def arrived(gradient: Tensor) -> None:
-        hooks.arrived(run, samples, call, place, gradient)
+        hooks.arrived(run, call, place, gradient)
 
     return of_gradient(arrived, hooks._failed)
 

@@ -59,6 +59,8 @@ class Session:
         """Calls of `step` that the guard did not execute."""
         self.resumed_at = 0
         """Iteration of the state that was loaded last."""
+        self.tasks: set[int] = set()
+        """Of autograd: the backward passes of the last step."""
         self.supervision = Supervision(plan.model, plan.optimizer)
         self.search = Search(plan.model, plan.optimizer)
         self.processes = Processes(plan.model)
@@ -378,8 +380,7 @@ class Session:
         iteration.in_step = True
         if iteration.task.in_pair or guard is not None:
             pairing.see_loss(closure_loss)
-        if iteration.passes.discarded:
-            self.supervision.reached_by_others()
+        self._look_for_others()
         seen: EndSeen | DropReason | None = DropReason.OUT_OF_MEMORY
         with sparing(self._shortage.occurred):
             seen = pairing.finish(params, entry)
@@ -424,6 +425,16 @@ class Session:
                     kept = None if guard is None else guard.kept_parameters(params)
                     kept = kept if entry is None else entry.params
                     pairing.before_step(self.optimizer, kept, rates_of(self.optimizer))
+
+    def _look_for_others(self) -> None:
+        """Tell the schedulers of networks whose backward passes go through each other."""
+        passes = self.pairing.iteration.passes
+        self.tasks = {entry.task for entry in passes.reached}
+        if tasks := passes.of_others:
+            self.supervision.meets_another_network()
+            for other in [found() for found in _STEERED.values()]:
+                if other is not None and other is not self and other.active and tasks & other.tasks:
+                    other.supervision.meets_another_network()
 
     def _judge(self, together: Together | None, params: list[Tensor]) -> tuple[GuardEvent | None, bool]:
         """Let the guard judge the point reached; returns what it did, and whether the step is made."""

@@ -23,7 +23,7 @@ from alpha_optim.steer.reminders import UNSCHEDULED
 RESTS = 2
 """After so many executed steps without the scheduler's nothing is judged: somebody else has taken over."""
 OTHERS = 3
-"""After so many steps before which another network's backward pass came through here it is no accident."""
+"""After so many steps before which a backward pass went through two networks it is no accident."""
 
 
 class Steering(Protocol):
@@ -45,8 +45,8 @@ class Steering(Protocol):
     def nothing_seen(self) -> None:
         """Steps are no longer seen from here on."""
 
-    def reached_by_others(self) -> None:
-        """Backward passes of another network come through the parameters."""
+    def meets_another_network(self) -> None:
+        """Backward passes of one of two networks, which are trained apart, go through the other one."""
 
     def group_comes(self) -> None:
         """A param group is about to be added."""
@@ -76,7 +76,7 @@ class Supervision:
         self.guard: Guard | None = None
         self.events = GuardLog()
         self._scheduled_at: int | None = None  # iteration at which the scheduler was stepped last
-        self._reached = 0  # steps before which another network's backward pass came through
+        self._met = 0  # steps before which another network's backward pass came through
         self._saved_guard: dict[str, Any] | None = None  # of a run that goes on, until there is a guard
 
     # ---------------------------------------------------------------- the scheduler
@@ -117,12 +117,12 @@ class Supervision:
         if self.steering is not None:
             self.steering.nothing_seen()
 
-    def reached_by_others(self) -> None:
-        """Another network's backward pass came through the parameters before this step."""
+    def meets_another_network(self) -> None:
+        """Before this step another network's backward pass came through this one, or one of this through the other."""
         if self.steering is not None:
-            self._reached += 1
-            if self._reached == OTHERS:
-                self.steering.reached_by_others()
+            self._met += 1
+            if self._met == OTHERS:
+                self.steering.meets_another_network()
 
     def group_comes(self) -> None:
         """A param group is about to be added."""
