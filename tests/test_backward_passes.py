@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
+from alpha_optim import AlphaGuided
 from alpha_optim.observe.backward_passes import (
     BackwardPass,
     BackwardPasses,
@@ -145,7 +147,7 @@ def test_gradients_that_were_thrown_away_begin_anew(skipped):
     watched.run(2)
     assert [entry.samples for entry in watched.passes.reached] == [2]
     assert watched.passes.skipped is skipped
-    assert watched.passes.discarded is (not skipped)
+    assert len(watched.passes.of_others) == (not skipped)
 
 
 def test_recorded_losses_whose_pass_never_came_are_forgotten():
@@ -175,3 +177,55 @@ def test_the_first_error_is_kept():
     watched.passes.failed(MemoryError("first"))
     watched.passes.failed(ValueError("second"))
     assert watched.passes.trouble == ("MemoryError", "first", True, False)
+
+
+def _mean(logits, labels, _count):
+    return functional.cross_entropy(logits, labels)
+
+
+def _mean_in_16_bits(logits, labels, _count):
+    return functional.cross_entropy(logits, labels).bfloat16().double()
+
+
+def _sum_divided(logits, labels, count):
+    return functional.cross_entropy(logits, labels, reduction="sum") / count
+
+
+def _mean_times_share(logits, labels, count):
+    return functional.cross_entropy(logits, labels) * (len(labels) / float(count))
+
+
+def _written_by_hand(logits, labels, count):
+    return -logits.log_softmax(1).gather(1, labels[:, None]).sum() / count
+
+
+@pytest.mark.parametrize("loss_of", [_mean, _mean_in_16_bits, _sum_divided, _mean_times_share, _written_by_hand])
+def test_a_model_is_asked_whether_it_divides_by_the_items_it_is_told(loss_of):
+    """Many models of Transformers take ``num_items_in_batch`` and return the mean over the micro-batch all the same."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(5, 3).double()
+
+        def forward(self, x, labels, num_items_in_batch=None):
+            return {"loss": loss_of(self.head(x), labels, num_items_in_batch)}
+
+    torch.manual_seed(0)
+    model = Model()
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.1), model, backend="gradients")
+    expected = []
+    for step in range(5):
+        sizes = [4, 4, 4, 4] if step % 2 else [4, 4, 2]  # the last of an epoch are fewer, and smaller
+        x, labels = torch.randn(sum(sizes), 5).double(), torch.randint(0, 3, (sum(sizes),))
+        guided.zero_grad()
+        micro = list(zip(x.split(sizes), labels.split(sizes), strict=True))
+        with torch.no_grad():
+            means = [float(functional.cross_entropy(model.head(a), b)) for a, b in micro]
+        weights = [1] * len(sizes) if loss_of in (_mean, _mean_in_16_bits) else sizes
+        expected.append(sum(w * mean for w, mean in zip(weights, means, strict=True)) / sum(weights))
+        for a, b in micro:
+            model(a, labels=b, num_items_in_batch=torch.tensor(len(x)))["loss"].backward()
+        guided.step()
+    rel = 1e-2 if loss_of is _mean_in_16_bits else 1e-12
+    assert [m.loss_start for m in guided.alpha_history] == pytest.approx(expected[:4], rel=rel)

@@ -226,7 +226,9 @@ def test_networks_that_play_against_each_other_are_watched_and_no_rate_is_search
 
     play(watched)
     schedulers[:] = [AlphaScheduler(one, total_steps=400) for one in guided]
-    with pytest.warns(UserWarning, match=r"the network of Adam and another one are trained apart.*\(a GAN\?\)") as caught:
+    with pytest.warns(
+        UserWarning, match=r"the network of Adam and another one are trained apart.*\(a GAN\?\)"
+    ) as caught:
         play(30)
     assert len(caught) == 2  # of both
     assert all(len(str(warning.message)) < 500 for warning in caught)

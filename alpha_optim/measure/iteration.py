@@ -66,7 +66,7 @@ class Unused:
     """
 
     skipped: bool = False
-    of_others: frozenset[int] = frozenset()
+    of_others: tuple[int, ...] = ()
     losses: tuple[float, ...] = ()
 
 
@@ -174,10 +174,10 @@ class Iteration:
         if call is not None:
             self.calls.append(call)
 
-    def loss_returned(self, loss: Tensor, samples: int | None, tokens: Any) -> None:
+    def loss_returned(self, loss: Tensor, samples: int | None, share: bool) -> None:
         """The model returned a loss; it counts if a backward pass starts there."""
         # A copy: the loop may scale the loss in place.
-        call = LossCall(loss.detach().clone(), None, samples, returned=True, share=tokens is not None)
+        call = LossCall(loss.detach().clone(), None, samples, returned=True, share=share)
         passes = self.passes
 
         def start(gradient: Tensor) -> None:
@@ -249,7 +249,7 @@ class Iteration:
         losses, skipped = list(self.lost_losses), not self.in_step and self.gradients.not_finite()
         if skipped and self.task.guarded and (loss := batch_loss(self.passes, None).mean) is not None:
             losses.append(loss)
-        return Unused(skipped or self.passes.skipped, frozenset(self.passes.of_others), tuple(map(float, read(losses))))
+        return Unused(skipped or self.passes.skipped, tuple(self.passes.of_others), tuple(map(float, read(losses))))
 
     def take_over(self, unused: Unused) -> None:
         """Begin with what passes before, of the same iteration, have left."""

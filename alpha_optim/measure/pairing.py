@@ -529,7 +529,8 @@ class Pairing:
         self.variances.load_state_dict(state["variances"])
         self._keep_direction, self._untold = bool(state["keep_direction"]), bool(state.get("untold", False))
         self.iteration = self._new(replace(self.iteration.task, number=iteration), params)
-        self.iteration.take_over(from_plain(Unused, state.get("unused", {}), "unused"))
+        unused = {name: value for name, value in state.get("unused", {}).items() if name != "discarded"}  # until 0.2.0
+        self.iteration.take_over(from_plain(Unused, unused, "unused"))
         pending = state["pending"]
         self.pending = None if pending is None else PendingStart.from_state(pending, params, ranks)
 

@@ -148,6 +148,8 @@ def returned_terms(output: Any) -> list[Tensor]:
     return tensors if all(tensor.dim() == 0 and tensor.requires_grad for tensor in tensors) else []
 
 
+MEAN = 1
+"""How torch's graph writes ``reduction="mean"``."""
 NEAR = 200
 """So many operations a loss lies at most above the output it is made from, and an input above a parameter."""
 
@@ -164,6 +166,25 @@ def _made_from(loss: Tensor, outputs: list[Tensor]) -> bool:
         seen |= following
         waiting.extend(following)
     return not others
+
+
+def is_mean(loss: Tensor) -> bool:
+    """Whether a loss is the mean of one of torch's loss functions, as its graph tells, and not made from one.
+
+    Many models take ``num_items_in_batch`` and do not divide by it: the loss of a micro-batch is a mean of its own.
+    """
+    waiting, seen = [loss.grad_fn], {loss.grad_fn}
+    while waiting and len(seen) < NEAR:
+        node = waiting.pop(0)
+        reduction = getattr(node, "_saved_reduction", None)
+        if reduction is not None:
+            return bool(reduction == MEAN)
+        if node is None or node.name().startswith(("Mul", "Div")):  # a share that the model has made of it
+            continue
+        following = {entry for entry, _ in node.next_functions if entry is not None} - seen
+        seen |= following
+        waiting.extend(following)
+    return False
 
 
 def made_by_others(inputs: Any, model: nn.Module) -> bool:
@@ -222,8 +243,8 @@ class Reports:
     def model_called(self, samples: int | None, inputs: Any, shapes: list[torch.Size], call: ModelCall | None) -> None:
         """The model was called under autograd."""
 
-    def loss_returned(self, loss: Tensor, samples: int | None, tokens: Any) -> None:
-        """It returned a loss, not detached."""
+    def loss_returned(self, loss: Tensor, samples: int | None, share: bool) -> None:
+        """It returned a loss, not detached; perhaps a share of one mean over several micro-batches."""
 
     def output_reached(self, run: Run, call: ModelCall | None, place: int, gradient: Tensor) -> None:
         """A backward pass has reached one of the outputs of a call."""
@@ -319,8 +340,9 @@ class ModelHooks:
                 [tensor._version for tensor in tensors] if iteration.follows_losses else [],
             )
         iteration.model_called(samples, (args, kwargs), [tensor.shape for tensor in tensors], call)
+        told = kwargs.get("num_items_in_batch") is not None
         for term in returned_terms(output) if loss is None else [loss[0]]:
-            iteration.loss_returned(term, samples, kwargs.get("num_items_in_batch"))
+            iteration.loss_returned(term, samples, share=told and not is_mean(term))
         for place, tensor in differentiable:
             _register_first(tensor, _arrival(self, run, call, place))
         return replaced
