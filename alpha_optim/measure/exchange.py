@@ -24,7 +24,7 @@ from alpha_optim.measure.across_ranks import (
 from alpha_optim.measure.iteration import Iteration, Task
 from alpha_optim.measure.refresh import Variances
 from alpha_optim.measure.step_ends import EndSeen
-from alpha_optim.observe.backward_passes import gamma_of, shares_of_one_mean
+from alpha_optim.observe.backward_passes import gamma_of, inseparable, shares_of_one_mean
 from alpha_optim.observe.numbers import Number, Truth, free_to_read, saved
 from alpha_optim.observe.step_direction import Direction
 from alpha_optim.slopes.base import SampleSlopes
@@ -132,7 +132,7 @@ class Exchange:
             gradients.factor,
             gradients.lost,
             _scatter(slopes, direction, _share(iteration), centre),
-            unseen or _inseparable(iteration),
+            unseen or inseparable(iteration.passes.reached),
             saved(variances.of_loss),
             saved(variances.of_slope("start")),
             (self.ranks.rank, self.ranks.size),
@@ -174,7 +174,7 @@ class Exchange:
         return replace(
             report,
             unpaired=_either(seen.edited, start.lost),
-            slopes_unseen=seen.unseen or start.unseen or _inseparable(iteration),
+            slopes_unseen=seen.unseen or start.unseen or inseparable(iteration.passes.reached),
             end=_scatter(seen.slopes, direction, share, centres.end),
             start=start.slopes,
             end_product=_plain(seen.product) * factor,
@@ -253,11 +253,6 @@ def _gamma(iteration: Iteration) -> Number:
 def _share(iteration: Iteration) -> Number:
     """What the loss of one sample of this rank is multiplied by in what it sends backward."""
     return _gamma(iteration) / max(1, iteration.loss.samples)
-
-
-def _inseparable(iteration: Iteration) -> bool:
-    """Whether what was sent backward cannot be told sample by sample."""
-    return any(entry.inseparable for entry in iteration.passes.reached)
 
 
 def _scatter(slopes: SampleSlopes | None, direction: Direction, share: Number, centre: float) -> Scatter:

@@ -13,7 +13,7 @@ from alpha_optim.distributed import is_sharded
 from alpha_optim.measure.across_ranks import Together
 from alpha_optim.measure.refresh import Role
 from alpha_optim.measure.step_ends import BatchLoss, PendingStart, batch_loss
-from alpha_optim.observe.backward_passes import BackwardPasses, LossCall
+from alpha_optim.observe.backward_passes import BackwardPasses, LossCall, partly_seen
 from alpha_optim.observe.gradients import Gradients, LossGradients
 from alpha_optim.observe.hooks import of_gradient, ours, tensors_in, weakly
 from alpha_optim.observe.losses import matches_loss
@@ -157,6 +157,7 @@ class Iteration:
 
     def forward_starts(self) -> None:
         """The model is about to be called."""
+        self.passes.model_called = True
         if self.before_forward is not None:
             call, self.before_forward = self.before_forward, None
             call()
@@ -258,7 +259,8 @@ class Iteration:
 
     def all_of_loss(self) -> bool:
         """Whether the losses seen are all that reached the outputs of the model; True if not looked at."""
-        return all(matches_loss(entry, self.calls) for entry in self.passes.reached)
+        reached = self.passes.reached
+        return not partly_seen(reached) and all(matches_loss(entry, self.calls) for entry in reached)
 
     def without_data(self) -> bool:
         """Whether there were no samples, and so no losses, as on a rank that has run out of data."""

@@ -32,7 +32,7 @@ from alpha_optim.measure.step_ends import (
     batch_loss,
     sample_variance,
 )
-from alpha_optim.observe.backward_passes import BackwardPasses, gamma_of
+from alpha_optim.observe.backward_passes import BackwardPasses, gamma_of, inseparable
 from alpha_optim.observe.gradients import GradientHooks, Gradients, Habits
 from alpha_optim.observe.losses import LossHooks
 from alpha_optim.observe.memory import goes_on, is_out_of_memory
@@ -315,7 +315,7 @@ class Pairing:
         passes = iteration.passes.reached
         gamma = gamma_of(passes)
         due = role in iteration.task.due
-        alone = loss.samples == 1 or any(entry.inseparable for entry in passes)
+        alone = loss.samples == 1 or inseparable(passes)
         loss_variance = loss.variance
         slope_variance: Number | None = None
         doubtful: Truth = False

@@ -18,7 +18,14 @@ from alpha_optim.alpha.measurement import AlphaMeasurement, measure_alpha
 from alpha_optim.alpha.records import DropReason, Observation
 from alpha_optim.distributed import Ranks
 from alpha_optim.measure.across_ranks import StartAcrossRanks
-from alpha_optim.observe.backward_passes import BackwardPasses, LossCall, gamma_of, loss_weight, total_samples
+from alpha_optim.observe.backward_passes import (
+    BackwardPasses,
+    LossCall,
+    gamma_of,
+    loss_weight,
+    partly_seen,
+    total_samples,
+)
 from alpha_optim.observe.numbers import Number, Truth, read
 from alpha_optim.observe.step_direction import AlongGradient, BetweenPoints, restored
 from alpha_optim.slopes.base import SampleSlopes
@@ -241,10 +248,11 @@ def batch_loss(passes: BackwardPasses, fallback: Tensor | float | None) -> Batch
         mean = None if fallback is None else torch.as_tensor(fallback).detach()
         return BatchLoss(mean, None, samples)
     parts = [entry.losses() for entry in seen]
-    complete = not again and all(call.complete for entry in seen for call in entry.calls)
+    partly = again or partly_seen(reached)
+    complete = not partly and all(call.complete for entry in seen for call in entry.calls)
     if len(seen) == 1:
         mean, individual = parts[0]
-        return BatchLoss.of(mean, individual, samples, complete)
+        return BatchLoss.of(mean, None if partly else individual, samples, complete)
     gamma = gamma_of(seen)
     assert gamma is not None
     weighted = [
@@ -255,7 +263,9 @@ def batch_loss(passes: BackwardPasses, fallback: Tensor | float | None) -> Batch
         for part, entry in zip(parts, seen, strict=True)
         if part[1] is not None
     ]
-    every = torch.cat(single) if len(single) == len(seen) and not again else None
+    every = torch.cat(single) if len(single) == len(seen) and not partly else None
+    # Nothing counts in any of them: their sum is 0, and so is its gradient.
+    gamma = torch.where(gamma == 0.0, torch.ones_like(gamma), gamma)
     return BatchLoss.of(torch.stack(weighted).sum() / gamma, every, samples, complete)
 
 

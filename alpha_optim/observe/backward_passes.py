@@ -35,6 +35,7 @@ class LossCall:
         returned: Whether the model returned it.
         share: Whether it is a share of one mean over all passes of the iteration, which they add up to.
         seen_at_output: Gradients of ``mean`` at the outputs of the model, by place; None if not looked at.
+        model_calls: How many calls of the model there had been by then: nothing of the loss comes from later ones.
         prediction: The ``id`` of what made the prediction that it judges, in the graph; None if not known.
     """
 
@@ -49,6 +50,7 @@ class LossCall:
     returned: bool = False
     share: bool = False
     seen_at_output: dict[tuple[int, int], Tensor] | None = None
+    model_calls: int = 0
     prediction: int | None = None
 
     def judging(self, maker: Any) -> LossCall:
@@ -86,11 +88,6 @@ class BackwardPass:
             self.samples = call.samples
         elif call.samples is not None and call.samples != self.samples:
             self.mixed = True
-
-    @property
-    def inseparable(self) -> bool:
-        """Whether its loss cannot be told sample by sample."""
-        return self.mixed or self.again
 
     @property
     def gamma(self) -> Tensor | None:
@@ -166,6 +163,7 @@ class BackwardPasses:
         self._anchored: BackwardPass | None = None
         self._recorded: list[Recorded] = []
         self.forwards: list[int] = []  # samples of the model's calls
+        self.model_called = False  # with a graph or without
         self.inputs: set[int] = set()  # storages of what the model was called with
         self.skipped = False
         self._of_others: set[int] = set()
@@ -305,6 +303,16 @@ class BackwardPasses:
         self._passes.append(entry)
         self._by_task[task] = entry
         return entry
+
+
+def partly_seen(passes: Sequence[BackwardPass]) -> bool:
+    """Whether losses were seen of some passes and not of others, so that they are not all of the loss."""
+    return len({bool(entry.calls) for entry in passes}) > 1
+
+
+def inseparable(passes: Sequence[BackwardPass]) -> bool:
+    """Whether what was sent backward cannot be told sample by sample."""
+    return partly_seen(passes) or any(entry.mixed or entry.again for entry in passes)
 
 
 def total_samples(passes: Sequence[BackwardPass]) -> int:

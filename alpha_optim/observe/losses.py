@@ -56,8 +56,9 @@ class Rows:
             return torch.where(mean == 0, sums, sums * (self.reduced.to(sums.dtype) / mean))
         if self.total is None or (isinstance(self.total, float) and self.total == samples):
             return sums
-        total = self.total.double() if isinstance(self.total, Tensor) else self.total
-        return sums.double() * (samples / total)
+        if isinstance(self.total, Tensor):
+            return sums.double() * (samples / _not_zero(self.total.double()))
+        return sums.double() * (samples / self.total) if self.total else sums.double()
 
 
 class LossHooks:
@@ -69,9 +70,10 @@ class LossHooks:
         Args:
             loss_fn: The loss function, or None if losses are only handed over.
             sample_dim: Dimension along which samples lie.
-            iteration: Returns the iteration in progress: its ``passes`` take the calls, ``wants_losses`` says
-                whether losses of single samples are wanted, ``watched_outputs()`` gives outputs of the model,
-                ``losses_declined`` is set where a call was seen and not used.
+            iteration: Returns the iteration in progress: its ``passes`` take the calls, ``calls`` are those of
+                the model that were kept, ``wants_losses`` says whether losses of single samples are wanted,
+                ``watched_outputs()`` gives outputs of the model, ``losses_declined`` is set where a call was seen and
+                not used.
         """
         self._loss_fn, self._sample_dim, self._iteration = loss_fn, sample_dim, iteration
         self._removal: weakref.finalize[..., LossHooks] | None = None  # of the hook, with us at the latest
@@ -118,7 +120,7 @@ class LossHooks:
     def announce(self, losses: Tensor, mean: Tensor) -> None:
         """The backward pass of the mean of ``losses`` is about to run: report it when it starts."""
         call = self._call_of(losses, losses.detach().mean(), torch.ones_like(mean), explicit=True)
-        call = replace(call, seen_at_output=self._followed(losses, mean))
+        call = replace(call, seen_at_output=self._followed(losses, mean), model_calls=len(self._iteration().calls))
         self._on_backward(mean, lambda hooks, _gradient: hooks._report(call))
 
     def hand_over(self, losses: Tensor) -> LossCall:
@@ -133,16 +135,23 @@ class LossHooks:
             self.watch(losses, explicit=True)
         return self._call_of(losses, values.mean(), None, explicit=True)
 
-    def watch(self, losses: Tensor, explicit: bool, prediction: Any = None) -> None:
-        """Report ``losses`` (``[N]`` or ``[N, ...]`` with graph) when its backward pass starts."""
-        values = losses.detach()
+    def watch(self, losses: Tensor, explicit: bool, prediction: Any = None, counts: Tensor | None = None) -> None:
+        """Report ``losses`` (``[N]`` or ``[N, ...]`` with graph) when its backward pass starts.
+
+        Args:
+            losses: The losses.
+            explicit: Whether they were handed over.
+            prediction: What made the prediction that they judge.
+            counts: How much each of them counts in the mean, weights that are in the losses already; None: all alike.
+        """
+        values = losses.detach().clone()  # the loop may scale them in place
         self._calls += 1
         order, sample_dim = self._calls, self._sample_dim
         samples, fitting = self._samples_of(values.shape)
         self._followed(losses, None)
 
         def weighted(hooks: LossHooks, weights: Tensor) -> None:
-            total = weights.sum()
+            total = weights.sum() if counts is None else (weights * counts).sum()
             products = weights * values
             individual = folded(products, samples, sample_dim) if fitting else None
             if individual is not None:
@@ -180,7 +189,7 @@ class LossHooks:
 
     def _call_of(self, losses: Tensor, mean: Tensor, gamma: Tensor | None, explicit: bool) -> LossCall:
         """Losses in which every entry weighs the same, as a call."""
-        values = losses.detach()
+        values = losses.detach().clone()
         samples, fitting = self._samples_of(values.shape)
         individual = folded(values, samples, self._sample_dim) if fitting else None
         if individual is not None and values.numel() != samples:
@@ -217,7 +226,10 @@ class LossHooks:
         first = args[0] if args else next(iter(kwargs.values()), None)
         prediction = _made_by(first)  # held until the backward pass, so that nothing else gets its id
         if output.dim() > 0:
-            self.watch(output, explicit=False, prediction=prediction)
+            counts = None
+            if isinstance(loss_fn, _CLASSES):
+                counts = weights_of_rows(args, kwargs, loss_fn.ignore_index, loss_fn.weight)
+            self.watch(output, False, prediction, counts if counts is None or counts.shape == output.shape else None)
             return
         samples, fitting = None, False
         shape = shape_of_rows(loss_fn, first)
@@ -225,7 +237,7 @@ class LossHooks:
         if shape is not None:
             samples, fitting = self._samples_of(shape)
         scale = self._scale(loss_fn, args, kwargs, samples)
-        mean = output.detach() if scale is None else output.detach() / scale
+        mean = output.detach().clone() if scale is None else output.detach() / _not_zero(scale)  # no alias of it
         individual, complete = None, fitting and known_reduction(loss_fn)
         seen_at_output = None
         if complete and (iteration.wants_losses or iteration.follows_losses):
@@ -239,7 +251,7 @@ class LossHooks:
             complete = individual is not None
             if complete and iteration.follows_losses:
                 with torch.enable_grad():
-                    whole = output if scale is None else output / scale
+                    whole = output if scale is None else output / _not_zero(scale)
                 seen_at_output = self._followed_module(loss_fn, args, kwargs, whole, samples)
         interact = not complete and iteration.follows_losses and self._couples(output)
         subset = has_rows and not fitting
@@ -251,12 +263,13 @@ class LossHooks:
         ):
             self._warn_incomplete(loss_fn, subset)
         self._calls += 1
-        order = self._calls
+        order, model_calls = self._calls, len(iteration.calls)
 
         def start(hooks: LossHooks, gradient: Tensor) -> None:
             gamma = gradient.detach() if scale is None else gradient.detach() * scale
             call = LossCall(mean, individual, samples, gamma, False, order, complete, subset)
-            hooks._report(replace(call, seen_at_output=seen_at_output).judging(prediction))
+            call = replace(call, seen_at_output=seen_at_output, model_calls=model_calls)
+            hooks._report(call.judging(prediction))
 
         self._on_backward(output, start)
 
@@ -434,10 +447,11 @@ def _saved_tensors_are_hooked() -> bool:
 
 
 def _made_by(value: Any) -> Any:
-    """What made a tensor, or the one that it is a view of, in the graph; None if nothing did, or for anything else."""
+    """What made a tensor, or the one that it is a view of all of, in the graph; None if nothing did, or it is none."""
     if not isinstance(value, Tensor):
         return None
-    return value.grad_fn if value._base is None else value._base.grad_fn
+    base = value._base
+    return value.grad_fn if base is None or base.numel() != value.numel() else base.grad_fn
 
 
 def _same(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
@@ -482,7 +496,8 @@ def matches_loss(entry: BackwardPass, calls: list[ModelCall]) -> bool:
     numbers = {id(call): number for number, call in enumerate(calls)}
     for call, place, gradient in entry.outputs:
         key = (numbers.get(id(call), -1), place)
-        if not any(key in (loss.seen_at_output or {}) for loss in seen):
+        later = all(loss.model_calls <= key[0] for loss in seen)
+        if not later and not any(key in (loss.seen_at_output or {}) for loss in seen):
             continue  # not looked at
         expected = torch.zeros_like(gradient)
         for loss in seen:
@@ -594,16 +609,31 @@ def total_weight(args: Any, kwargs: Any, ignore_index: Any, weight: Any, element
         weight: Weights of the classes, or None.
         elements: Number of losses, where targets are probabilities.
     """
+    counts = weights_of_rows(args, kwargs, ignore_index, weight)
+    if counts is not None:
+        return counts.sum()
+    if elements is None:
+        first = args[0] if args else kwargs["input"]
+        elements = first.numel() // first.shape[1] if first.dim() > 1 else 1
+    return float(elements)
+
+
+def weights_of_rows(args: Any, kwargs: Any, ignore_index: Any, weight: Any) -> Tensor | None:
+    """How much each target counts in (weighted) cross entropy; None where targets are probabilities."""
     target = args[1] if len(args) > 1 else kwargs.get("target")
     if not isinstance(target, Tensor) or target.is_floating_point():
-        if elements is None:
-            first = args[0] if args else kwargs["input"]
-            elements = first.numel() // first.shape[1] if first.dim() > 1 else 1
-        return float(elements)
+        return None
     kept = torch.ne(target, ignore_index)
     if not isinstance(weight, Tensor):
-        return kept.sum()
-    return (weight[target.clamp_min(0).clamp_max(len(weight) - 1)] * kept).sum()
+        return kept
+    return weight[target.clamp_min(0).clamp_max(len(weight) - 1)] * kept
+
+
+def _not_zero(total: Tensor | float) -> Tensor | float:
+    """What a sum is divided by: 1 where no target counts, for the sum is 0 then."""
+    if isinstance(total, Tensor):
+        return torch.where(total == 0, torch.ones_like(total), total)
+    return total or 1.0
 
 
 def _left_out(weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

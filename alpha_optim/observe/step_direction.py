@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from alpha_optim.distributed import USUAL, local, unsummed
 from alpha_optim.observe.inner_products import (
@@ -349,11 +350,15 @@ def is_of_torch(optimizer: Optimizer) -> bool:
 
 
 def is_plain_sgd(optimizer: Optimizer) -> bool:
-    """Whether a step is exactly -lr * gradient: SGD without momentum, weight decay or step hooks."""
+    """Whether a step is exactly -lr * gradient: SGD without momentum, weight decay, step hooks or a step of its own."""
+    step = vars(optimizer).get("step")
     return (
         type(optimizer) is torch.optim.SGD
+        and (step is None or hasattr(step, "_wrapped_by_lr_sched"))  # torch's schedulers count calls
         and not optimizer._optimizer_step_pre_hooks
         and not optimizer._optimizer_step_post_hooks
+        and not _global_optimizer_pre_hooks
+        and not _global_optimizer_post_hooks
         and all(
             group["momentum"] == 0
             and group["weight_decay"] == 0

@@ -8,8 +8,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses, scale_of, total_samples
-from alpha_optim.slopes.base import AGAIN, ALL, DERIVATIVES, SAMPLES, SUBSET, Names, SampleSlopes, Unaccounted
+from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses, partly_seen, scale_of, total_samples
+from alpha_optim.slopes.base import (
+    AGAIN,
+    ALL,
+    DERIVATIVES,
+    OTHER_TERMS,
+    SAMPLES,
+    SUBSET,
+    Names,
+    SampleSlopes,
+    Unaccounted,
+)
 from alpha_optim.slopes.layers import Layer, LayerCall, LayerHooks, UnsupportedLayerError
 
 BySample = dict[BackwardPass, dict[int, Tensor]]
@@ -97,6 +107,8 @@ class SampleRecorder:
         reason = None
         if any(entry.mixed for entry in self.passes.reached):
             reason = "several losses with different numbers of samples in one backward pass"
+        elif partly_seen(self.passes.reached):
+            reason = OTHER_TERMS
         elif any(entry.again for entry in self.passes.reached):
             reason = AGAIN
         elif any(call.subset for entry in self.passes.reached for call in entry.calls):
