@@ -237,7 +237,9 @@ class AlphaGuided(Optimizer):
         """Take note of losses in a loop in which something else runs the backward pass.
 
         Of several micro-batches each is recorded before or after its own backward pass; losses whose pass has not come
-        when gradients are cleared and others are recorded are forgotten.
+        when gradients are cleared and others are recorded are forgotten. Give them with their graph, before the
+        backward pass: the factor by which they are sent backward is then seen. Of detached ones the mean is taken for
+        what is sent backward.
 
         Args:
             losses: The mini-batch loss ``[]``, or losses of the samples ``[N]`` or ``[N, ...]``.

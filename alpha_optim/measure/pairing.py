@@ -91,6 +91,7 @@ class Pairing:
         self._buffer: list[Tensor] = []  # for copies of gradients, reused
         self._before: list[Tensor] = []  # parameters before a step, reused
         self._some_elements = SomeElements()
+        self._frozen: set[int] | None = None  # parameters that were not trained when the pending step was made
         self._untold = False  # whether samples did not add up in an iteration without a backend
         self._keep_direction = False  # the gradients of a step are written to before the next
         self.exchange: Exchange | None = None  # with the other processes that train the model, if there are any
@@ -262,8 +263,9 @@ class Pairing:
         if reason is not None:
             return reason
         iteration, direction = self.iteration, pending.direction
-        if not direction.belongs_to(params):
-            return DropReason.PARAMETERS_CHANGED
+        frozen, self._frozen = self._frozen, None
+        if not direction.belongs_to(params) or (frozen is not None and _frozen(params) - frozen):
+            return DropReason.PARAMETERS_CHANGED  # of those frozen since nobody knows the slope here
         if not direction.intact():
             self._keep_direction = True
             return DropReason.DIRECTION_OVERWRITTEN
@@ -483,6 +485,7 @@ class Pairing:
             if self._keep_direction or iteration.task.number == 0:  # nothing is known of the loop yet
                 direction.keep()
         self.pending = PendingStart(iteration.task.number, direction, point, elements, iteration.lr)
+        self._frozen = _frozen(params)
         return None
 
     def _expected(self, product: Tensor, factor: Tensor | None) -> Expected:
@@ -533,6 +536,11 @@ class Pairing:
         self.iteration.take_over(from_plain(Unused, unused, "unused"))
         pending = state["pending"]
         self.pending = None if pending is None else PendingStart.from_state(pending, params, ranks)
+
+
+def _frozen(params: Sequence[Tensor]) -> set[int]:
+    """Which parameters are not trained."""
+    return {id(param) for param in params if not param.requires_grad}
 
 
 def _harmlessly(passes: BackwardPasses, call: Callable[[], R]) -> R | None:

@@ -100,6 +100,7 @@ class EndPoint:
     def observation(self, length: float) -> Observation:
         """The same once the numbers have been read, for a step of a length."""
         product, factor, gamma = float(self.product), self.factor, self.gamma
+        unscaled = gamma is None and factor is not None and _of_a_scaler(float(factor))
         for divisor in (factor, gamma, length):
             if divisor is not None:
                 product = math.nan if divisor == 0.0 else product / float(divisor)
@@ -108,7 +109,8 @@ class EndPoint:
             slope=product,
             slope_variance=None if self.doubtful or not self.samples else _float(self.slope_variance),
             loss=_float(self.loss),
-            loss_variance=_float(self.loss_variance),
+            # Losses without a graph, of which nobody has seen by how much they were scaled up: not those of this slope.
+            loss_variance=None if unscaled else _float(self.loss_variance),
         )
 
 
@@ -242,7 +244,13 @@ def batch_loss(passes: BackwardPasses, fallback: Tensor | float | None) -> Batch
     # What was handed over counts, unless it is a mere mean and single losses were seen.
     singly = any(call.complete for call in recorded)
     again = any(entry.again for entry in reached)
-    if recorded and (singly or not any(call.complete for entry in seen for call in entry.calls)):
+    # Of those with a graph it was seen by which factor they were sent backward.
+    weighed = all(any(call.explicit and call.gamma is not None for call in entry.calls) for entry in reached)
+    if (
+        recorded
+        and not (reached and weighed)
+        and (singly or not any(call.complete for entry in seen for call in entry.calls))
+    ):
         return _of_recorded(recorded, samples, again)
     if not seen:
         mean = None if fallback is None else torch.as_tensor(fallback).detach()
@@ -297,6 +305,16 @@ def sample_variance(values: Tensor) -> Tensor | None:
         return None
     # Centred first: mean of squares minus squared mean loses everything in float32.
     return values.double().var(correction=1)
+
+
+SCALED = 1e-3
+"""A gradient that was made smaller than this share of itself before the step was not clipped: a scaler has undone what
+it did to the loss. So it has where the factor is a power of two, as its scales are."""
+
+
+def _of_a_scaler(factor: float) -> bool:
+    """Whether gradients were multiplied by a factor between backward pass and step because the loss was scaled up."""
+    return 0.0 < factor < SCALED or (0.0 < factor < 1.0 and math.frexp(factor)[0] == 0.5)
 
 
 def _float(value: Any) -> float | None:

@@ -125,5 +125,5 @@ def check_losses(losses: Any, method: str, forwards: list[int], graph: bool) -> 
         raise ValueError(
             f"{method}(losses) got {losses.shape[0]} losses, but the model's batch has {expected} "
             f"samples; expected shape [{expected}] or [{expected}, ...]. Where a loss belongs to several of them "
-            "(pairs, triplets) run its mean backward yourself, after optimizer.record_losses(mean.detach())"
+            "(pairs, triplets) run its mean backward yourself, after optimizer.record_losses(mean)"
         )
