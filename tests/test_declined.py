@@ -611,3 +611,4 @@ def test_an_empty_batch_is_no_subset():
     with pytest.warns(UserWarning, match="a subset picked by a mask"):
         x, _, y = data(N, generator)
         loss_fn(model(x)[:5], y[:5]).backward()
+        guided.step()

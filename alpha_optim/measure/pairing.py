@@ -222,6 +222,7 @@ class Pairing:
     def see_loss(self, fallback: Any) -> BatchLoss:
         """Put the loss of the iteration together, with the variance as it was the last time if not seen now."""
         iteration = self.iteration
+        self.losses.warn_of(iteration.passes.reached)
         try:
             if iteration.passes.trouble is None:  # else nothing is known
                 iteration.loss = self._loss(fallback if isinstance(fallback, (Tensor, float, int)) else None)

@@ -32,6 +32,7 @@ class LossCall:
         order: When it was called.
         complete: Whether losses of single samples can be had at all.
         subset: Whether the loss is one of some samples only, picked by a mask.
+        worth_a_word: Whether the user should know that losses of samples cannot be had from it.
         returned: Whether the model returned it.
         share: Whether it is a share of one mean over all passes of the iteration, which they add up to.
         seen_at_output: Gradients of ``mean`` at the outputs of the model, by place; None if not looked at.
@@ -47,6 +48,7 @@ class LossCall:
     order: int = 0
     complete: bool = True
     subset: bool = False
+    worth_a_word: bool = False
     returned: bool = False
     share: bool = False
     seen_at_output: dict[tuple[int, int], Tensor] | None = None

@@ -255,20 +255,19 @@ class LossHooks:
                 seen_at_output = self._followed_module(loss_fn, args, kwargs, whole, samples)
         interact = not complete and iteration.follows_losses and self._couples(output)
         subset = has_rows and not fitting
-        if (
+        worth_a_word = (
             samples != 0
             and not complete
             and not interact
             and (not fitting or not known_reduction(loss_fn) or iteration.wants_losses)
-        ):
-            self._warn_incomplete(loss_fn, subset)
+        )
         self._calls += 1
         order, model_calls = self._calls, len(iteration.calls)
 
         def start(hooks: LossHooks, gradient: Tensor) -> None:
             gamma = gradient.detach() if scale is None else gradient.detach() * scale
             call = LossCall(mean, individual, samples, gamma, False, order, complete, subset)
-            call = replace(call, seen_at_output=seen_at_output, model_calls=model_calls)
+            call = replace(call, seen_at_output=seen_at_output, model_calls=model_calls, worth_a_word=worth_a_word)
             hooks._report(call.judging(prediction))
 
         self._on_backward(output, start)
@@ -281,11 +280,13 @@ class LossHooks:
             return total_weight(args, kwargs, loss_fn.ignore_index, loss_fn.weight)
         return float(samples) if samples else None
 
-    def _warn_incomplete(self, loss_fn: nn.Module, subset: bool) -> None:
-        if self._warned:
+    def warn_of(self, passes: Sequence[BackwardPass]) -> None:
+        """Say of which losses that were sent backward those of samples cannot be had; others may be another model's."""
+        incomplete = [call for entry in passes for call in entry.calls if call.worth_a_word]
+        if self._warned or not incomplete:
             return
         self._warned = True
-        name = type(loss_fn).__name__
+        name, subset = type(self._loss_fn).__name__, incomplete[0].subset
         self.subset_told = subset
         if subset:
             warn_user(

@@ -151,21 +151,30 @@ def returned_terms(output: Any) -> list[Tensor]:
 MEAN = 1
 """How torch's graph writes ``reduction="mean"``."""
 NEAR = 200
-"""So many operations a loss lies at most above the output it is made from, and an input above a parameter."""
+"""So many operations a loss lies at most above what it is made from, and an input above a parameter."""
 
 
 def _made_from(loss: Tensor, outputs: list[Tensor]) -> bool:
-    """Whether one number among several outputs is made from one of the others, as a loss is (a temperature is not)."""
-    others = {output.grad_fn for output in outputs if output is not loss and output.grad_fn is not None}
-    waiting, seen = [loss.grad_fn], {loss.grad_fn}
-    while others and waiting and len(seen) < NEAR:
-        node = waiting.pop(0)
-        if node in others:
-            return True
-        following = {entry for entry, _ in getattr(node, "next_functions", ()) if entry is not None} - seen
+    """Whether one number among several outputs is made from what another one is made from, as a loss is.
+
+    A temperature is not: all that it comes from is a parameter of its own, and others are made from it.
+    """
+    others = _operations([output.grad_fn for output in outputs if output is not loss])
+    if loss.grad_fn in others:
+        return False
+    return not others or not others.isdisjoint(_operations([loss.grad_fn]))
+
+
+def _operations(nodes: list[Any]) -> set[Any]:
+    """The nearest operations that a graph consists of from some on, breadth first; without parameters."""
+    waiting = [node for node in nodes if node is not None]
+    seen = set(waiting)
+    while waiting and len(seen) < NEAR:
+        following = {entry for entry, _ in waiting.pop(0).next_functions if entry is not None} - seen
+        following = {node for node in following if not hasattr(node, "variable")}
         seen |= following
         waiting.extend(following)
-    return not others
+    return seen
 
 
 def is_mean(loss: Tensor) -> bool:
