@@ -141,7 +141,7 @@ class AlphaScheduler(LRScheduler):
         self._cut: float | None = None  # of the rates of a loop that owns them; None: they are ours
         self._sparse = 0  # calls after several steps, during a search
         self._cooling: Cooling | None = None
-        self._rates = GroupRates(optimizer.param_groups)
+        self._rates = GroupRates(optimizer.param_groups, schedule, getattr(policy, "total_steps", None))
         self._inside_step = False  # whether the rates are cut for a step
         self._news = News(optimizer._session.progress, optimizer.iteration)
         self._guarded = guard
@@ -233,7 +233,9 @@ class AlphaScheduler(LRScheduler):
             self.scale *= self._cuts.give_back(optimizer.iteration)
         self._tell_session()
         moved, self._news.progress = session.progress != self._news.progress, session.progress
-        if moved and self.schedule is not None and self._cut is None:
+        # What a metric does in trials that are put back tells nothing of progress.
+        paused = isinstance(self.schedule, ReduceLROnPlateau) and self._decision.searching
+        if moved and self.schedule is not None and self._cut is None and not paused:
             self._advance_schedule(self.schedule, metrics)
         self._news.iteration = optimizer.iteration
         self.last_epoch = session.progress

@@ -166,6 +166,47 @@ def test_iterations_and_progress_never_fall_and_a_schedule_is_stepped_all_along(
     assert rates[11:] == pytest.approx([0.5 * 1e-2 / (1 + n) for n in (12, 13, 14, 15)])
 
 
+NOAM = 0.5 * 8**-0.5  # at step 8
+
+PEAKS = {
+    "lambda": (lambda o: torch_schedules.LambdaLR(o, lambda n: 1.0 / (1 + n)), 1.0),
+    "a lambda above 1": (lambda o: torch_schedules.LambdaLR(o, lambda n: 10.0 * (1.0 - n / 100)), 10.0),
+    "Noam": (lambda o: torch_schedules.LambdaLR(o, lambda n: 0.5 * min((n + 1e-9) ** -0.5, n * 8**-1.5)), NOAM),
+    "cyclic": (lambda o: torch_schedules.CyclicLR(o, 1e-4, 2e-2, step_size_up=10, cycle_momentum=False), 2.0),
+    "one cycle": (lambda o: torch_schedules.OneCycleLR(o, max_lr=0.3, total_steps=40, cycle_momentum=False), 30.0),
+    "cosine": (lambda o: torch_schedules.CosineAnnealingLR(o, 40), 1.0),
+    "raises later": (lambda o: torch_schedules.LambdaLR(o, lambda n: [1.0, 0.5, 0.5, 0.5, 0.5][n]), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_the_peak_of_a_schedule_stands_in_for_it_during_a_search(name):
+    """As a multiple of the rate given, 1e-2; which is all that is known of a function that raises further on."""
+    model, loss_fn, base = make()
+    optimizer = AlphaGuided(base, model, loss_fn)
+    build, peak = PEAKS[name]
+    scheduler = AlphaScheduler(optimizer, Scripted({2: ("start", None)}), schedule=build(optimizer))
+    rates = []
+    train(model, loss_fn, optimizer, scheduler, batches(4), lambda n: rates.append(base.param_groups[0]["lr"]))
+    assert rates == pytest.approx([0.5 * 1e-2 * peak] * 4, rel=1e-6)
+
+
+def test_a_plateau_is_looked_for_when_the_search_is_over():
+    """What a metric does in trials that are put back says nothing of progress."""
+    model, loss_fn, base = make()
+    optimizer = AlphaGuided(base, model, loss_fn)
+    plateau = torch_schedules.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
+    scheduler = AlphaScheduler(optimizer, Scripted({3: ("start", None), 8: (None, "start")}, 12), schedule=plateau)
+    rates = []
+    for n, (x, y) in enumerate(batches(20)):
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        scheduler.step(0.0 if n == 5 else 1.0)  # nothing is ever as good as in the middle of a trial
+        rates.append(base.param_groups[0]["lr"] / (0.5 * 1e-2))
+    assert rates == pytest.approx([1.0] * 14 + [0.5] * 3 + [0.25] * 3)
+
+
 def test_hooks_for_accepted_points_sleep_and_run_once_at_the_chosen_point():
     run = guided(Scripted({3: ("start", None), 6: ("best", "start"), 9: (None, "best")}, searching_until=9))
     accepted, seen = {}, {}

@@ -1,5 +1,6 @@
 """Losses that say less than all: checkpoints, penalties, losses of the user's own, two batches at once."""
 
+import math
 import warnings
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from alpha_optim import AlphaGuided
+from alpha_optim import AlphaGuided, AlphaScheduler, Hold
 from tests.loops import check_same, make_batches, make_model, plain_run, train, wrap
 
 
@@ -117,6 +118,252 @@ def test_two_backward_passes_through_one_call_are_of_the_same_samples(kind, hand
     for one, both in zip(apart, together, strict=True):  # the mean of the two, as of two batches
         assert 2.0 * one.slope_start == pytest.approx(both.slope_start, rel=1e-9)
         assert 2.0 * one.loss_start == pytest.approx(both.loss_start, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("way", ["mean", "sum", "none", "recorded", "running total"])
+def test_a_loss_that_is_changed_in_place_is_the_one_that_was_seen(kind, way):
+    """Divided for an accumulation, or used as a running total; how it was sent backward is another matter."""
+    runs = []
+    for in_place in (True, False):
+        model = make_model()
+        reduction = "none" if way in ("none", "recorded") else "sum" if way == "sum" else "mean"
+        loss_fn = nn.CrossEntropyLoss(reduction=reduction)
+        guided = wrap(model, None if way == "recorded" else loss_fn, kind)
+        for x, y in make_batches(5):
+            guided.zero_grad()
+            loss = loss_fn(model(x), y)
+            if way == "recorded":
+                guided.record_losses(loss)
+            if in_place and way != "running total":
+                loss /= 4
+            sent = loss if in_place and way != "running total" else loss / 4
+            sent.mean().backward()
+            if in_place:
+                loss.detach().add_(100.0)
+            guided.step()
+        assert {m.information for m in guided.alpha_history} == {"full"}
+        runs.append(guided.alpha_history)
+    fields = ("alpha", "loss_start", "loss_end", "loss_variance_start", "slope_start", "slope_variance_start")
+    check_same(*runs, fields)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("first", ["seen", "not seen"])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_second_loss_that_is_not_seen_leaves_the_slopes(kind, first, passes):
+    """In a pass of its own, or in the same one, of a call of the model that was made after the loss that is seen."""
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, kind)
+    with pytest.warns(UserWarning, match="not all of the loss that is sent backward"):
+        for (x, y), (other, _) in zip(make_batches(4), make_batches(4, seed=1), strict=True):
+            guided.zero_grad()
+
+            def seen(x=x, y=y):
+                return loss_fn(model(x), y)
+
+            def unseen(other=other):
+                return functional.mse_loss(model(other), torch.ones(12, 3).double())
+
+            terms = [term() for term in (seen, unseen)[:: 1 if first == "seen" else -1]]
+            for loss in terms if passes == 2 else [sum(terms)]:
+                loss.backward()
+            guided.step()
+    assert {m.information for m in guided.alpha_history} == {"slopes"}
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 2.0]])
+def test_targets_that_do_not_count_and_weights_of_classes_with_losses_of_every_row(kind, weights):
+    """However many of a batch count; the losses, their scatter and all else as with reduction "mean"."""
+    weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    runs = []
+    for reduction in ("none", "mean"):
+        model, loss_fn = make_model(), nn.CrossEntropyLoss(weights, ignore_index=-1, reduction=reduction)
+        guided = wrap(model, loss_fn, kind)
+        for n, (x, y) in enumerate(make_batches(5)):
+            y[: n + 1] = -1
+            counts = (y >= 0).double() if weights is None else weights[y.clamp_min(0)] * (y >= 0)
+            guided.zero_grad()
+            loss = loss_fn(model(x), y)
+            (loss if reduction == "mean" else loss.sum() / counts.sum()).backward()
+            guided.step()
+        runs.append(guided.alpha_history)
+    fields = ("alpha", "loss_start", "loss_end", "loss_variance_start", "slope_start", "slope_end")
+    check_same(*runs, (*fields, "slope_variance_start"))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_batch_of_which_no_target_counts_is_used_where_the_loss_is_a_sum(kind, whole):
+    """Its loss is 0 and so is its gradient; a guard that calls it nan would keep back what the bare loop does."""
+    results = []
+    for wrapped in (False, True):
+        model, loss_fn = make_model(), nn.CrossEntropyLoss(ignore_index=-1, reduction="sum")
+        guided = wrap(model, loss_fn, kind)
+        optimizer = guided if wrapped else guided.optimizer
+        if not wrapped:
+            guided.detach()
+        scheduler = AlphaScheduler(guided, Hold()) if wrapped else None
+        for n, (x, y) in enumerate(make_batches(6)):
+            if n % 2:
+                y[0 if whole else 6 :] = -1
+            optimizer.zero_grad()
+            for part in (slice(0, 6), slice(6, 12)):
+                (loss_fn(model(x[part]), y[part]) / 12).backward()
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+        results.append([param.detach().clone() for param in model.parameters()])
+    assert guided.iteration == 6
+    assert not guided.guard_events
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    measured = [m for m in guided.alpha_history if m.status != "not_finite"]
+    assert len(measured) == (0 if whole else 5)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_factor_that_nobody_has_seen_leaves_losses_without_a_graph_alone(kind):
+    """A gradient scaler's: losses and slopes would be of different functions."""
+    found = {}
+    for recorded in ("detached", "with graph"):
+        model = make_model()
+        guided = wrap(model, None, kind)
+        for x, y in make_batches(4):
+            guided.zero_grad()
+            losses = functional.cross_entropy(model(x), y, reduction="none")
+            guided.record_losses(losses.detach() if recorded == "detached" else losses)
+            (1024.0 * losses.mean()).backward()
+            for param in model.parameters():
+                param.grad.div_(1024.0)
+            guided.step()
+        found[recorded] = {m.information for m in guided.alpha_history}
+    assert found == {"detached": {"slopes+variances"}, "with graph": {"full"}}
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_losses_handed_over_are_weighed_as_they_were_sent_backward(kind):
+    """Micro-batches of 8 and 4 samples, whose means are averaged."""
+    runs = []
+    for recorded in (True, False):
+        model, loss_fn = make_model(), nn.CrossEntropyLoss()
+        guided = wrap(model, None if recorded else loss_fn, kind)
+        for x, y in make_batches(5):
+            guided.zero_grad()
+            for part in (slice(0, 8), slice(8, 12)):
+                output = model(x[part])
+                if recorded:
+                    losses = functional.cross_entropy(output, y[part], reduction="none")
+                    guided.record_losses(losses)
+                    (losses.mean() / 2).backward()
+                else:
+                    (loss_fn(output, y[part]) / 2).backward()
+            guided.step()
+        runs.append(guided.alpha_history)
+    fields = ("alpha", "loss_start", "loss_end", "loss_variance_start", "slope_start", "slope_end")
+    check_same(runs[0][1:], runs[1][1:], fields)  # the first pair under plain SGD has slopes only
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_layers_that_are_frozen_after_the_step_have_no_slope_at_its_end(kind):
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, kind)
+    for n, (x, y) in enumerate(make_batches(8)):
+        model[0].requires_grad_(n < 3 or n >= 6)
+        guided.zero_grad()
+        loss_fn(model(x), y).backward()
+        guided.step()
+    assert guided.alpha_history.dropped == {"parameters_changed": 1}
+    assert [m.iteration for m in guided.alpha_history] == [0, 1, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("way", ["a patched step", "a hook for all optimizers"])
+def test_a_step_that_does_more_than_plain_sgd_is_looked_at(way):
+    def clamp(*_):
+        with torch.no_grad():
+            for param in model.parameters():
+                param.clamp_(-0.3, 0.3)
+
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    base = torch.optim.SGD(model.parameters(), lr=0.2)
+    handle = None
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    if way == "a patched step":
+        step = base.step
+        base.step = lambda closure=None: (step(closure), clamp())[0]
+    else:
+        handle = register_optimizer_step_post_hook(clamp)
+    try:
+        guided = AlphaGuided(base, model, loss_fn, variance="exact")
+        lengths = []
+        for x, y in make_batches(5):
+            before = torch.cat([param.detach().flatten() for param in model.parameters()])
+            guided.zero_grad()
+            loss_fn(model(x), y).backward()
+            guided.step()
+            after = torch.cat([param.detach().flatten() for param in model.parameters()])
+            lengths.append(float((after - before).norm()))
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert [m.step_length for m in guided.alpha_history] == pytest.approx(lengths[:4], rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_method_of_the_model_instead_of_its_forward_has_slopes_only(kind):
+    """The rules of layers cannot be checked there: this one takes what they call samples for steps in time."""
+
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(6, 8).double(), nn.Linear(8, 3).double()
+
+        def score(self, x):
+            return self.outer(self.inner(x.transpose(0, 1)).tanh()).mean(0)
+
+    torch.manual_seed(0)
+    model, loss_fn = Scores(), nn.CrossEntropyLoss()
+    guided = wrap(model, loss_fn, kind)
+    with pytest.warns(UserWarning, match="no slopes of single samples"):
+        for _ in range(4):
+            guided.zero_grad()
+            loss_fn(model.score(torch.randn(4, 4, 6).double()), torch.randint(0, 3, (4,))).backward()
+            guided.step()
+    assert {m.information for m in guided.alpha_history} == {"slopes"}
+
+
+@pytest.mark.parametrize("returned", ["probabilities", "a view", "a temperature", "a temperature in use"])
+def test_a_loss_that_is_returned_beside_what_its_logits_were_made_into(returned):
+    class Returns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.temperature = make_model(), nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+        def forward(self, x, y=None):
+            logits = self.net(x)
+            if returned.startswith("a temperature"):
+                scale = self.temperature.exp()
+                return (logits * scale, scale if returned.endswith("in use") else self.temperature.exp())
+            loss = functional.cross_entropy(logits, y)
+            return (logits.softmax(1) if returned == "probabilities" else logits.view(-1), loss)
+
+    torch.manual_seed(0)
+    model = Returns()
+    guided = AlphaGuided(torch.optim.Adam(model.parameters(), lr=0.01), model, variance="exact")
+    expected = []
+    for x, y in make_batches(4):
+        guided.zero_grad()
+        output = model(x, y)
+        loss = functional.cross_entropy(output[0], y) if returned.startswith("a temperature") else output[1]
+        expected.append(loss.item())
+        loss.backward()
+        guided.step()
+    losses = [m.loss_start for m in guided.alpha_history]
+    if returned.startswith("a temperature"):
+        assert all(math.isnan(loss) for loss in losses)
+    else:
+        assert losses == pytest.approx(expected[:3])
 
 
 @pytest.mark.compatibility("Loops", "gradient penalties (create_graph): slopes only, named in a warning")

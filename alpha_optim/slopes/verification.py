@@ -24,10 +24,7 @@ TOLERANCE, TOLERANCE_HALF = 1e-2, 1e-1
 """Deviation of a sample's slope relative to the largest; in 16 bits."""
 LATER = 64
 """The first check after the first; those that follow lie twice as far apart each time."""
-NO_CHECK = (
-    "the rules of layers cannot be checked: the model's forward is not called by itself (a method of it is?), or its "
-    "inputs are written to before the step"
-)
+NO_CHECK = "the rules of layers cannot be checked, for the call of the model cannot be repeated"
 SHARES = "what flows through the rows of a sample is not the slope of its loss: samples meet in the model"
 
 

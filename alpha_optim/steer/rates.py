@@ -6,12 +6,45 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR
+
 from alpha_optim.alpha.states import Remembers
 
 
 def peak_of(group: Mapping[str, Any]) -> float:
     """Largest of the group's ``lr``, ``initial_lr`` and ``max_lr``: the peak of most schedules."""
     return max(float(group.get(name, 0.0)) for name in ("lr", "initial_lr", "max_lr"))
+
+
+POINTS = 1000
+"""At so many steps, the first ones and evenly over a run, a schedule that is a function of the step is looked at."""
+LENGTH = 10_000
+"""Of a run whose length is not known."""
+
+
+def peaks_of(groups: Sequence[Mapping[str, Any]], schedule: Any, steps: int | None) -> list[float]:
+    """Highest rates of a schedule, one per group.
+
+    Args:
+        groups: The param groups.
+        schedule: The schedule, or None.
+        steps: Length of the run, if it is known.
+    """
+    peaks = [peak_of(group) for group in groups]
+    found = None
+    if isinstance(schedule, CyclicLR):
+        found = [float(rate) for rate in schedule.max_lrs]
+    elif isinstance(schedule, LambdaLR):  # the usual ones end up at 1, Noam's far below
+        length = steps or LENGTH
+        every = {*range(min(length, POINTS)), *range(0, length, max(1, length // POINTS))}
+        try:
+            highest = [max(float(of(step)) for step in every) for of in schedule.lr_lambdas]
+            found = [float(rate) * factor for rate, factor in zip(schedule.base_lrs, highest, strict=True)]
+        except Exception:  # whatever a function of the user's raises at a step that the loop has not reached
+            found = None
+    if found is None or len(found) != len(peaks) or not all(0.0 < rate < math.inf for rate in found):
+        return peaks
+    return found
 
 
 def clamped(rates: Sequence[float], lowest: float, highest: float) -> list[float]:
@@ -62,15 +95,17 @@ class GroupRates(Remembers, names={"factor": "factor_now"}):
     factor: float = 1.0
     foreign: int = 0
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, Any]], schedule: Any = None, steps: int | None = None) -> None:
         """Begin with the rates given.
 
         Args:
             groups: The param groups.
+            schedule: What makes other rates of them, if anything does.
+            steps: Length of the run, if it is known.
         """
         self.scheduled = rates_in(groups)
         self.written = list(self.scheduled)
-        self.peaks = [peak_of(group) for group in groups]
+        self.peaks = peaks_of(groups, schedule, steps)
         self.belong_to(groups)
 
     def belong_to(self, groups: Sequence[Mapping[str, Any]]) -> None:

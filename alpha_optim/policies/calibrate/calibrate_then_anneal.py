@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import re
 from dataclasses import replace
 from typing import Any
@@ -57,8 +58,9 @@ class CalibrateThenAnneal:
         Raises:
             ValueError: If an argument is out of range.
         """
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        if isinstance(total_steps, bool) or not hasattr(total_steps, "__index__") or total_steps < 1:
             raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
+        total_steps = operator.index(total_steps)  # NumPy has whole numbers of its own
         if trial_steps is not None and not 10 <= trial_steps <= max(10, total_steps // 4):
             raise ValueError(
                 f"trial_steps must be at least 10 and at most a quarter of total_steps={total_steps}, got {trial_steps}"

@@ -238,7 +238,8 @@ class Trials:
             return After(None, restore="start", found=found, highest=self.position, text=text)
         if math.isnan(self.kept) or not self._fell():
             return CUT_SHORT
-        return self._over("best", f"{CUT_SHORT.text}; the best rate so far is")
+        text = "the search was cut short, and goes on from the end of its best trial; the best rate so far is"
+        return self._over("best", text)
 
     def _over(self, restore: Place | None, text: str) -> After:
         """The search is over: what its scores say, which is told behind the text."""
