@@ -547,3 +547,50 @@ def test_what_is_known_of_the_noise_stands_where_a_batch_is_called_otherwise():
         loss_fn(model(x), y).backward()
         guided.step()
     assert [m.information for m in guided.alpha_history] == ["full"] * 5
+
+
+@pytest.mark.parametrize("given", ["all", "nothing"])
+def test_gradients_that_are_written_to_between_micro_batches_are_not_those_of_the_loss(given):
+    """Clipped after every backward pass; once they are no longer, all is measured again."""
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    base = torch.optim.Adam(model.parameters(), lr=0.01)
+    guided = AlphaGuided(base, *((model, loss_fn) if given == "all" else ()), variance="exact")
+    for n, (x, y) in enumerate(make_batches(8)):
+        guided.zero_grad()
+        for part in (slice(0, 6), slice(6, 12)):
+            (loss_fn(model(x[part]), y[part]) / 2).backward()
+            if n < 3 or part.start:  # after the last one it is a factor, which is seen
+                nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        guided.step()
+    assert guided.alpha_history.dropped == {"gradients_modified": 3}
+    assert [m.iteration for m in guided.alpha_history] == [3, 4, 5, 6]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("given", ["all", "the model", "nothing"])
+def test_gradients_that_are_exchanged_for_new_ones_are_not_added_to_the_old(given):
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    base = torch.optim.Adam(model.parameters(), lr=0.01)
+    guided = AlphaGuided(base, *{"all": (model, loss_fn), "the model": (model,), "nothing": ()}[given])
+    for x, y in make_batches(6):
+        params = list(model.parameters())
+        for param, gradient in zip(params, torch.autograd.grad(loss_fn(model(x), y), params), strict=True):
+            param.grad = gradient
+        guided.step()
+    assert [m.information for m in guided.alpha_history] == ["slopes"] * 5
+
+
+@pytest.mark.parametrize("variance", ["sampled", "exact"])
+def test_an_input_that_is_written_to_before_the_step_is_told(variance):
+    """A static buffer into which the next batch is copied: the call of the model cannot be repeated."""
+    model, loss_fn, buffer = make_model(), nn.CrossEntropyLoss(), torch.zeros(12, 6).double()
+    guided = wrap(model, loss_fn, "adam", variance=variance)
+    batches = make_batches(30)
+    with pytest.warns(UserWarning, match="the input of the model is written to between its call and the step"):
+        for (x, y), (following, _) in zip(batches, [*batches[1:], batches[0]], strict=True):
+            buffer.copy_(x)
+            guided.zero_grad()
+            loss_fn(model(buffer), y).backward()
+            buffer.copy_(following)
+            guided.step()
+    assert {m.information for m in guided.alpha_history} == {"slopes"}

@@ -229,6 +229,7 @@ class Iteration:
     def _opened(self) -> None:
         """Compare the parameters that a backward pass belongs to with what the step left."""
         if self.task.in_pair:
+            self.gradients.pass_begins()
             self._pass_begins(self.params)
         pending = self.task.pending
         if pending is None:

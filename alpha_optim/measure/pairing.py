@@ -400,7 +400,10 @@ class Pairing:
             return DropReason.OUT_OF_MEMORY if trouble.out_of_memory else DropReason.EXCEPTION
         if iteration.passes.skipped:
             return DropReason.STEP_SKIPPED
-        if iteration.gradients.added_to_old:
+        gradients = iteration.gradients
+        # Those of the step before may have been exchanged since (`param.grad = torch.autograd.grad(...)`).
+        gradients.added_to_old = gradients.added_to_old and self.gradient_hooks.reused(iteration.params)
+        if gradients.added_to_old or gradients.written_between:
             return DropReason.GRADIENTS_MODIFIED
         seen = iteration.gradients.any_seen or self.gradient_hooks.fresh(iteration.params)
         return None if seen else DropReason.NO_BACKWARD

@@ -110,6 +110,8 @@ class Gradients:
         self._habits, self._buffer = habits, buffer
         self.added_to_old = False
         """Whether they were added to those of the step before, which nobody had cleared."""
+        self.written_between = False
+        """Whether they were written to between two backward passes, so that the sum is not that of the passes."""
         self._params: dict[int, Tensor] = {}  # that got a gradient, by id; `GradientHooks` writes it
         self._seen: list[_Seen] = []
         self._left: _Left | None = None
@@ -118,7 +120,13 @@ class Gradients:
     def forget(self) -> None:
         """Forget the gradients seen so far: they were thrown away."""
         self._params.clear()
-        self._seen, self._left, self.added_to_old = [], None, False
+        self._seen, self._left, self.added_to_old, self.written_between = [], None, False, False
+
+    def pass_begins(self) -> None:
+        """Another backward pass has begun, and has reached one parameter at most."""
+        there = [seen for seen in self._seen if seen.param.grad is seen.gradient]
+        written = sum(seen.gradient._version != seen.version for seen in there)
+        self.written_between = self.written_between or written > 1 or (written == len(there) == 1)
 
     def backward_ended(self, look: bool) -> None:
         """Take note of the gradients while nobody has touched them.

@@ -60,6 +60,8 @@ OTHERS = (
     "another optimizer has moved parameters of the model before this one made its step; wrap both as one, "
     "AlphaGuided([one, other], model, loss_fn)"
 )
+MISSED = 5
+"""After so many steps in a row whose start could not be repeated, each for a reason of its own, the reason is told."""
 CHECK_AGAIN = 16
 """So many refreshes lie between two checks; a check costs about four of them."""
 
@@ -86,6 +88,7 @@ class ForwardMode(Remembers):
         self._repetition = Repetition(model, sample_dim)
         self.reason, self._signature = None, None
         self._whole, self._refreshes = exact, 0
+        self._missed = 0  # steps in a row whose start could not be repeated
 
     @property
     def model(self) -> nn.Module:
@@ -132,10 +135,14 @@ class ForwardMode(Remembers):
         """
         try:
             with PROCESS_WIDE:
-                return self._slopes(passes, line, expected, anew), None
+                found = self._slopes(passes, line, expected, anew)
+            self._missed = 0
+            return found, None
         except CannotDifferentiateError as error:
             if error.passing:
-                return None, None
+                self._missed += expected is not None
+                if self._missed < MISSED:
+                    return None, None
             self.reason = str(error)
             return None, self.reason
         except Exception as error:  # watching never raises into the user's loop

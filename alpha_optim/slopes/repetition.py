@@ -203,7 +203,9 @@ class Repetition(Remembers):
         without_dropout: bool,
     ) -> Part:
         if not call.unaltered():
-            raise CannotDifferentiateError("its input was changed in place", passing=True)
+            raise CannotDifferentiateError(
+                "the input of the model is written to between its call and the step", passing=True
+            )
         if call.writes:
             raise CannotDifferentiateError("the model writes to its parameters in its forward pass")
         whole = call.samples or entry.samples or 0
