@@ -1,6 +1,9 @@
 """Where samples cannot be told apart: one short warning, the right slopes, nothing raised, nothing claimed."""
 
 import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -463,6 +466,46 @@ def test_a_model_with_a_compiled_child():
             guided.step()
     assert {m.information for m in guided.alpha_history} == {"full"}
     torch._dynamo.reset()
+
+
+@dataclass
+class LogitsAndHidden:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Frozen:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("made", [LogitsAndHidden, SimpleNamespace, dict, Frozen])
+def test_an_output_beside_what_it_was_made_from(made):
+    """What reaches the hidden state through the logits is not the loss's own; a frozen one cannot be taken apart."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            hidden = self.inner(x).tanh()
+            return made(logits=self.outer(hidden), hidden=hidden)
+
+    torch.manual_seed(0)
+    model, loss_fn = Model(), nn.CrossEntropyLoss()
+    guided = AlphaGuided(torch.optim.AdamW(model.parameters()), model, loss_fn, variance="exact")
+    expected = pytest.warns(UserWarning, match="not all of the loss") if made is Frozen else nullcontext()
+    with expected:
+        for _ in range(4):
+            guided.zero_grad()
+            output = model(torch.randn(12, 6))
+            loss_fn(output["logits"] if made is dict else output.logits, torch.randint(0, 3, (12,))).backward()
+            assert type(output) is made
+            guided.step()
+    assert {m.information for m in guided.alpha_history} == {"slopes" if made is Frozen else "full"}
 
 
 class SplitOutput(nn.Module):

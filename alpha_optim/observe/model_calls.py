@@ -9,7 +9,8 @@ keeps what a repetition of the call needs, and the gradients that reach the outp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -233,6 +234,14 @@ def apart(output: Any) -> Any:
             for name, value in list(output.items()):
                 output[name] = map_tensors(viewed, value)
         except Exception:  # it does not let itself be changed
+            return None
+        return output
+    if is_dataclass(output) or isinstance(output, SimpleNamespace):
+        try:
+            found = {name: map_tensors(viewed, value) for name, value in vars(output).items()}
+            for name, value in found.items():
+                setattr(output, name, value)
+        except Exception:  # a frozen one, or one with slots
             return None
         return output
     return None
