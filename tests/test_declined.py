@@ -653,5 +653,6 @@ def test_an_empty_batch_is_no_subset():
                 guided.step()
     with pytest.warns(UserWarning, match="a subset picked by a mask"):
         x, _, y = data(N, generator)
+        guided.zero_grad()
         loss_fn(model(x)[:5], y[:5]).backward()
         guided.step()

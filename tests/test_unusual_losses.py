@@ -310,29 +310,6 @@ def test_a_step_that_does_more_than_plain_sgd_is_looked_at(way):
     assert [m.step_length for m in guided.alpha_history] == pytest.approx(lengths[:4], rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
-def test_a_method_of_the_model_instead_of_its_forward_has_slopes_only(kind):
-    """The rules of layers cannot be checked there: this one takes what they call samples for steps in time."""
-
-    class Scores(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.outer = nn.Linear(6, 8).double(), nn.Linear(8, 3).double()
-
-        def score(self, x):
-            return self.outer(self.inner(x.transpose(0, 1)).tanh()).mean(0)
-
-    torch.manual_seed(0)
-    model, loss_fn = Scores(), nn.CrossEntropyLoss()
-    guided = wrap(model, loss_fn, kind)
-    with pytest.warns(UserWarning, match="no slopes of single samples"):
-        for _ in range(4):
-            guided.zero_grad()
-            loss_fn(model.score(torch.randn(4, 4, 6).double()), torch.randint(0, 3, (4,))).backward()
-            guided.step()
-    assert {m.information for m in guided.alpha_history} == {"slopes"}
-
-
 @pytest.mark.parametrize("returned", ["probabilities", "a view", "a temperature", "a temperature in use"])
 def test_a_loss_that_is_returned_beside_what_its_logits_were_made_into(returned):
     class Returns(nn.Module):

@@ -157,7 +157,6 @@ class Iteration:
 
     def forward_starts(self) -> None:
         """The model is about to be called."""
-        self.passes.model_called = True
         if self.before_forward is not None:
             call, self.before_forward = self.before_forward, None
             call()

@@ -165,7 +165,6 @@ class BackwardPasses:
         self._anchored: BackwardPass | None = None
         self._recorded: list[Recorded] = []
         self.forwards: list[int] = []  # samples of the model's calls
-        self.model_called = False  # with a graph or without
         self.inputs: set[int] = set()  # storages of what the model was called with
         self.skipped = False
         self._of_others: set[int] = set()

@@ -125,8 +125,10 @@ class Gradients:
     def pass_begins(self) -> None:
         """Another backward pass has begun, and has reached one parameter at most."""
         there = [seen for seen in self._seen if seen.param.grad is seen.gradient]
-        written = sum(seen.gradient._version != seen.version for seen in there)
-        self.written_between = self.written_between or written > 1 or (written == len(there) == 1)
+        written = [seen.gradient for seen in there if seen.gradient._version != seen.version]
+        if len(written) > 1 or len(written) == len(there) == 1:
+            changed = int((_norms(written) != 0.0).sum())  # the others were cleared
+            self.written_between = self.written_between or changed > 1 or changed == len(there)
 
     def backward_ended(self, look: bool) -> None:
         """Take note of the gradients while nobody has touched them.

@@ -149,10 +149,9 @@ class LayerwiseBackend:
         return slopes
 
     def _without_model_calls(self) -> None:
-        """The model was called without a graph (a checkpoint): contract its layers from now on, if they have rules."""
-        assert self._passes is not None
+        """The model was not called in this iteration: contract its layers from now on, if they have rules."""
         wanted = set(map(id, self._params))
-        tried = bool(self._rules.unaccounted.reasons) or not self._passes.model_called
+        tried = bool(self._rules.unaccounted.reasons)
         if not tried and self._rules_fit and self._layers_have_rules(wanted):
             self._rules_wanted = True  # in this iteration nothing was seen of the layers
         else:
