@@ -157,8 +157,8 @@ class LayerwiseBackend:
         else:
             self.unaccounted.add(
                 ALL,
-                "no call of the model was seen; give AlphaGuided the very module whose forward the loop calls (the "
-                "compiled one, if it is compiled)",
+                "no call of the model was seen; give AlphaGuided the very module that the loop calls (the compiled "
+                "one, if it is compiled)",
             )
 
     def mute(self) -> None:
