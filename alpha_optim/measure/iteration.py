@@ -254,7 +254,7 @@ class Iteration:
 
     def take_over(self, unused: Unused) -> None:
         """Begin with what passes before, of the same iteration, have left."""
-        self.passes.skipped, self.passes.of_others = unused.skipped, set(unused.of_others)
+        self.passes.skipped, self.passes.discarded = unused.skipped, set(unused.of_others)
         self.lost_losses = [torch.tensor(loss) for loss in unused.losses]
 
     def all_of_loss(self) -> bool:

@@ -245,12 +245,10 @@ def batch_loss(passes: BackwardPasses, fallback: Tensor | float | None) -> Batch
     singly = any(call.complete for call in recorded)
     again = any(entry.again for entry in reached)
     # Of those with a graph it was seen by which factor they were sent backward.
-    weighed = all(any(call.explicit and call.gamma is not None for call in entry.calls) for entry in reached)
-    if (
-        recorded
-        and not (reached and weighed)
-        and (singly or not any(call.complete for entry in seen for call in entry.calls))
-    ):
+    weighed = bool(reached) and all(
+        any(call.explicit and call.gamma is not None for call in entry.calls) for entry in reached
+    )
+    if recorded and not weighed and (singly or not any(call.complete for entry in seen for call in entry.calls)):
         return _of_recorded(recorded, samples, again)
     if not seen:
         mean = None if fallback is None else torch.as_tensor(fallback).detach()

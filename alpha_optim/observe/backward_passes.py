@@ -167,7 +167,8 @@ class BackwardPasses:
         self.forwards: list[int] = []  # samples of the model's calls
         self.inputs: set[int] = set()  # storages of what the model was called with
         self.skipped = False
-        self._of_others: set[int] = set()
+        self.discarded: set[int] = set()
+        """Tasks of another network's passes, whose finite gradients were thrown away."""
         self.muted = False  # while we walk a graph ourselves
         self.trouble: Trouble | None = None
         """What was raised first while something was seen: then none of it is used."""
@@ -183,11 +184,7 @@ class BackwardPasses:
 
         Their gradients are finite and were thrown away, or go on to that network while this one is frozen.
         """
-        return self._of_others | {entry.task for entry in self._passes if entry.goes_on and entry.frozen}
-
-    @of_others.setter
-    def of_others(self, tasks: set[int]) -> None:
-        self._of_others = set(tasks)
+        return self.discarded | {entry.task for entry in self._passes if entry.goes_on and entry.frozen}
 
     @property
     def losses_inside(self) -> bool:
@@ -293,7 +290,7 @@ class BackwardPasses:
             # Not of our loss function, or on through what another network has made.
             others = {entry.task for entry in self.reached if not entry.calls or entry.goes_on}
             skipped = self._on_discard()
-            self.skipped, self._of_others = skipped or self.skipped, self.of_others | (set() if skipped else others)
+            self.skipped, self.discarded = skipped or self.skipped, self.of_others | (set() if skipped else others)
             self._passes, self._by_task, self._anchored, self._recorded = [], {}, None, []
 
     def _open(self, task: int) -> BackwardPass:

@@ -56,9 +56,8 @@ class Rows:
             return torch.where(mean == 0, sums, sums * (self.reduced.to(sums.dtype) / mean))
         if self.total is None or (isinstance(self.total, float) and self.total == samples):
             return sums
-        if isinstance(self.total, Tensor):
-            return sums.double() * (samples / _not_zero(self.total.double()))
-        return sums.double() * (samples / self.total) if self.total else sums.double()
+        total = self.total.double() if isinstance(self.total, Tensor) else self.total
+        return sums.double() * (samples / _not_zero(total))
 
 
 class LossHooks:

@@ -8,7 +8,7 @@ keeps what a repetition of the call needs, and the gradients that reach the outp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, is_dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -167,15 +167,26 @@ def _made_from(loss: Tensor, outputs: list[Tensor]) -> bool:
 
 
 def _operations(nodes: list[Any]) -> set[Any]:
-    """The nearest operations that a graph consists of from some on, breadth first; without parameters."""
+    """The nearest operations that a graph consists of from some on, without parameters."""
+    return {node for node in _nearest(nodes) if not hasattr(node, "variable")}
+
+
+def _nearest(nodes: Iterable[Any], through: Callable[[Any], bool] = lambda _: True) -> Iterator[Any]:
+    """The nearest nodes of a graph from some on, breadth first.
+
+    Args:
+        nodes: Where it begins; None stands for no graph.
+        through: Whether to go on behind a node.
+    """
     waiting = [node for node in nodes if node is not None]
     seen = set(waiting)
-    while waiting and len(seen) < NEAR:
-        following = {entry for entry, _ in waiting.pop(0).next_functions if entry is not None} - seen
-        following = {node for node in following if not hasattr(node, "variable")}
-        seen |= following
-        waiting.extend(following)
-    return seen
+    while waiting:
+        node = waiting.pop(0)
+        yield node
+        if len(seen) < NEAR and through(node):
+            following = {entry for entry, _ in node.next_functions if entry is not None} - seen
+            seen |= following
+            waiting.extend(following)
 
 
 def is_mean(loss: Tensor) -> bool:
@@ -183,35 +194,19 @@ def is_mean(loss: Tensor) -> bool:
 
     Many models take ``num_items_in_batch`` and do not divide by it: the loss of a micro-batch is a mean of its own.
     """
-    waiting, seen = [loss.grad_fn], {loss.grad_fn}
-    while waiting and len(seen) < NEAR:
-        node = waiting.pop(0)
-        reduction = getattr(node, "_saved_reduction", None)
-        if reduction is not None:
-            return bool(reduction == MEAN)
-        if node is None or node.name().startswith(("Mul", "Div")):  # a share that the model has made of it
-            continue
-        following = {entry for entry, _ in node.next_functions if entry is not None} - seen
-        seen |= following
-        waiting.extend(following)
-    return False
+    # What is multiplied or divided is a share that the model has made of it.
+    whole = _nearest([loss.grad_fn], through=lambda node: not node.name().startswith(("Mul", "Div")))
+    return next((node._saved_reduction == MEAN for node in whole if hasattr(node, "_saved_reduction")), False)
 
 
 def made_by_others(inputs: Any, model: nn.Module) -> bool:
     """Whether parameters that are not the model's have made what it is called with, and gradients go on to them."""
-    waiting = [tensor.grad_fn for tensor in tensors_in(inputs) if tensor.grad_fn is not None]
-    if not waiting:
+    made = [tensor.grad_fn for tensor in tensors_in(inputs) if tensor.grad_fn is not None]
+    if not made:
         return False
-    own, seen = {id(param) for param in model.parameters()}, set(waiting)
-    while waiting and len(seen) < NEAR:
-        node = waiting.pop()  # depth first: the nearest layer has parameters
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, nn.Parameter) and id(variable) not in own:
-            return True
-        following = {entry for entry, _ in node.next_functions if entry is not None} - seen
-        seen |= following
-        waiting.extend(following)
-    return False
+    own = {id(param) for param in model.parameters()}
+    leaves = (getattr(node, "variable", None) for node in _nearest(made))  # the nearest layer has some
+    return any(isinstance(leaf, nn.Parameter) and id(leaf) not in own for leaf in leaves)
 
 
 def apart(output: Any) -> Any:

@@ -62,20 +62,16 @@ class Verification(Remembers):
             expected: What the mean over all samples has to be.
             slopes: What the rules of layers gave.
         """
-        if not self.due() or slopes is None:
-            self._count += 1
-            return None
-        if not passes.forwards:  # layers are called one by one, or inside a checkpoint
-            self._count += 1
+        due = self.due()
+        self._count += 1
+        if not due or slopes is None or not passes.forwards:  # layers may be called one by one, or inside a checkpoint
             return None
         line = Line.along(self._forward.names, params, direction.start(), direction.change().tensors())
         if not line.point:
-            self._count += 1
             return None
         judge, reason = self._forward.slopes(passes.reached, line, expected, anew=True)
         if judge is None and reason is None:
             return NO_CHECK
-        self._count += 1
         if reason in (INTERACT, OTHER_TERMS):
             return reason
         if judge is None or not judge.repeated:
