@@ -28,6 +28,21 @@ def kl(output, target):
     return F.kl_div(output.log_softmax(1), target.softmax(1), reduction="none").sum(1)
 
 
+def masked(losses, mask):
+    return (losses * mask).sum() / mask.sum()
+
+
+def added(loss, output, target):
+    loss /= 2.0
+    loss += 0.3 * (F.mse_loss(output, target) if loss.dim() == 0 else (output - target).square().mean(1))
+    return loss
+
+
+def beside(output, y, target, metric):
+    assert metric.dim() == 0
+    return F.cross_entropy(output, y)
+
+
 WAYS = {
     "mean": (lambda o, y, t: F.cross_entropy(o, y), lambda o, y, t: cross(o, y)),
     "sum": (lambda o, y, t: F.cross_entropy(o, y, reduction="sum"), lambda o, y, t: N * cross(o, y)),
@@ -59,6 +74,35 @@ WAYS = {
         lambda o, y, t: cross(o, y) + (o - t).square().mean(1),
     ),
     "scaled": (lambda o, y, t: 3.0 * F.cross_entropy(o, y), lambda o, y, t: 3.0 * cross(o, y)),
+    "two with other weights": (
+        lambda o, y, t: F.cross_entropy(o, y) + 0.3 * F.mse_loss(o, t),
+        lambda o, y, t: cross(o, y) + 0.3 * (o - t).square().mean(1),
+    ),
+    "two sums, divided": (
+        lambda o, y, t: (F.cross_entropy(o, y, reduction="sum") - 0.3 * F.mse_loss(o, t, reduction="sum")) / N,
+        lambda o, y, t: cross(o, y) - 0.3 * (o - t).square().sum(1),
+    ),
+    "not reduced": (lambda o, y, t: cross(o, y).mean(), lambda o, y, t: cross(o, y)),
+    "masked by hand": (
+        lambda o, y, t: masked(cross(o, y), y != 1),
+        lambda o, y, t: cross(o, y) * (y != 1) * N / (y != 1).sum(),
+    ),
+    "masked elements, and a mean": (
+        lambda o, y, t: (
+            0.2 * F.cross_entropy(o, y) + (F.l1_loss(o, t, reduction="none") * (t > 0)).sum() / (t > 0).sum()
+        ),
+        lambda o, y, t: 0.2 * cross(o, y) + ((o - t).abs() * (t > 0)).sum(1) * N / (t > 0).sum(),
+    ),
+    "changed in place": (lambda o, y, t: added(F.cross_entropy(o, y), o, t), lambda o, y, t: added(cross(o, y), o, t)),
+    "beside a metric": (lambda o, y, t: beside(o, y, t, F.l1_loss(o, t)), lambda o, y, t: cross(o, y)),
+    "beside a metric, detached": (
+        lambda o, y, t: beside(o, y, t, F.l1_loss(o.detach(), t)),
+        lambda o, y, t: cross(o, y),
+    ),
+    "beside a metric without gradients": (
+        lambda o, y, t: beside(o, y, t, torch.no_grad()(F.l1_loss)(o, t)),
+        lambda o, y, t: cross(o, y),
+    ),
 }
 
 
@@ -164,7 +208,6 @@ def test_a_batch_part_in_which_nothing_counts_is_no_sign_that_samples_interact()
 OTHERS = {
     "a term of the output": lambda o, y, t: F.cross_entropy(o, y) + 0.1 * o.logsumexp(1).square().mean(),
     "a small one": lambda o, y, t: F.cross_entropy(o, y) + 0.02 * o.logsumexp(1).square().mean(),
-    "two with other weights": lambda o, y, t: F.cross_entropy(o, y) + 0.3 * F.mse_loss(o, t),
     "a power": lambda o, y, t: F.cross_entropy(o, y) ** 2,
     "not all rows": lambda o, y, t: F.cross_entropy(o[:-2], y[:-2]),
 }

@@ -95,6 +95,26 @@ class Checkpointed(nn.Module):
         return self.above(checkpoint(square, self.below(x), use_reentrant=self.reentrant))
 
 
+class Normalised(nn.Module):
+    """By numbers that are computed without gradients; with dropout no check could tell if they were differentiated."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.below, self.above, self.dropout = nn.Linear(6, 8), nn.Linear(8, 3), nn.Dropout(dropout)
+
+    @torch.no_grad()
+    def scale(self, h):
+        return h.abs().mean(1, keepdim=True)
+
+    def forward(self, x):
+        h = self.below(x)
+        h = h / (self.scale(h) + 0.1)
+        with torch.no_grad():
+            h.mul_(h > -1.0)  # seen by no backward pass
+            shift = h.mean(1, keepdim=True)
+        return self.above(self.dropout(torch.tanh(h + shift)))
+
+
 class Recurrent(nn.Module):
     """A language model that may be fed time first and carries its state over."""
 
@@ -358,6 +378,8 @@ CASES = {
     "gpt, checkpointed": Case(lambda: GPT(checkpointed=True), tokens, flattened, language, CROSS),
     "checkpointed, no forward rule": Case(lambda: Checkpointed(False), vectors, vector_loop, classes, CROSS),
     "checkpointed, reentrant": Case(lambda: Checkpointed(True), vectors, vector_loop, None, CROSS),
+    "a part without gradients": Case(Normalised, vectors, vector_loop, classes, CROSS),
+    "a part without gradients, dropout": Case(lambda: Normalised(0.3), vectors, vector_loop, classes, CROSS),
     "gpt, mask as buffer": Case(lambda: GPT(mask=True), tokens, flattened, language, CROSS),
     "gpt, 24 samples": Case(GPT, lambda g, d: tokens(g, d, 24), flattened, language, CROSS, samples=24),
     "lstm": Case(lambda: Recurrent(nn.LSTM), tokens, flattened, language, CROSS),

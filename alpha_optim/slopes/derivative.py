@@ -74,9 +74,13 @@ def _load_forward_rules() -> None:
 
 
 def forward(run: Callable[[Values], list[Tensor]], line: Line) -> tuple[list[Tensor], list[Tensor]]:
-    """Values of a function and its derivatives along a line, with dual numbers."""
+    """Values of a function and its derivatives along a line, with dual numbers.
+
+    Gradients are on, as in the loop, so that the function's own blocks of `torch.no_grad` can be told
+    (`SeesLosses`); nothing requires any.
+    """
     _load_forward_rules()
-    with torch.no_grad(), forward_ad.dual_level():
+    with torch.enable_grad(), forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(value, line.tangents[name]) for name, value in line.point.items()}
         pairs = [forward_ad.unpack_dual(output) for output in run(duals)]
         values = [pair.primal.detach() for pair in pairs]

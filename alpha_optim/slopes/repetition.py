@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from alpha_optim.alpha.states import Remembers
 from alpha_optim.observe.backward_passes import BackwardPass
 from alpha_optim.observe.hooks import map_tensors, tensors_in
-from alpha_optim.observe.inner_products import TOGETHER, at_least_float32
+from alpha_optim.observe.inner_products import TOGETHER, as_real, at_least_float32
 from alpha_optim.observe.model_calls import ModelCall, innermost
 from alpha_optim.observe.model_inputs import CannotCutError, cut, cut_rows, folded
 from alpha_optim.observe.numbers import read
@@ -312,6 +312,7 @@ class Repetition(Remembers):
         """Call the model once more: the outputs wanted, or its loss, the mean and the losses of samples inside.
 
         Raises:
+            CannotCutError: If some of the samples by themselves have another loss.
             CannotDifferentiateError: If there are none.
         """
         model = innermost(self.model)
@@ -339,14 +340,14 @@ class Repetition(Remembers):
                 "the loss that the model returns comes from none of torch's loss functions; hand the losses of the "
                 "samples over with optimizer.record_losses(losses)"
             )
-        single = [rows.of_samples(samples, self.sample_dim) for _, rows in seen.calls]
-        if any(entry is None for entry in single):
-            raise CannotDifferentiateError("the rows of its loss are neither the samples nor a multiple of them")
         assert call.loss_place is not None
-        found = [entry for entry in single if entry is not None]
-        means = [entry.mean() if m is None else m for (m, _), entry in zip(seen.calls, found, strict=True)]
-        mean, together = sum(means[1:], means[0]), torch.stack(found).sum(0)
-        return [tensors[call.loss_place], mean, together]
+        loss = tensors[call.loss_place]
+        terms = seen.terms(loss, samples, self.sample_dim)
+        if terms is None:
+            raise CannotDifferentiateError("the rows of its loss are neither the samples nor a multiple of them")
+        if seen.uneven and samples < (call.samples or 0):
+            raise CannotCutError("its loss has several terms, of which some rows count for more than others")
+        return [loss, *terms]
 
     def _derivative(
         self, run: Callable[..., list[Tensor]], line: Line, call: ModelCall
@@ -381,7 +382,7 @@ def _contracted(gradient: Tensor, tangent: Tensor, samples: int, sample_dim: int
 
     Products are formed in the precision of the model, and added up in float64.
     """
-    gradient, tangent = at_least_float32(gradient), at_least_float32(tangent)
+    gradient, tangent = at_least_float32(as_real(gradient)), at_least_float32(as_real(tangent))
     if sample_dim != 0 or gradient.dim() == 0 or samples == 0 or gradient.shape[0] % samples:
         return folded((gradient * tangent).double(), samples, sample_dim)
     ones, others = gradient.reshape(samples, -1), tangent.reshape(samples, -1)
