@@ -245,7 +245,7 @@ class AlphaScheduler(LRScheduler):
         """Judge the point that the last step reached, which no batch follows; call it once, after the last step.
 
         A run that was stopped while its learning rate was still searched ends where the best trial did, or where they
-        all began.
+        all began. Of several processes every one has to call it.
 
         Args:
             loss: A loss at that point, of a batch as those of training; None: only whether everything is

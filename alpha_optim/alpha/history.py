@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
@@ -119,11 +119,13 @@ class AlphaHistory(Sequence[AlphaMeasurement]):
         if count <= 0:
             return
         pending, self._pending = self._pending[:count], self._pending[count:]
-        for outcome in pending[0].resolve(pending):
-            if isinstance(outcome, DropReason):
-                self.drop(outcome)
-            else:
-                self._store(outcome)
+        for _, alike in groupby(pending, key=type):  # those before and after other processes came or went
+            pairs = list(alike)
+            for outcome in pairs[0].resolve(pairs):
+                if isinstance(outcome, DropReason):
+                    self.drop(outcome)
+                else:
+                    self._store(outcome)
 
     def up_to(self, iteration: int, after: int) -> list[AlphaMeasurement]:
         """Measurements of the iterations in ``(after, iteration]``, without fetching newer ones."""

@@ -37,35 +37,45 @@ SAMPLES = 1 << 26
 class Scatter:
     """How numbers of single samples lie about a centre, not yet divided by anything.
 
+    Where a rank looks at some of its samples each of them stands for as many as there are to one looked at: ranks look
+    at equally many of batches that may be unequally large.
+
     Attributes:
-        count: How many there are.
-        total: Sum of their distances from the centre.
+        count: How many were looked at.
+        total: Sum over all samples of their distances from the centre.
         squares: Sum of the squares of those.
+        stand_for: So many samples they stand for; does not travel, since N is known of all ranks together.
     """
 
     count: float = 0.0
     total: Number = 0.0
     squares: Number = 0.0
+    stand_for: float = 0.0
 
     @classmethod
-    def of(cls, values: Tensor | None, weight: Number, centre: float) -> Scatter:
-        """Take the scatter of values ``[n]`` times a weight; empty for None."""
+    def of(cls, values: Tensor | None, weight: Number, centre: float, samples: int) -> Scatter:
+        """Take the scatter of values ``[n]`` of some of a rank's samples times a weight; empty for None."""
         if values is None or values.numel() == 0:
             return cls()
         weight = weight.to(values.device) if isinstance(weight, Tensor) else weight
-        apart = values.double() * weight - centre
-        return cls(float(values.numel()), apart.sum(), apart.square().sum())
+        weighed = values.double() * weight
+        # Without targets that count they are divided by 0 (and a mean of none is nan).
+        nothing = torch.as_tensor(weight == 0.0, device=values.device)
+        apart = torch.where(nothing, 0.0, weighed) - centre
+        all_of_them = float(max(samples, values.numel()))
+        each = all_of_them / values.numel()
+        return cls(float(values.numel()), apart.sum() * each, apart.square().sum() * each, all_of_them)
 
     def mean(self, centre: float) -> float:
-        """Mean of the values; once the numbers have been read."""
-        return math.nan if not self.count else float(self.total) / self.count + centre
+        """Mean of the values; once the numbers of all ranks have been read."""
+        return math.nan if not self.count else float(self.total) / self.stand_for + centre
 
     def variance(self) -> float:
-        """Variance of the values (ddof=1); once the numbers have been read."""
+        """Variance of the values (ddof=1); once the numbers of all ranks have been read."""
         if self.count < 2:
             return math.nan
         total = float(self.total)
-        value = (float(self.squares) - total * total / self.count) / (self.count - 1)
+        value = (float(self.squares) - total * total / self.stand_for) / self.stand_for * self.count / (self.count - 1)
         return 0.0 if value < 0.0 else value  # nan stays nan
 
 
@@ -122,6 +132,15 @@ class Report:
     end_product: Number = 0.0
     start_product: Number = 0.0
     squared_length: Number = 0.0
+
+    def begins(self) -> Report:
+        """The first report of a rank, of which only means are used: it is sent once more, about them."""
+        return replace(self, squared_length=-math.inf, pass_broke=True)
+
+    @property
+    def beginners(self) -> int:
+        """In a sum, how many ranks have sent their first report."""
+        return int(self.pass_broke) if self.squared_length == -math.inf else 0
 
     def packed(self, device: torch.device) -> Tensor:
         """The numbers as they travel, float64 ``[16]``.
@@ -255,9 +274,9 @@ class Together:
             return known
         apart = float(sums.loss) / sums.samples - centre  # of the mean of all samples
         if count == sums.samples:
-            return self._variance(replace(sums.losses, total=count * apart), self._unit, known)
+            return self._variance(replace(sums.losses, total=count * apart), self, self._unit, known)
         # Of some samples only, about the mean of all.
-        value = float(sums.losses.squares) / count - apart * apart
+        value = float(sums.losses.squares) / sums.samples - apart * apart
         return self._unit**2 * (0.0 if value < 0.0 else value)
 
     def slope_variance(self, role: str, at: Together, known: float | None) -> float | None:
@@ -270,15 +289,20 @@ class Together:
         """
         if self.sums.slopes_unseen:
             return None
-        return self._variance(self.sums.end if role == "end" else self.sums.start, at._unit, known)
+        return self._variance(self._slopes(role), at, at._unit, known)
 
-    def _variance(self, scatter: Scatter, unit: float, known: float | None) -> float | None:
+    def _slopes(self, role: str) -> Scatter:
+        return self.sums.end if role == "end" else self.sums.start
+
+    def _variance(self, scatter: Scatter, at: Together, unit: float, known: float | None) -> float | None:
         share = 1.0 / self._batches  # samples that several ranks are fed count once
-        once = Scatter(scatter.count * share, float(scatter.total) * share, float(scatter.squares) * share)
+        once = Scatter(
+            scatter.count * share, float(scatter.total) * share, float(scatter.squares) * share, at.sums.samples * share
+        )
         return known if once.count < 2 else unit * unit * once.variance()
 
-    def adds_up(self, role: str, at: Together, length: float, tolerance: float) -> bool:
-        """Whether the slopes of all samples give the slope of the gradients; True if only some samples were looked at.
+    def adds_up(self, role: str, at: Together, length: float, tolerance: float) -> bool | None:
+        """Whether the slopes of all samples give the slope of the gradients; None if only some samples were looked at.
 
         Ranks that repeat their samples with random numbers other than the training loop's leave one out each. Those
         that are left give it but for chance (`slopes.base.by_chance`), and only at the end of a step.
@@ -289,12 +313,12 @@ class Together:
             length: |d|.
             tolerance: How far apart they may be, relative to the slopes of samples.
         """
-        scatter = self.sums.end if role == "end" else self.sums.start
+        scatter = replace(self._slopes(role), stand_for=at.sums.samples)
         product = float(self.sums.end_product if role == "end" else self.sums.start_product)
         left_out = at.sums.samples - scatter.count
         compared = 0 <= left_out <= (self._size if role == "end" else 0)
         if not scatter.count or not compared or not length:
-            return True
+            return None
         mean = scatter.mean(self.centres.end if role == "end" else self.centres.start)
         slope = product / length
         every = at.sums.samples / self._size  # from one sample's contribution to the mean over ranks
@@ -308,10 +332,12 @@ class Together:
         """Means of this step; where there are none, those of the last."""
         sums = self.sums
         seen = self.loss is not None and sums.samples > 0
+        # That of the start was taken of the batch before, which is about as large.
+        end, start = (replace(scatter, stand_for=sums.samples) for scatter in (sums.end, sums.start))
         found = Centres(
             float(sums.loss) / sums.samples if seen else before.loss,
-            sums.end.mean(self.centres.end) if sums.end.count else before.end,
-            sums.start.mean(self.centres.start) if sums.start.count else before.start,
+            end.mean(self.centres.end) if sums.end.count and sums.samples else before.end,
+            start.mean(self.centres.start) if sums.start.count and sums.samples else before.start,
         )
         return Centres(*(value if math.isfinite(value) else old for value, old in zip(found, before, strict=True)))
 
@@ -404,6 +430,7 @@ class PairAcrossRanks:
         lr: Learning rates of the step, one per group.
         tolerance: See `Together.adds_up`.
         on_doubt: Called when samples do not add up.
+        doubted: Whether they did not the last time: then variances of some samples are believed once all have.
     """
 
     iteration: int
@@ -415,6 +442,7 @@ class PairAcrossRanks:
     lr: tuple[float | Tensor, ...]
     tolerance: float
     on_doubt: Callable[[], None]
+    doubted: bool
 
     @classmethod
     def resolve(cls, pairs: Sequence[PairAcrossRanks]) -> list[AlphaMeasurement | DropReason]:
@@ -451,10 +479,12 @@ class PairAcrossRanks:
 
     def _slope_variance(self, role: str, at: Together, known: float | None, length: float) -> float | None:
         variance = self.end.slope_variance(role, at, known)
-        if variance is None or self.end.adds_up(role, at, length, self.tolerance):
-            return variance
-        self.on_doubt()
-        return None
+        if variance is None:
+            return None
+        sure = self.end.adds_up(role, at, length, self.tolerance)
+        if sure is False:
+            self.on_doubt()
+        return variance if sure or (sure is None and not self.doubted) else None
 
 
 def _divided(product: Any, *divisors: float) -> float:

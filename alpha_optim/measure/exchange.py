@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -58,6 +59,7 @@ class Exchange:
             raise ValueError(f"alpha can be measured over fewer than {RANKS} ranks, there are {ranks.size}")
         self.ranks, self._variances, self.on_doubt = ranks, variances, on_doubt
         self._centres: Centres | None = None
+        self._doubted = False  # whether samples did not add up when all were looked at last
         self._unread: tuple[Task, Together, PairAcrossRanks | DropReason | None] | None = None
 
     def at_step(
@@ -78,8 +80,9 @@ class Exchange:
         ranks, variances = self.ranks, self._variances
         device = iteration.params[0].device
         if self._centres is None:  # the first time: the means first, then the scatter about them
-            first = ranks.sum(self._report(iteration, seen, guard).packed(device))
-            self._centres = Together(first, ranks, Centres()).next_centres(Centres())
+            first = Together(ranks.sum(self._report(iteration, seen, guard).begins().packed(device)), ranks, Centres())
+            _check(first.sums, ranks.size, begins=True)
+            self._centres = first.next_centres(Centres())
         numbers = ranks.sum(self._report(iteration, seen, guard).packed(device))
         together = iteration.together = Together(numbers, ranks, self._centres)
         pair: PairAcrossRanks | DropReason | None = None
@@ -98,6 +101,7 @@ class Exchange:
                 seen.start.lr,
                 tolerance_of(iteration.params),
                 self.on_doubt,
+                self._doubted,
             )
         self._unread = (iteration.task, together, pair)
         if read_now or iteration.task.due:  # else ranks add up while the next forward pass runs
@@ -131,7 +135,7 @@ class Exchange:
             product,
             gradients.factor,
             gradients.lost,
-            _scatter(slopes, direction, _share(iteration), centre),
+            _scatter(slopes, direction, iteration, centre),
             unseen or inseparable(iteration.passes.reached),
             saved(variances.of_loss),
             saved(variances.of_slope("start")),
@@ -157,7 +161,6 @@ class Exchange:
             single = seen.slopes.losses
         backend = iteration.task.backend
         refused = backend is not None and bool(backend.unaccounted.reasons)
-        share = _share(iteration)
         report = replace(
             guard,
             unpaired=True,
@@ -166,7 +169,7 @@ class Exchange:
             samples=float(loss.samples),
             gamma=self._weight(iteration),
             loss=0.0 if loss.mean is None else _plain(loss.mean) * _gamma(iteration),
-            losses=Scatter.of(single, share, centres.loss),
+            losses=Scatter.of(single, _share(iteration), centres.loss, loss.samples),
         )
         if not isinstance(seen, EndSeen) or not isinstance(seen.start.point, StartAcrossRanks):
             return report
@@ -175,7 +178,7 @@ class Exchange:
             report,
             unpaired=_either(seen.edited, start.lost),
             slopes_unseen=seen.unseen or start.unseen or inseparable(iteration.passes.reached),
-            end=_scatter(seen.slopes, direction, share, centres.end),
+            end=_scatter(seen.slopes, direction, iteration, centres.end),
             start=start.slopes,
             end_product=_plain(seen.product) * factor,
             start_product=_plain(start.sent) * factor,
@@ -196,6 +199,7 @@ class Exchange:
             return
         (task, together, pair), self._unread = self._unread, None
         variances = self._variances
+        _check(together.sums, self.ranks.size, begins=False)
         self._centres = together.next_centres(self._centres or Centres())
         for role in task.due:  # on all ranks alike, whatever one of them could not see
             variances.looked(role, task.number, together.samples // self.ranks.size)
@@ -209,18 +213,40 @@ class Exchange:
             variances.look_again("start")
             variances.look_again("end")
             return
-        variances.found("end", together.slope_variance("end", together, of_end))
-        variances.found("start", together.slope_variance("start", pair.start.together, of_start))
+        length = math.sqrt(float(together.sums.squared_length))
+        for role, at, known in (("end", together, of_end), ("start", pair.start.together, of_start)):
+            sure = together.adds_up(role, at, length, pair.tolerance)
+            self._doubted = self._doubted if sure is None else not sure
+            if sure is False:
+                self.on_doubt()
+            variances.found(role, None if self._doubted else together.slope_variance(role, at, known))
+        if self._doubted:
+            variances.found("end", None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
         self._learn()
-        return {"centres": to_plain(self._centres)}
+        return {"centres": to_plain(self._centres), "doubted": self._doubted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
         self._unread = None
         self._centres = from_plain(Centres | None, state["centres"], "centres")
+        self._doubted = bool(state.get("doubted", False))
+
+
+def _check(sums: Report, size: int, begins: bool) -> None:
+    """Make sure that all ranks begin, or all go on from a state: those that begin talk once more.
+
+    Raises:
+        RuntimeError: If they differ.
+    """
+    new = sums.beginners
+    if new != (size if begins else 0):
+        raise RuntimeError(
+            f"{new} of {size} ranks begin to measure, and the others go on from a state that was loaded: load the "
+            "state of the optimizer on every rank, or on none"
+        )
 
 
 def _plain(number: Number) -> Number:
@@ -255,10 +281,10 @@ def _share(iteration: Iteration) -> Number:
     return _gamma(iteration) / max(1, iteration.loss.samples)
 
 
-def _scatter(slopes: SampleSlopes | None, direction: Direction, share: Number, centre: float) -> Scatter:
+def _scatter(slopes: SampleSlopes | None, direction: Direction, iteration: Iteration, centre: float) -> Scatter:
     """Scatter of the slopes of this rank's samples along d / |d|."""
     if slopes is None:
         return Scatter()
     # One is left out where random numbers were others: a sum of which samples are missing is compared otherwise.
     values = slopes.values if slopes.repeated else slopes.values[1:]
-    return Scatter.of(values / direction.length.to(values.device), share, centre)
+    return Scatter.of(values / direction.length.to(values.device), _share(iteration), centre, iteration.loss.samples)

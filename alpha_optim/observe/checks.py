@@ -111,7 +111,7 @@ def check_losses(losses: Any, method: str, forwards: list[int], graph: bool) -> 
             f"{method}(losses) needs one loss per sample, shape [N] or [N, ...]; got a single number. "
             "Use reduction='none', or call .backward() on the mean yourself."
         )
-    if losses.numel() == 0:
+    if losses.numel() == 0 and (not forwards or forwards[-1] != 0):  # a rank may have run out of data
         raise ValueError(f"{method}(losses) got no losses (shape {list(losses.shape)}); expected [N]")
     if graph and not losses.requires_grad:
         raise ValueError(

@@ -156,11 +156,7 @@ class Gradients:
 
     def gone(self) -> bool:
         """Whether every gradient seen in this iteration was taken off its parameter or set to zero."""
-        return bool(self._seen) and all(
-            seen.param.grad is not seen.gradient
-            or (seen.gradient._version != seen.version and not bool(_norms([seen.gradient]).any()))
-            for seen in self._seen
-        )
+        return bool(self._seen) and all(map(_cleared, self._seen))
 
     def not_finite(self) -> bool:
         """Whether a gradient seen in this iteration was not finite as the backward pass left it."""
@@ -363,6 +359,14 @@ class GradientHooks:
         self._used = {
             id(param): (weakref.ref(param.grad), param.grad._version) for param in params if param.grad is not None
         }
+
+
+def _cleared(seen: _Seen) -> bool:
+    """Whether a gradient was taken off its parameter or set to zero; DDP may put it into another tensor as it is."""
+    now = seen.param.grad
+    if now is seen.gradient:
+        return now._version != seen.version and not bool(_norms([now]).any())
+    return now is None or now.layout is not seen.gradient.layout or not torch.equal(local(now), local(seen.gradient))
 
 
 def _otherwise(now: Tensor, then: Tensor | None, factor: Tensor) -> Tensor:

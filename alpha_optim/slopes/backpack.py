@@ -84,6 +84,8 @@ class BackpackBackend(InPass):
 
     def end_slopes(self, direction: Direction, point: Sequence[Tensor]) -> SampleSlopes | None:
         """Slopes along the previous step."""
+        if self._check.objection is not None:
+            return None
         return self._combine(self._at_end, lambda values, key: values)
 
     def start_slopes(self, direction: Direction, gradients: LossGradients, expected: Expected) -> SampleSlopes | None:
@@ -109,10 +111,9 @@ class BackpackBackend(InPass):
 
         # What made the step is the gradient times what happened to it since the backward pass.
         slopes = self._combine(self._at_start, lambda values, key: values * rates[key] * factor)
-        reason = self._check.objection(self._recorder.passes, self._params, direction, expected, slopes)
+        slopes, reason = self._check.checked(self._recorder.passes, self._params, direction, expected, slopes)
         if reason is not None:
             self.unaccounted.add(ALL, reason)
-            return None
         return slopes
 
     def _combine(self, store: BySample, scaled: Callable[[Tensor, int], Tensor]) -> SampleSlopes | None:

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from alpha_optim.alpha.loss_level import MISTAKEN, quantile
-from alpha_optim.observe.backward_passes import BackwardPasses
+from alpha_optim.observe.backward_passes import (
+    BackwardPass,
+    BackwardPasses,
+    loss_weight,
+    shares_of_one_mean,
+    total_samples,
+)
 from alpha_optim.observe.gradients import LossGradients
 from alpha_optim.observe.step_direction import Direction
 
@@ -95,6 +101,34 @@ class SampleSlopes:
         size = slope.abs() + values.abs().mean()
         limit = tolerance * size if self.repeated else OF_OTHER_GRADIENTS * size + by_chance(values)
         return (values.mean() - slope).abs() > limit
+
+
+def scattered_as_all(parts: Sequence[Tensor], taken: Sequence[BackwardPass], passes: Sequence[BackwardPass]) -> Tensor:
+    """Slopes of samples, or losses, of some of an iteration's passes, scattered as those of all samples are ``[n]``.
+
+    Samples of small micro-batches weigh more than those of large ones, and the few that are looked at come from the
+    first of them. A weight w and a number u that do not know of each other have a product of variance
+    <w^2> (<u>^2 + var u) - <w>^2 <u>^2.
+
+    Args:
+        parts: Numbers of the samples of each pass, times its weight.
+        taken: The passes that they come from.
+        passes: All passes.
+    """
+    together = torch.cat([part.to(parts[0].device) for part in parts])
+    if len(passes) == 1 or len(together) < 2 or shares_of_one_mean(passes):
+        return together
+    weights = [torch.as_tensor(loss_weight(entry, passes), device=together.device) for entry in passes]
+    counts, own = total_samples(passes), dict(zip(map(id, passes), weights, strict=True))
+    first, second = (
+        sum(weight**power * ((entry.samples or 0) / counts) for weight, entry in zip(weights, passes, strict=True))
+        for power in (1, 2)
+    )
+    plain = torch.cat([part.to(together.device) / own[id(entry)] for part, entry in zip(parts, taken, strict=True)])
+    mean, variance = plain.mean(), plain.var()
+    wanted = second * (variance + mean * mean) - (first * mean) ** 2
+    stretch = torch.where(variance > 0, wanted.clamp_min(0) / variance, 1.0).sqrt()
+    return first * mean + (plain - mean) * stretch
 
 
 @dataclass(frozen=True)

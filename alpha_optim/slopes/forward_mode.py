@@ -37,7 +37,17 @@ from alpha_optim.observe.hooks import inside_functorch, tensors_in
 from alpha_optim.observe.model_calls import innermost
 from alpha_optim.observe.model_inputs import CannotCutError
 from alpha_optim.observe.numbers import read
-from alpha_optim.slopes.base import INTERACT, OF_LOSS_FN, OTHER_TERMS, SAMPLES, Expected, Names, SampleSlopes, by_chance
+from alpha_optim.slopes.base import (
+    INTERACT,
+    OF_LOSS_FN,
+    OTHER_TERMS,
+    SAMPLES,
+    Expected,
+    Names,
+    SampleSlopes,
+    by_chance,
+    scattered_as_all,
+)
 from alpha_optim.slopes.derivative import Line
 from alpha_optim.slopes.isolation import PROCESS_WIDE
 from alpha_optim.slopes.repetition import (
@@ -190,6 +200,7 @@ class ForwardMode(Remembers):
         left = total if whole else SAMPLES
         parts: list[Tensor] = []
         losses: list[Tensor | None] = []
+        taken: list[BackwardPass] = []
         scale = scale_of(passes)
         for entry, calls in zip(passes, groups, strict=True):
             count = min(left, entry.samples or 0)
@@ -202,11 +213,18 @@ class ForwardMode(Remembers):
             parts.append(part.along * (total * scale * line.unit))
             weight = loss_weight(entry, passes)
             losses.append(None if part.losses is None else part.losses.double() * weight)
-        together = torch.cat([part.to(parts[0].device) for part in parts])
+            taken.append(entry)
+        complete = sum(map(len, parts)) == total
+
+        def put(numbers: Sequence[Tensor]) -> Tensor:
+            together = [number.to(parts[0].device) for number in numbers]
+            return torch.cat(together) if complete else scattered_as_all(together, taken, passes)
+
+        together = put(parts)
         single = [loss for loss in losses if loss is not None]
-        known = torch.cat(single) if single and len(single) == len(losses) else None
+        known = put(single) if single and len(single) == len(losses) else None
         others = self._draws_others if self._signature is not None else self._may_draw_others(groups)
-        return SampleSlopes(together, len(together) == total, known, not others)
+        return SampleSlopes(together, complete, known, not others)
 
     def _checked(
         self, passes: Sequence[BackwardPass], groups: Sequence[Calls], line: Line, expected: Expected

@@ -102,7 +102,7 @@ class LayerwiseBackend:
         if self._by_rules:
             slopes = self._from_rules(self._rules.start_slopes(direction.change()))
             assert self._passes is not None
-            reason = self._check.objection(self._passes, self._params, direction, expected, slopes)
+            slopes, reason = self._check.checked(self._passes, self._params, direction, expected, slopes)
             if reason is None:
                 return slopes
             self._by_rules = False  # the model as a whole may do better

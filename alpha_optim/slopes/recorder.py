@@ -19,6 +19,7 @@ from alpha_optim.slopes.base import (
     Names,
     SampleSlopes,
     Unaccounted,
+    scattered_as_all,
 )
 from alpha_optim.slopes.layers import Layer, LayerCall, LayerHooks, UnsupportedLayerError
 
@@ -146,7 +147,8 @@ class SampleRecorder:
         """
         if self.refused():
             return None
-        parts, taken = [], 0
+        parts: list[Tensor] = []
+        taken: list[BackwardPass] = []
         scale = self.total_samples() * scale_of(self.passes.reached)
         for entry in self.sampled_passes():
             projections = projections_of(entry)
@@ -156,10 +158,12 @@ class SampleRecorder:
                 device = projections[0].device
                 total = torch.stack([value.to(device) for value in projections]).sum(0)
                 parts.append(total * scale)
-                taken += len(total)
+                taken.append(entry)
         if not parts:
             return None
-        return SampleSlopes(torch.cat(parts), complete=taken == self.total_samples())
+        if sum(map(len, parts)) == self.total_samples():
+            return SampleSlopes(torch.cat(parts), complete=True)
+        return SampleSlopes(scattered_as_all(parts, taken, self.passes.reached), complete=False)
 
     def _called(self, call: LayerCall) -> None:
         assert self._sink is not None
@@ -206,4 +210,4 @@ def project(gradients: Tensor, direction: Tensor) -> Tensor:
         direction: Direction ``[*shape]``.
     """
     direction = direction.to(gradients.dtype).to_dense() if direction.is_sparse else direction
-    return (gradients.flatten(1) @ direction.to(gradients.dtype).flatten()).double()
+    return (gradients.reshape(len(gradients), -1) @ direction.to(gradients.dtype).flatten()).double()

@@ -295,6 +295,7 @@ class Repetition(Remembers):
         assert call.loss_place is not None
         gamma = gradients[call.loss_place].double()
         factor = ratio * (whole / samples) if self.sums else ratio
+        factor = torch.where((single != 0).any(), factor, 0.0)  # no target counts, and 0 was divided by 0
         return Part(single_along.double() * factor * gamma / whole, single.double() * factor, ratio)
 
     def _outputs(

@@ -29,8 +29,13 @@ SHARES = "what flows through the rows of a sample is not the slope of its loss: 
 
 
 class Verification(Remembers):
-    """Compares now and then."""
+    """Compares now and then; what was found stands until the next comparison.
 
+    Attributes:
+        objection: What was wrong with the slopes of samples when they were compared last; None if nothing was.
+    """
+
+    objection: str | None = None
     _count: int  # answers so far
     _forward: ForwardMode
 
@@ -41,19 +46,20 @@ class Verification(Remembers):
         self._count = 0
 
     def due(self) -> bool:
-        """Whether the next answer is checked."""
+        """Whether the next answer is checked: after an objection sooner."""
         count = self._count
-        return count == 0 or (count >= LATER and count & (count - 1) == 0)
+        soonest = LATER if self.objection is None else 1
+        return count == 0 or (count >= soonest and count & (count - 1) == 0)
 
-    def objection(
+    def checked(
         self,
         passes: BackwardPasses,
         params: Sequence[Tensor],
         direction: Direction,
         expected: Expected,
         slopes: SampleSlopes | None,
-    ) -> str | None:
-        """Say what is wrong with the slopes of samples at the start of a step; None if nothing is, or it is not known.
+    ) -> tuple[SampleSlopes | None, str | None]:
+        """Look at the slopes of samples at the start of a step.
 
         Args:
             passes: Backward passes of the iteration.
@@ -61,25 +67,43 @@ class Verification(Remembers):
             direction: The step.
             expected: What the mean over all samples has to be.
             slopes: What the rules of layers gave.
+
+        Returns:
+            The slopes to go on with, and what is wrong with them; None if nothing is, or it is not known. Those of all
+            samples where they have to add up to what only all ranks together know.
         """
         due = self.due()
         self._count += 1
+        if not due and self.objection is not None:
+            return None, self.objection
         if not due or slopes is None or not passes.forwards:  # layers may be called one by one, or inside a checkpoint
-            return None
+            return slopes, None
         line = Line.along(self._forward.names, params, direction.start(), direction.change().tensors())
         if not line.point:
-            return None
+            return slopes, None
+        slopes, self.objection = self._compared(passes, line, expected, slopes)
+        return slopes, self.objection
+
+    def _compared(
+        self, passes: BackwardPasses, line: Line, expected: Expected, slopes: SampleSlopes
+    ) -> tuple[SampleSlopes | None, str | None]:
         judge, reason = self._forward.slopes(passes.reached, line, expected, anew=True)
         if judge is None and reason is None:
-            return NO_CHECK
+            return None, NO_CHECK
         if reason in (INTERACT, OTHER_TERMS):
-            return reason
+            return None, reason
         if judge is None or not judge.repeated:
-            return None
+            return slopes, None
+        if not self._agree(judge, slopes):
+            return None, SHARES
+        return judge if expected.slope is None and judge.complete else slopes, None
+
+    def _agree(self, judge: SampleSlopes, slopes: SampleSlopes) -> bool:
+        """Whether both give the same samples the same slopes."""
         if mixes_samples(innermost(self._model)) or len(judge.values) < len(slopes.values):
-            return None  # on the statistics of a batch the share of each position is taken
+            return True  # on the statistics of a batch the share of each position is taken
         all_of_them = judge.values[: len(slopes.values)]
         size = judge.values.abs().max()
         limit = (TOLERANCE_HALF if self._forward.half else TOLERANCE) * size
         apart = (all_of_them - slopes.values.to(all_of_them.device)).abs().max() > limit
-        return SHARES if read([apart])[0] else None
+        return not read([apart])[0]

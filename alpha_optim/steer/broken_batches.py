@@ -12,14 +12,18 @@ KNOWN = 3
 TELLS, OFTEN, MANY = 3, 0.05, 50
 """The first so many batches of a run, if all of them are broken, are worth a warning; or more than this share of so
 many batches and more."""
+APART = 10
+"""Two streaks with more usable batches than this between them are two events; a rate that is too high breaks the next
+ones at once."""
 
 
 class BrokenBatches(Remembers, names={"in_a_row": "not_finite", "_usual": "most_not_finite"}):
     """Counts them.
 
     The second in a row is a surprise, at first. One after which the next batch, at the same point, can be used was
-    the data's. A few of them tell how often data are broken: from then on so many in a row are a surprise as chance
-    alone hardly makes in a run.
+    the data's; and so are two streaks of which the second comes at the rate that was lowered for the first. A few of
+    them tell how often data are broken: from then on so many in a row are a surprise as chance alone hardly makes in a
+    run.
 
     Attributes:
         in_a_row: How many there were, up to now.
@@ -33,6 +37,8 @@ class BrokenBatches(Remembers, names={"in_a_row": "not_finite", "_usual": "most_
     _at_fault: bool  # whether that did not help, so that the data are at fault
     _usual: int  # so many in a row the data were at fault for
     _doubted: bool = False  # whether the rate is still lowered for a streak that may have been chance
+    _doubtful: int = 0  # so many batches were in it
+    _doubted_at: int = 0  # after so many batches that could be used
 
     def __init__(self) -> None:
         """There have been none."""
@@ -84,7 +90,9 @@ class BrokenBatches(Remembers, names={"in_a_row": "not_finite", "_usual": "most_
         if self._at_fault:
             self._usual = max(self._usual, self.in_a_row)
         if self._lowered:  # going back helped, or chance did
-            self._doubted = True
+            if self._doubted and self._used - self._doubted_at > APART:
+                self.of_data += self._doubtful + self.in_a_row
+            self._doubted, self._doubtful, self._doubted_at = True, self.in_a_row, self._used
         elif not self._at_fault:
             self.of_data += self.in_a_row
         self.forget()

@@ -25,6 +25,7 @@ class ExplosionCuts(Remembers):
     _last_cut: float = 1.0  # by what it has lowered the rates; with those before it, if all were broken batches
     _last_broken: bool = False  # whether it was batches that are not finite
     _owed: float = 1.0  # by what the rates are going to grow again
+    _soon: int = 0  # explosions so far of which each came soon after the last
 
     def __init__(self) -> None:
         """Begin without any."""
@@ -52,8 +53,10 @@ class ExplosionCuts(Remembers):
         self._last_rise = rise
         if decides:
             return LOWER_AGAIN if again else LOWER_ONCE
+        self._soon = self._soon + 1 if again else 0
         if again:
-            self._owed = 1.0
+            # Two may have been an accident, too; where it goes on the rate is too high.
+            self._owed = self._owed / LOWER_AGAIN if self._soon == 1 else 1.0
             return LOWER_AGAIN
         alike = last_rise > 0.0 and last_rise / ALIKE < rise < last_rise * ALIKE  # not where one is nan
         if self._owed > 1.0 and alike:

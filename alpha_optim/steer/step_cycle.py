@@ -239,7 +239,7 @@ class Session:
         """Run the backward pass of the mean of ``losses``; see `AlphaGuided.backward`."""
         check_losses(losses, "backward", self.pairing.iteration.passes.forwards, graph=True)
         mean = losses.mean()
-        if self.active:
+        if self.active and losses.numel() > 0:
             self.pairing.losses.announce(losses, mean)
         mean.backward()
         return mean.detach()
@@ -247,7 +247,7 @@ class Session:
     def record_losses(self, losses: Tensor) -> None:
         """Take note of losses; see `AlphaGuided.record_losses`."""
         check_losses(losses, "record_losses", self.pairing.iteration.passes.forwards, graph=False)
-        if self.active:
+        if self.active and losses.numel() > 0:
             self.pairing.iteration.passes.record(self.pairing.losses.hand_over(losses))
 
     # ---------------------------------------------------------------- the step

@@ -299,6 +299,135 @@ def uneven_threads(rank, size):
     return record(guided)
 
 
+def unseen_term(rank, size, optimizer, sampled, returns):
+    """A penalty that no loss function sees, read at the end; what was known of each step."""
+    model, loss_fn = (ReturnsLoss().double() if returns else mlp()), nn.CrossEntropyLoss()
+    net = wrapped(model, size)
+    variance = "sampled" if sampled else "exact"
+    guided = AlphaGuided(
+        OPTIMIZERS[optimizer](model.parameters()), net, None if returns else loss_fn, variance=variance
+    )
+    for step in range(20):
+        x, y = of_rank(step, rank, size, total=64)
+        guided.zero_grad()
+        loss = net(x, y)["loss"] if returns else loss_fn(net(x), y)
+        (loss + sum(param.square().sum() for param in model.parameters())).backward()
+        guided.step()
+    return [information for information, _ in record(guided).values()]
+
+
+def unequal(rank, size, counts):
+    """Batches of unequal size, or micro-batches in one process: sampled variances over those of all samples."""
+    found = []
+    for variance in ("sampled", "exact"):
+        model, loss_fn = mlp(), nn.CrossEntropyLoss()
+        net = wrapped(model, size)
+        guided = AlphaGuided(OPTIMIZERS["momentum"](model.parameters()), net, loss_fn, variance=variance)
+        for step in range(34):
+            parts = [part.split(list(counts)) for part in batch(step, total=sum(counts))]
+            guided.zero_grad()
+            for part in [rank] if size > 1 else range(len(counts)):
+                x, y = parts[0][part], parts[1][part]
+                (loss_fn(net(x), y) * (1.0 if size > 1 else 1.0 / len(counts))).backward()
+            guided.step()
+        ends = [m.slope_variance_end for m in guided.alpha_history]
+        found.append(ends)
+    anew = [n for n in range(1, len(ends)) if found[0][n] != found[0][n - 1]]
+    return [found[0][n] / found[1][n] for n in anew]
+
+
+def micro_batches(rank, size, view):
+    """Two passes a step without ``no_sync``; DDP moves the gradients into other tensors between them."""
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    net = wrapped(model, size, **({"gradient_as_bucket_view": view} if size > 1 else {}))
+    guided = AlphaGuided(OPTIMIZERS["adamw"](model.parameters()), net, loss_fn, variance="exact")
+    for step in range(4):
+        x, y = batch(step)
+        guided.zero_grad()
+        for part in (slice(0, 12), slice(12, None)):
+            (loss_fn(net(x[part][rank::size]), y[part][rank::size]) / 2).backward()
+        guided.step()
+    return record(guided)
+
+
+def apart_later(rank, size):
+    """Ten steps together, then every process by itself; read at the end."""
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    net = wrapped(model, size)
+    guided = AlphaGuided(OPTIMIZERS["sgd"](model.parameters()), net, loss_fn)
+    for step in range(30):
+        x, y = of_rank(step, rank, size)
+        guided.zero_grad()
+        with contextlib.nullcontext() if step < 10 else net.no_sync():
+            loss_fn(net(x), y).backward()
+        guided.step()
+    return len(record(guided)), guided.alpha_history.dropped
+
+
+def averaged_now_and_then(rank, size, period):
+    """Every rank makes steps of its own, and models are averaged; the error of a scheduler."""
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    guided = AlphaGuided(OPTIMIZERS["sgd"](model.parameters()), model, loss_fn)
+    scheduler = AlphaScheduler(guided, Hold())
+    try:
+        for step in range(3 * period):
+            x, y = of_rank(step, rank, size)
+            guided.zero_grad()
+            loss_fn(model(x), y).backward()
+            guided.step()
+            scheduler.step()
+            if (step + 1) % period == 0:
+                with torch.no_grad():
+                    for param in model.parameters():
+                        torch.distributed.all_reduce(param)
+                        param /= size
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def loaded_on_one_rank(rank, size):
+    """Rank 0 goes on from a state of its optimizer, the others begin."""
+    errors = []
+    for steered in (False, True):
+        state = None
+        for _ in range(2):
+            model, loss_fn = mlp(), nn.CrossEntropyLoss()
+            net = wrapped(model, size)
+            guided = AlphaGuided(OPTIMIZERS["sgd"](model.parameters()), net, loss_fn)
+            scheduler = AlphaScheduler(guided, Hold()) if steered else None
+            if state is not None and rank == 0:
+                guided.load_state_dict(state)
+            try:
+                for step in range(4):
+                    x, y = of_rank(step, rank, size)
+                    guided.zero_grad()
+                    loss_fn(net(x), y).backward()
+                    guided.step()
+                    if scheduler is not None:
+                        scheduler.step()
+            except RuntimeError as error:
+                errors.append(str(error))
+            state = guided.state_dict()
+    return errors
+
+
+def out_of_data(rank, size):
+    """Losses handed over of a batch that is empty on the last rank at one step."""
+    model = mlp()
+    net = wrapped(model, size)
+    guided = AlphaGuided(OPTIMIZERS["sgd"](model.parameters()), net, variance="exact")
+    for step in range(6):
+        x, y = of_rank(step, rank, size)
+        if step == 3:
+            x, y = batch(step, total=BATCH // size)
+            x, y = (x, y) if rank == 0 else (x[:0], y[:0])
+        guided.zero_grad()
+        guided.backward(functional.cross_entropy(net(x), y, reduction="none"))
+        guided.step()
+    return record(guided)
+
+
 def said(function, *args):
     """What a function returns, and what it warned of."""
     with warnings.catch_warnings(record=True) as caught:

@@ -20,6 +20,13 @@ BACKENDS = [
 FEW = 16
 """Samples of all ranks together: no more than ``variance="sampled"`` takes in one process, so that both take all."""
 WAYS = [(name, variance) for name in setups.WAYS for variance in ("exact", "sampled")]
+UNSEEN = [
+    (optimizer, sampled, returns)
+    for optimizer in ("sgd", "momentum", "adamw")
+    for sampled in (True, False)
+    for returns in (True, False)
+]
+UNEQUAL = [(64, 64), (96, 32), (120, 8)]
 FOUR = [
     ("adamw", "auto", "exact", "ddp"),
     ("sgd", "backpack", "exact", "ddp"),
@@ -50,6 +57,13 @@ def on_ranks(rank, size, folder):
         found["bad batch"] = setups.one_bad_batch(rank, size)
         found["waits"] = setups.steps_that_wait(rank, size)
         found["threads"] = setups.uneven_threads(rank, size)
+        found["unseen"] = {case: setups.said(setups.unseen_term, rank, size, *case) for case in UNSEEN}
+        found["unequal"] = {counts: setups.unequal(rank, size, counts) for counts in UNEQUAL}
+        found["micro"] = {view: setups.micro_batches(rank, size, view) for view in (False, True)}
+        found["apart"] = setups.said(setups.apart_later, rank, size)
+        found["averaged"] = {period: setups.averaged_now_and_then(rank, size, period) for period in (2, 4, 3)}
+        found["loaded"] = setups.loaded_on_one_rank(rank, size)
+        found["out of data"] = setups.out_of_data(rank, size)
         found["subset"] = setups.plain(rank, size, "adamw", variance="sampled", total=64)
     return found
 
@@ -202,3 +216,52 @@ def test_who_only_watches_waits_for_no_other_rank_but_where_variances_are_measur
     for rank in two:
         assert {16, 31} <= set(rank["waits"])
         assert not set(rank["waits"]) & {*range(17, 31), *range(33, 40)}
+
+
+@pytest.mark.parametrize("case", UNSEEN, ids=str)
+def test_a_term_of_the_loss_that_no_rank_sees_is_told_on_all_of_them(two, case):
+    """Each sees the gradient of all, and samples of its own only; read at the end, when it is late to find out."""
+    for rank in two:
+        information, told = rank["unseen"][case]
+        assert set(information) == {"slopes"}, information
+        assert len(told) == 1, told
+        assert "not all of the loss" in told[0]
+
+
+@pytest.mark.parametrize("counts", UNEQUAL, ids=str)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sampled_variances_of_unequal_batches_are_those_of_all_samples_but_for_chance(two, processes, counts):
+    """In small batches a sample weighs more; from the large one are most of them."""
+    ratios = two[0]["unequal"][counts] if processes == 2 else setups.unequal(0, 1, counts)
+    assert len(ratios) >= 3
+    assert 0.5 < math.exp(sum(map(math.log, ratios)) / len(ratios)) < 2.0, ratios
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_gradients_that_are_moved_between_micro_batches_count(two, view):
+    assert_same(two[0]["micro"][view], setups.micro_batches(0, 1, view), 1e-11)
+
+
+def test_what_was_measured_together_and_apart_is_read_at_once(two):
+    for rank in two:
+        (count, dropped), _ = rank["apart"]
+        assert count + sum(dropped.values()) == 29
+        assert dropped == {"other_rank": 1}
+
+
+@pytest.mark.parametrize("period", [2, 4, 3])
+def test_models_that_are_averaged_now_and_then_are_not_one(two, period):
+    assert all("do not train one model" in rank["averaged"][period] for rank in two)
+
+
+def test_a_state_that_one_rank_has_loaded_is_an_error_on_all(two):
+    for rank in two:
+        assert len(rank["loaded"]) == 2
+        assert all("1 of 2 ranks begin to measure" in error for error in rank["loaded"])
+
+
+def test_losses_handed_over_of_an_empty_batch(two):
+    history = two[0]["out of data"]
+    assert list(history) == list(range(5))
+    assert history[2][1][setups.NUMBERS.index("samples_end")] == setups.BATCH // 2
+    assert all(math.isfinite(numbers[0]) for _, numbers in history.values())
