@@ -180,7 +180,12 @@ class AlphaScheduler(LRScheduler):
         if self._cut is not None:  # what the policy says of itself is no longer so
             name = base.name_of(self.policy)
             return f"AlphaScheduler(learning rate {rates}, written by the training loop; {name} rests)"
-        return f"AlphaScheduler(learning rate {rates}, {base.shown(self.policy)})"
+        said = [f"learning rate {rates}", base.shown(self.policy)]
+        if self._decision.scale is None and self.scale != 1.0:
+            said.append(f"{self.scale:.3g} times the rates given, by policy and guard")
+        if self._cooling is not None:
+            said.append(f"cools down over {self._cooling.steps} steps from step {self._cooling.begin} on")
+        return f"AlphaScheduler({', '.join(said)})"
 
     def _initial_step(self) -> None:
         """Write the first effective rates; torch's constructor calls this."""
@@ -210,6 +215,8 @@ class AlphaScheduler(LRScheduler):
         session.scheduler_stepped()
         self._news.resumed_at(session.resumed_at)
         if self._news.is_ahead_of(optimizer.iteration):
+            if self._cut is None:
+                self._rates.went_back(optimizer.param_groups)
             self._once.say(
                 "AlphaScheduler has seen more steps than the optimizer has made: of a checkpoint load both states, "
                 "optimizer.load_state_dict(...) and scheduler.load_state_dict(...), else moments, measurements and "
@@ -265,10 +272,9 @@ class AlphaScheduler(LRScheduler):
             steps: Number of optimizer steps until 0, at least 1.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If that is no whole number of at least 1.
         """
-        if steps < 1:
-            raise ValueError(f"cool_down needs at least 1 step to anneal over, got {steps}")
+        steps = base.whole("steps of cool_down", steps, 1)
         self._take_over_foreign_rates()
         if self._cut is not None:
             self._once.say("cool_down() changes nothing: the rates are the training loop's, which writes them itself.")
@@ -276,12 +282,12 @@ class AlphaScheduler(LRScheduler):
         left = 1.0 if self._cooling is None else self._cooling.left(self._session.progress)
         if left > 0.0:
             self.scale *= left
-            self._cooling = Cooling(self._session.progress, int(steps))
+            self._cooling = Cooling(self._session.progress, steps)
         self._write()
 
     def _decide(self, iteration: int) -> None:
         """Ask a policy that searches for the scale, and for what is to be done with the points it keeps."""
-        session, rates = self._session, self._base_rates()
+        session, rates = self._session, self._rates.scheduled if self.schedule is None else self._rates.peaks
         given = rates[0] or max(rates)
         if max(rates) > 0.0:
             base.tell_limit(self.policy, self.max_lr / max(rates))
@@ -414,6 +420,19 @@ class AlphaScheduler(LRScheduler):
             "guard=False."
         )
 
+    def _parameters_edited(self) -> None:
+        """The points of a search are none to go back to once somebody has changed the parameters."""
+        if self._decision.searching and self._cut is None:
+            self._session.search.forget()
+            base.start_over(self.policy, self._session.iteration)
+            self._decide(self._session.iteration)
+            self._tell_session()
+            self._write()
+            self._once.say(
+                "the parameters were changed while the learning rate is searched (weights were loaded?), so the search "
+                "begins anew from there, or ends if much was spent on it already. Load weights before training begins."
+            )
+
     def _group_comes(self) -> None:
         """A search ends before a param group is added: no point without its parameters can be gone back to."""
         if self._decision.searching and self._cut is None and self._session.iteration:
@@ -465,11 +484,11 @@ class AlphaScheduler(LRScheduler):
             return clamped(self._rates.scheduled, self.min_lr, self.max_lr)
         envelope = self._envelope()
         scheduled = self._base_rates()
+        if self._decision.scale is None:
+            self.scale = self._within_bounds(self.scale)
         largest, scale = max(scheduled) * self.scale, self.scale
         if largest > self.max_lr and self._decision.scale is not None:
             scale *= self.max_lr / largest  # cut before the envelope, which still anneals it
-        elif self.schedule is None and largest > self.max_lr:
-            self.scale = scale = scale * self.max_lr / largest  # it must not wind up against the bound
         if envelope == 0.0 < self.min_lr:
             envelope = SMALLEST  # their ratios are known at no rate but 0
         wanted = [rate * scale * envelope for rate in scheduled]
@@ -477,6 +496,14 @@ class AlphaScheduler(LRScheduler):
         factors = [rate / base for rate, base in zip(rates, scheduled, strict=True) if rate > 0.0 and base > 0.0]
         self._rates.factor = (scale * envelope if rates == wanted else max(factors, default=1.0)) or 1.0
         return rates
+
+    def _within_bounds(self, scale: float) -> float:
+        """The scale, which must not wind up against the bounds; those of a schedule's own curve cut only that."""
+        peak = max(self._rates.scheduled if self.schedule is None else self._rates.peaks)
+        if peak <= 0.0:
+            return scale
+        lowest, highest = min(1.0, self.min_lr / peak), self.max_lr / peak
+        return min(max(scale, lowest), highest if self.schedule is None else max(1.0, highest))
 
     def _envelope(self) -> float:
         """The policy's envelope, or what `cool_down` makes of it.
@@ -611,6 +638,12 @@ class _Listener:
         scheduler = self._scheduler()
         if scheduler is not None:
             scheduler._meets_another_network()
+
+    def parameters_edited(self) -> None:
+        """Tell the scheduler."""
+        scheduler = self._scheduler()
+        if scheduler is not None:
+            scheduler._parameters_edited()
 
     def group_comes(self) -> None:
         """Tell the scheduler."""

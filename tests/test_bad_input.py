@@ -218,12 +218,14 @@ def test_scheduler_arguments(model, sgd):
     guided = AlphaGuided(sgd, model)
     with pytest.raises(TypeError, match=r"schedule must be a torch learning rate scheduler, got int"):
         AlphaScheduler(guided, schedule=3)
-    with pytest.raises(ValueError, match=r"expected 0 <= min_lr <= max_lr, got min_lr=1.0, max_lr=0.1"):
+    with pytest.raises(ValueError, match=r"expected 0 <= min_lr <= max_lr and max_lr > 0, got min_lr=1.0, max_lr=0.1"):
         AlphaScheduler(guided, min_lr=1.0, max_lr=0.1)
     with pytest.raises(TypeError, match="max_lr must be a learning rate, got 'high'"):
         AlphaScheduler(guided, max_lr="high")
     with pytest.raises(ValueError, match=r'guard must be True, False or "cpu" .*, got \'gpu\''):
         AlphaScheduler(guided, guard="gpu")
+    with pytest.raises(ValueError, match=r"max_lr > 0, got min_lr=0.0, max_lr=0"):
+        AlphaScheduler(guided, max_lr=0)
     with pytest.raises(TypeError, match=r"an accepted hook must be callable"):
         guided.register_accepted_hook(3)
 
@@ -233,16 +235,23 @@ def test_scheduler_arguments(model, sgd):
     [
         (lambda: TargetAlpha(3.0), "target must lie between -0.5 and 1"),
         (lambda: TargetAlpha(gain=0.0), "gain must be > 0"),
-        (lambda: TargetAlpha(window=0), "window must be at least 1"),
+        (lambda: TargetAlpha(window=0), "window must be a whole number of at least 1"),
+        (lambda: TargetAlpha(window=2.5), "window must be a whole number of at least 1, got 2.5"),
+        (lambda: OvershootBackoff(limit=math.nan), "limit must be > 0"),
+        (lambda: OvershootBackoff(certainty=math.nan), "certainty must be >= 0"),
         (lambda: OvershootBackoff(limit=-1.0), "limit must be > 0"),
         (lambda: OvershootBackoff(factor=1.0), "factor must lie strictly between 0 and 1"),
-        (lambda: OvershootBackoff(window=1), "window must be at least 2"),
+        (lambda: OvershootBackoff(window=1), "window must be a whole number of at least 2"),
         (lambda: OvershootBackoff(certainty=-1.0), "certainty must be >= 0"),
         (lambda: Bounded(TargetAlpha(), lowest=2.0), "bounds must contain 1"),
-        (lambda: WithWarmup(TargetAlpha(), steps=0), "steps must be at least 1"),
+        (lambda: WithWarmup(TargetAlpha(), steps=0), "steps must be a whole number of at least 1"),
+        (lambda: WithWarmup(TargetAlpha(), steps=math.nan), "steps must be a whole number of at least 1, got nan"),
+        (lambda: WithWarmup(TargetAlpha(), steps=True), "steps must be a whole number of at least 1, got True"),
+        (lambda: CalibrateThenAnneal(300, trial_steps=20.5), "trial_steps must be a whole number"),
+        (lambda: CalibrateThenAnneal(300, trial_steps="a"), "trial_steps must be a whole number"),
         (lambda: CalibrateThenAnneal(0), "total_steps must be a whole number of at least 1"),
         (lambda: CalibrateThenAnneal(10.5), "total_steps must be a whole number of at least 1"),
-        (lambda: CalibrateThenAnneal(1000, trial_steps=9), "trial_steps must be at least 10"),
+        (lambda: CalibrateThenAnneal(1000, trial_steps=9), "trial_steps must be a whole number of at least 10"),
         (lambda: CalibrateThenAnneal(1000, trial_steps=300), "at most a quarter of total_steps=1000"),
         (lambda: AlphaHistory(maxlen=0), "maxlen must be an integer of at least 1"),
         (lambda: AlphaHistory().windowed(0), "a window needs at least 1 measurement"),
@@ -251,6 +260,25 @@ def test_scheduler_arguments(model, sgd):
 def test_settings_out_of_range(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("steps", ["10", None, math.nan, math.inf, 10.7, True, 0])
+def test_cooling_down_over_what_is_no_number_of_steps(model, sgd, steps):
+    scheduler = AlphaScheduler(AlphaGuided(sgd, model), TargetAlpha())
+    with pytest.raises(ValueError, match="steps of cool_down must be a whole number of at least 1"):
+        scheduler.cool_down(steps)
+
+
+@pytest.mark.parametrize("flag", ["anneal", "around"])
+def test_a_switch_that_is_none(flag):
+    with pytest.raises(TypeError, match=f"{flag} must be True or False, got 'no'"):
+        CalibrateThenAnneal(300, **{flag: "no"})
+
+
+@pytest.mark.parametrize("wrapper", [Bounded, lambda p: WithWarmup(p, 3)])
+def test_wrapping_a_class_instead_of_a_policy(wrapper):
+    with pytest.raises(TypeError, match="got the class TargetAlpha; give an instance"):
+        wrapper(TargetAlpha)
 
 
 @pytest.mark.parametrize("wrapper", [lambda p: Bounded(p), lambda p: WithWarmup(p, 3)])

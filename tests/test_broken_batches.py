@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from alpha_optim.steer.broken_batches import KNOWN, BrokenBatches
+from alpha_optim.steer.broken_batches import APART, KNOWN, BrokenBatches
 
 
 def streak(broken, length, restored=True):
@@ -42,6 +42,20 @@ def test_where_taking_the_step_back_helped_the_next_time_is_a_surprise_again():
     broken = BrokenBatches()
     for _ in range(3):
         assert streak(broken, 2) == ["skip", "step"]
+
+
+@pytest.mark.parametrize("between", [APART - 1, APART])
+def test_lowering_the_rate_for_pairs_that_come_again_has_not_helped(between):
+    """Long after each other they are the data's; soon, and a rate that is too high may break them."""
+    broken, given_back = BrokenBatches(), 0
+    for _ in range(4):
+        for _ in range(2):
+            if broken.another():
+                broken.step_taken_back(True)
+        given_back += sum(broken.over() for _ in range(1 + between))
+    apart = between == APART
+    assert given_back == apart
+    assert streak(broken, 2) == (["skip", "skip"] if apart else ["skip", "step"])
 
 
 def test_a_step_that_could_not_be_taken_back_blames_nothing():

@@ -656,3 +656,40 @@ def test_an_empty_batch_is_no_subset():
         guided.zero_grad()
         loss_fn(model(x)[:5], y[:5]).backward()
         guided.step()
+
+
+class Centred(nn.Module):
+    """Every sample sees the mean of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.above = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.below(x))
+        return self.above(h - h.mean(0))
+
+
+@pytest.mark.parametrize("backend", ["backpack", "cached", "layerwise"])
+@pytest.mark.parametrize("name", ["two losses", "centred"])
+def test_a_backend_that_was_asked_for_declines_for_good(name, backend):
+    """Checks lie far apart, and between them nothing is claimed either."""
+    torch.manual_seed(0)
+    model, loss_fn, generator = (
+        TwoHeads(3, 1) if name == "two losses" else Centred(),
+        nn.CrossEntropyLoss(),
+        torch.Generator(),
+    )
+    guided = AlphaGuided(torch.optim.SGD(model.parameters(), lr=0.01), model, loss_fn, backend=backend)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(80):
+            batch = data(N, generator)
+            guided.zero_grad()
+            if name == "two losses":
+                two_losses(model, loss_fn, batch).backward()
+            else:
+                loss_fn(model(batch[0]), batch[-1]).backward()
+            guided.step()
+    assert {m.information for m in guided.alpha_history} == {"slopes"}
+    assert len(caught) == 1

@@ -41,12 +41,15 @@ def test_one_explosion_halves_and_all_of_it_comes_back_long_after():
 
 
 @pytest.mark.parametrize(("gap", "again"), [(SOON, True), (SOON + 1, False)])
-def test_another_one_soon_after_lowers_by_more_and_for_good(gap, again):
-    cuts = ExplosionCuts()
+def test_another_one_soon_after_lowers_by_more_and_a_third_for_good(gap, again):
+    cuts, second = ExplosionCuts(), LOWER_AGAIN if again else LOWER_ONCE
     cuts.taken_back(explosion(0, 5.0), False, None)
-    assert cuts.taken_back(explosion(gap, 50.0), False, None) == (LOWER_AGAIN if again else LOWER_ONCE)
-    owed = 1.0 if again else 1 / LOWER_ONCE**2
-    assert grown(cuts, gap, PROBATION + 500) == pytest.approx(owed)
+    assert cuts.taken_back(explosion(gap, 50.0), False, None) == second
+    other = ExplosionCuts()
+    other.load_state_dict(cuts.state_dict())
+    assert grown(cuts, gap, PROBATION + 500) == pytest.approx(1 / (LOWER_ONCE * second))
+    other.taken_back(explosion(2 * gap, 500.0), False, None)
+    assert grown(other, 2 * gap, PROBATION + 500) == pytest.approx(1.0 if again else 1 / LOWER_ONCE**3)
 
 
 def test_the_very_first_one_is_no_second_one():

@@ -1,5 +1,7 @@
 """Gradients as the backward passes leave them, whatever is done to them before the step."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -181,3 +183,17 @@ def test_hooks_are_put_where_gradients_can_come_and_taken_off():
     assert all(p._post_accumulate_grad_hooks for p in loop.params[1:])
     loop.hooks.detach()
     assert not any(p._post_accumulate_grad_hooks for p in loop.params)
+
+
+@pytest.mark.parametrize("compares", [False, True])
+def test_one_element_that_is_not_finite_is_seen_though_gradients_were_clipped_since(compares):
+    """As where a gradient scaler unscales, the loop clips, and the scaler then skips the step."""
+    loop = Loop()
+    loop.habits.compare_norms = compares
+    loop.begin()
+    place = (torch.tensor(3), torch.tensor(1))
+    loop.model[0].weight.register_hook(lambda g: g.clone().index_put(place, torch.tensor(math.inf)))
+    loop.backward()
+    assert loop.gradients.not_finite()
+    nn.utils.clip_grad_norm_(loop.model.parameters(), 1.0)
+    assert loop.gradients.not_finite()

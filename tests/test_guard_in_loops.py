@@ -278,3 +278,24 @@ def test_a_first_term_without_weight_breaks_no_batch(one_prediction):
     assert equal_states(*ends)
     assert not optimizer.guard_events
     assert set(optimizer.alpha_history.to_dict()["information"]) == {"full"}
+
+
+def test_bad_batches_that_meet_at_the_border_of_epochs_lower_no_rate_for_good():
+    """One broken sample in the first batch and one in the last, and data that are not shuffled."""
+    rates = []
+    model, loss_fn = make_model(), nn.CrossEntropyLoss()
+    optimizer = AlphaGuided(torch.optim.AdamW(model.parameters(), lr=3e-3), model, loss_fn)
+    scheduler = AlphaScheduler(optimizer, Hold())
+    data = list(batches(20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the guard says that the data are at fault
+        for _ in range(12):
+            for n, (x, y) in enumerate(data):
+                optimizer.zero_grad()
+                loss_fn(model(x * math.nan if n in (0, 19) else x), y).backward()
+                optimizer.step()
+                scheduler.step()
+                rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[30] == pytest.approx(1.5e-3)
+    assert rates[50:] == [pytest.approx(3e-3)] * len(rates[50:])
+    assert optimizer.iteration >= 12 * 18 - 4

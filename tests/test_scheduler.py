@@ -147,6 +147,60 @@ def test_the_scale_does_not_wind_up_against_the_upper_bound():
     assert rates[21][0] == pytest.approx(0.1)
 
 
+def test_the_scale_does_not_wind_down_against_the_lower_bound():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, lambda m: 0.5 if m.iteration < 20 else 2.0, min_lr=0.05, guard=False)
+    rates = train(model, loss_fn, guided, scheduler, batches(23))
+    assert rates[20][0] == pytest.approx(0.05)
+    assert rates[21][0] == pytest.approx(0.1)
+
+
+def test_a_scale_that_grows_against_the_upper_bound_leaves_the_curve_of_a_schedule():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    curve = torch_schedules.CosineAnnealingLR(guided, 40)
+    scheduler = AlphaScheduler(guided, lambda m: 2.0, schedule=curve, max_lr=0.3, guard=False)
+    rates = [rate for (rate,) in train(model, loss_fn, guided, scheduler, batches(40))]
+    expected = [0.3 * (1 + math.cos(math.pi * n / 40)) / 2 for n in range(1, 41)]
+    assert rates[5:] == pytest.approx(expected[5:], abs=1e-12)
+
+
+def test_going_back_to_an_earlier_state_without_the_schedulers_makes_no_rate_of_it():
+    """The rates in that state are what the scheduler wrote then, and its plan goes back as far."""
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, CalibrateThenAnneal(60), guard=False)
+    rates = train(model, loss_fn, guided, scheduler, batches(20))
+    state = copy.deepcopy(guided.state_dict())
+    rates += train(model, loss_fn, guided, scheduler, batches(35))
+    guided.load_state_dict(state)
+    with pytest.warns(UserWarning, match="load both states"):
+        again = train(model, loss_fn, guided, scheduler, batches(35))
+    assert [rate for (rate,) in again] == pytest.approx([rate for (rate,) in rates[20:]])
+
+
+def test_rates_that_are_told_are_those_in_force():
+    model, base = make()
+    loss_fn = nn.CrossEntropyLoss()
+    guided = AlphaGuided(base, model, loss_fn)
+    scheduler = AlphaScheduler(guided, CalibrateThenAnneal(60), max_lr=0.02)
+    train(model, loss_fn, guided, scheduler, batches(5))
+    assert "holds 0.02 " in repr(scheduler)
+    for group in guided.param_groups:
+        group["lr"] *= 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, loss_fn, guided, scheduler, batches(1))
+    assert "holds 0.01 " in repr(scheduler)  # a tenth of what was given
+    other = AlphaScheduler(AlphaGuided(make()[1]), lambda m: 0.5)
+    other.scale = 0.25
+    assert "0.25 times the rates given, by policy and guard" in repr(other)
+
+
 def test_a_search_that_passes_the_bound_still_knows_where_it_is():
     """The climbs go above 0.01, and so does the rate found: what remains is the bound, nothing below it."""
     model, base = make()
@@ -547,8 +601,7 @@ def test_cool_down_anneals_whenever_the_user_decides():
     scheduler.cool_down(10)
     rates = [rate for (rate,) in train(model, loss_fn, guided, scheduler, batches(12))]
     assert rates == pytest.approx([0.1 * max(0.0, 1 - (n + 1) / 10) for n in range(12)])
-    with pytest.raises(ValueError, match="at least 1 step"):
-        scheduler.cool_down(0)
+    assert "cools down over 10 steps from step 5 on" in repr(scheduler)
 
 
 def test_a_search_for_a_loss_that_is_to_rise_is_told(caplog):

@@ -542,3 +542,34 @@ def test_which_trials_came_to_nothing_goes_on_from_a_state():
     searches[1].load_state_dict(copy.deepcopy(searches[0].state_dict()))
     assert equal_states(searches[1].state_dict(), searches[0].state_dict())
     assert [search.abandoned("best", 20, [(3, 9)]) for search in searches] == [[(3, 19)]] * 2
+
+
+@pytest.mark.parametrize("kind", ["loaded", "clamped", "exchanged"])
+@pytest.mark.parametrize("at", [3, 30, 90])
+def test_weights_that_are_loaded_while_a_rate_is_searched_are_not_lost(kind, at):
+    """Weights that are clamped at every step, or exchanged for others and back, begin no search anew."""
+    run = search_run()
+    model, _, _, scheduler = run
+    loaded = {name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step, batch in enumerate(batches(140)):
+            if kind == "clamped":
+                with torch.no_grad():
+                    for param in model.parameters():
+                        param.clamp_(-0.9, 0.9)
+            elif step == at:
+                before = copy.deepcopy(model.state_dict())
+                model.load_state_dict(loaded)
+                if kind == "exchanged":
+                    model.load_state_dict(before)
+            train(*run, [batch])
+            if kind == "loaded" and step == at:
+                assert (model.layers[0].weight - 0.5).abs().max() < 0.01  # a small step from there
+    told = [entry for entry in caught if "parameters were changed while" in str(entry.message)]
+    anew = [text for _, text in scheduler.policy.story if "somebody has changed the parameters" in text]
+    if kind == "clamped":
+        assert len(told) <= 1
+        assert scheduler.policy.calibrated
+    else:
+        assert len(told) == len(anew) == (kind == "loaded")

@@ -163,10 +163,12 @@ class Gradients:
         unwritten = all(seen.gradient._version == seen.version for seen in self._seen)
         if not self._seen or (not unwritten and self._left is None):
             return False
-        norms = (
-            _norms([seen.gradient for seen in self._seen]) if unwritten or self._left is None else self._left.elements
-        )
-        return not bool(torch.isfinite(norms).all())
+        # What was written (clipping, say) makes no number finite that was not, but zeros do.
+        known = None if unwritten or self._left is None else self._left.norms
+        found = [_norms([seen.gradient for seen in self._seen]) if known is None else known]
+        if not unwritten and self._left is not None:
+            found.append(self._left.elements)
+        return not all(bool(torch.isfinite(numbers).all()) for numbers in found)
 
     @property
     def any_seen(self) -> bool:

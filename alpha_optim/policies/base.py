@@ -13,6 +13,7 @@ inherited:
   param group at scale 1.
 - ``limit(scale)``: told before `decide`, of policies that have that, how high the scale may become.
 - ``give_up(iteration)``: told that the search cannot go on, or that its points are gone: the rate given is to be kept.
+- ``start_over(iteration)``: told during a search that somebody has changed the parameters; its points are gone.
 - ``cut_short(iteration)``: told that the run is about to end while the search goes on: what was found so far is used.
 - ``state_dict() / load_state_dict(state)``: what it remembers, as plain values.
 
@@ -23,6 +24,7 @@ and the name of the phase that began) and ``found_lr`` (the learning rate that a
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -107,6 +109,17 @@ def name_of(policy: Any) -> str:
     return str(getattr(policy, "__name__", type(policy).__name__))
 
 
+def whole(name: str, value: Any, least: int) -> int:
+    """An argument that has to be a whole number, of NumPy's too.
+
+    Raises:
+        ValueError: If it is none, or less than ``least``.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return operator.index(value)
+
+
 def shown(policy: Any) -> str:
     """A policy as text: what it says of itself, or its name where that would be an address in memory."""
     text = repr(policy)
@@ -183,6 +196,11 @@ def restore(policy: Any, state: dict[str, Any]) -> None:
 def cut_short(policy: Any, iteration: int) -> None:
     """Tell a policy to end its search with what was found so far, if it listens."""
     _asked(policy, "cut_short", None, iteration)
+
+
+def start_over(policy: Any, iteration: int) -> None:
+    """Tell a policy to begin its search anew, from parameters that somebody has changed, if it listens."""
+    _asked(policy, "start_over", None, iteration)
 
 
 def give_up(policy: Any, iteration: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.policies.alpha_window import AlphaWindow
+from alpha_optim.policies.base import whole
 
 
 class OvershootBackoff:
@@ -27,13 +28,12 @@ class OvershootBackoff:
         Raises:
             ValueError: If an argument is out of range.
         """
-        if limit <= 0.0:
+        if not limit > 0.0:  # nor nan
             raise ValueError(f"limit must be > 0 (0 is the minimum along the step), got {limit}")
         if not 0.0 < factor < 1.0:
             raise ValueError(f"factor must lie strictly between 0 and 1, got {factor}")
-        if window < 2:
-            raise ValueError(f"window must be at least 2 measurements, got {window}")
-        if certainty < 0.0:
+        window = whole("window", window, 2)
+        if not certainty >= 0.0:
             raise ValueError(f"certainty must be >= 0, got {certainty}")
         self.limit, self.factor, self.size, self.certainty = limit, factor, window, certainty
         self._window = AlphaWindow(window)

@@ -7,6 +7,7 @@ from typing import Any
 
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.policies.alpha_window import AlphaWindow
+from alpha_optim.policies.base import whole
 
 
 class TargetAlpha:
@@ -32,10 +33,8 @@ class TargetAlpha:
             raise ValueError(f"target must lie between -0.5 and 1, got {target}; good runs have 0 to 0.3")
         if not 0.0 < gain <= 1.0:
             raise ValueError(f"gain must be > 0 and at most 1, got {gain}")
-        if window < 1:
-            raise ValueError(f"window must be at least 1 measurement, got {window}")
         self.target, self.gain = target, gain
-        self._window = AlphaWindow(window)
+        self._window = AlphaWindow(whole("window", window, 1))
 
     def __repr__(self) -> str:
         """Return the call that builds it."""

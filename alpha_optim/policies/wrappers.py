@@ -20,9 +20,9 @@ class _Around:
         Raises:
             TypeError: If it is not callable.
         """
-        if not callable(policy):
-            name = type(policy).__name__
-            raise TypeError(f"a policy must be callable (measurement -> factor), got {name}")
+        if not callable(policy) or isinstance(policy, type):
+            name = type(policy).__name__ if not isinstance(policy, type) else f"the class {policy.__name__}"
+            raise TypeError(f"a policy must be callable (measurement -> factor), got {name}; give an instance")
         self.policy: base.Policy = policy
 
     def envelope(self, iteration: int) -> float:
@@ -71,6 +71,10 @@ class _Around:
         """The learning rate that the inner policy's search ended with; None before, or without a search."""
         found: float | None = getattr(self.policy, "found_lr", None)
         return found
+
+    def start_over(self, iteration: int) -> None:
+        """Tell the policy inside."""
+        base.start_over(self.policy, iteration)
 
     def cut_short(self, iteration: int) -> None:
         """Tell the inner policy."""
@@ -160,12 +164,10 @@ class WithWarmup(_Around):
 
         Raises:
             TypeError: If ``policy`` is not callable.
-            ValueError: If ``steps`` is less than 1.
+            ValueError: If ``steps`` is no whole number of at least 1.
         """
         super().__init__(policy)
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        self.steps = steps
+        self.steps = base.whole("steps", steps, 1)
 
     def __repr__(self) -> str:
         """Return the call that builds it."""

@@ -305,7 +305,8 @@ class ForwardMode(Remembers):
         """
         entry, calls = passes[0], groups[0]
         samples = entry.samples or 0
-        if samples < 2:
+        pooled = any(samples < (call.samples or 0) for call, _ in calls.items)  # nodes of one graph belong together
+        if samples < 2 or pooled:
             return
         count = min(SAMPLES, samples // 2)
         chosen = (torch.arange(count) * samples) // count + (samples // count - 1)

@@ -44,8 +44,8 @@ def check_scheduling(
     for name, bound in zip(("min_lr", "max_lr"), bounds, strict=True):
         if isinstance(bound, (bool, str)) or not hasattr(bound, "__float__"):
             raise TypeError(f"{name} must be a learning rate, got {bound!r}")
-    if not 0.0 <= bounds[0] <= bounds[1]:
-        raise ValueError(f"expected 0 <= min_lr <= max_lr, got min_lr={bounds[0]}, max_lr={bounds[1]}")
+    if not (0.0 <= bounds[0] <= bounds[1] and bounds[1] > 0.0):
+        raise ValueError(f"expected 0 <= min_lr <= max_lr and max_lr > 0, got min_lr={bounds[0]}, max_lr={bounds[1]}")
     own = [index for index, group in enumerate(optimizer.param_groups) if group.get("lr", 0.0) is None]
     if own:
         raise ValueError(

@@ -112,6 +112,11 @@ class GroupRates(Remembers, names={"factor": "factor_now"}):
         """From here on, the rates are those of these param groups."""
         self._groups = list(map(id, groups))
 
+    def went_back(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """The optimizer was loaded from an earlier state: its rates are what the scheduler wrote then, not a change."""
+        self._match(groups, False)
+        self.written = rates_in(groups)
+
     def take_over(self, groups: Sequence[Mapping[str, Any]], searching: bool = False) -> bool:
         """Take over what somebody else has written since, as a ratio; during a search as a rate given.
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from alpha_optim.alpha.states import from_plain, to_plain
-from alpha_optim.observe.step_direction import parameters_of
+from alpha_optim.observe.numbers import read
+from alpha_optim.observe.some_elements import SomeElements
+from alpha_optim.observe.step_direction import parameters_of, versions_of
 from alpha_optim.policies.base import Place
 from alpha_optim.steer.point import Point, all_finite
 
 LOG = logging.getLogger(__name__)
+EDIT = 1e-3
+"""Parameters that lie so far from where they were, relative to their length, were edited; those that were exchanged
+for others and came back (averages, Schedule-Free's two sets of weights) are the same but for rounding."""
 Span = tuple[int, int]
 """First and last iteration of a trial."""
 
@@ -35,6 +40,10 @@ class Search:
         """
         self._model, self._optimizer = model, optimizer
         self.under_way = self.trial = False
+        self._elements = SomeElements()
+        # The parameters as the last step left them, by identity, version and some elements.
+        self._left: tuple[list[int], list[int], Tensor] | None = None
+        self._edited = False  # whether somebody has edited them since this search began
         self.forget()
 
     def goes_on(self, under_way: bool, trial: bool, over: bool) -> None:
@@ -48,6 +57,29 @@ class Search:
         self.under_way, self.trial = under_way, trial
         if over:
             self.forget()
+            self._edited = False
+
+    def step_made(self) -> None:
+        """The optimizer has made a step: note where the parameters are."""
+        self._left = None
+        if self.under_way and not self._edited:
+            params = parameters_of(self._optimizer)
+            self._left = (list(map(id, params)), versions_of(params), self._elements.of(params))
+
+    def was_edited(self) -> bool:
+        """Whether somebody has changed the parameters since the last step (weights that were loaded, say).
+
+        That is told once: a loop that does it again and again is one that clamps or exchanges weights.
+        """
+        left, self._left = self._left, None
+        if left is None or not self.under_way:
+            return False
+        params = parameters_of(self._optimizer)
+        ids, versions, before = left
+        if ids == list(map(id, params)) and versions != versions_of(params):
+            now, then = self._elements.of(params).double(), before.double()
+            self._edited = now.shape == then.shape and bool(read([(now - then).norm() > EDIT * then.norm()])[0])
+        return self._edited
 
     def forget(self) -> None:
         """Free the points."""
@@ -80,7 +112,7 @@ class Search:
 
     def restore(self, place: Place) -> bool:
         """Put a point back; False, and nothing is changed, if it is not there or does not fit."""
-        point = self._points.get(place)
+        point, self._left = self._points.get(place), None
         return point is not None and point.restore(parameters_of(self._optimizer), self._model)
 
     def abandoned(self, place: Place, iteration: int, before: list[Span]) -> list[Span]:

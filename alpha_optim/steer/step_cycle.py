@@ -173,7 +173,8 @@ class Session:
         if self.supervision.steering is not None:
             raise ValueError(
                 "this optimizer already has an AlphaScheduler, and only one can set its rates; combine "
-                "policies with Bounded and WithWarmup, and schedules with schedule="
+                "policies with Bounded and WithWarmup, and schedules with schedule=. For a second phase of training: "
+                "optimizer.detach(), set the rate, and wrap optimizer.optimizer anew"
             )
 
     def _steered_last(self) -> Session | None:
@@ -294,6 +295,8 @@ class Session:
             return self._step_unseen(closure, kwargs)
         if self.supervision.guard is not None:
             self.supervision.guard.notice_edits(parameters_of(self.optimizer))
+        if self.search.was_edited():
+            self.supervision.parameters_edited()
         try:
             with self.supervision.around_step():
                 if closure is None:
@@ -332,6 +335,7 @@ class Session:
         self._started_before = False
         self.reminders.after_step(self.supervision.steps_alone(self.iteration), measured=False, saw_loss=False)
         self.supervision.step_made(self.iteration)
+        self.search.step_made()
         self.begin()
 
     def _step_unseen(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
@@ -554,6 +558,7 @@ class Session:
         if iteration.gradients.added_to_old and same_tensors(parameters_of(self.optimizer), iteration.params):
             self.reminders.not_cleared()
         self.supervision.step_made(self.iteration)
+        self.search.step_made()
         if self.supervision.guard is not None:
             self.supervision.guard.step_made(parameters_of(self.optimizer))
         self.begin()

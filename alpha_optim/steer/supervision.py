@@ -48,6 +48,9 @@ class Steering(Protocol):
     def meets_another_network(self) -> None:
         """Backward passes of one of two networks, which are trained apart, go through the other one."""
 
+    def parameters_edited(self) -> None:
+        """Somebody has changed the parameters while a rate is searched."""
+
     def group_comes(self) -> None:
         """A param group is about to be added."""
 
@@ -123,6 +126,11 @@ class Supervision:
             self._met += 1
             if self._met == OTHERS:
                 self.steering.meets_another_network()
+
+    def parameters_edited(self) -> None:
+        """Somebody has changed the parameters while a rate is searched."""
+        if self.steering is not None:
+            self.steering.parameters_edited()
 
     def group_comes(self) -> None:
         """A param group is about to be added."""

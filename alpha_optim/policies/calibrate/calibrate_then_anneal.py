@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 import re
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from alpha_optim.alpha.loss_level import Level
 from alpha_optim.alpha.measurement import AlphaMeasurement
 from alpha_optim.alpha.records import AlphaStatus, GuardEvent, GuardReason
 from alpha_optim.alpha.states import from_plain, to_plain
-from alpha_optim.policies.base import Decision, Place
+from alpha_optim.policies.base import Decision, Place, whole
 from alpha_optim.policies.calibrate.climb import Climb
 from alpha_optim.policies.calibrate.envelope import Envelope
 from alpha_optim.policies.calibrate.held_rate import HeldRate
@@ -56,11 +55,14 @@ class CalibrateThenAnneal:
         """Set the horizon.
 
         Raises:
+            TypeError: If ``anneal`` or ``around`` is neither True nor False.
             ValueError: If an argument is out of range.
         """
-        if isinstance(total_steps, bool) or not hasattr(total_steps, "__index__") or total_steps < 1:
-            raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
-        total_steps = operator.index(total_steps)  # NumPy has whole numbers of its own
+        total_steps = whole("total_steps", total_steps, 1)
+        trial_steps = None if trial_steps is None else whole("trial_steps", trial_steps, 10)
+        for name, flag in (("anneal", anneal), ("around", around)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {flag!r}")
         if trial_steps is not None and not 10 <= trial_steps <= max(10, total_steps // 4):
             raise ValueError(
                 f"trial_steps must be at least 10 and at most a quarter of total_steps={total_steps}, got {trial_steps}"
@@ -70,9 +72,7 @@ class CalibrateThenAnneal:
         self._story: list[tuple[int, str]] = []
         self._phases: list[tuple[int, str]] = []
         settings = Settings(total_steps, trial_steps or trial_length(total_steps), around)
-        self._phase: Phase | None = None if total_steps < SHORTEST_RUN else Jump(settings)
-        if around and self._phase is not None:
-            self._phase = Trials.begun(settings, 0.0, -math.inf, UNKNOWN, 0)
+        self._phase = None if total_steps < SHORTEST_RUN else _first_phase(settings)
         self._held = HeldRate(total_steps)
         self._given: float | None = None  # learning rate of the first group at scale 1, when the search began
         self._now: float | None = None  # and now, which is kept where none is found; others may have written it
@@ -133,9 +133,9 @@ class CalibrateThenAnneal:
 
     def _shown(self, position: float) -> str:
         """A log rate as the learning rate of the first param group, for messages."""
-        if self._given is None:
-            return f"{math.exp(min(700.0, position)):.3g} times the rate given"
-        return f"{self._given * math.exp(min(700.0, position)):.3g}"
+        given = self._given if self._phase is not None else self._now or self._given  # others may have written it since
+        factor = math.exp(min(700.0, position, self._held.limit))
+        return f"{factor:.3g} times the rate given" if given is None else f"{given * factor:.3g}"
 
     def _in_rates(self, text: str) -> str:
         """A text of a phase, its log rates as learning rates."""
@@ -200,6 +200,19 @@ class CalibrateThenAnneal:
         """End the search and keep the rate given."""
         if self._phase is not None:
             self._go_on(After(None, corrected=False, text="the search was given up"), iteration)
+
+    def start_over(self, iteration: int) -> None:
+        """Somebody has changed the parameters: search from where they are now, or end if much was spent already."""
+        phase = self._phase
+        if phase is None:
+            return
+        self._tell(iteration, "somebody has changed the parameters while the learning rate is searched")
+        self._keep = self._restore = None
+        if phase.steps <= phase.settings.longest_climb:
+            self._phase, self._begun, self._since = _first_phase(phase.settings), False, iteration
+            return
+        after = phase.cut_short() if isinstance(phase, Trials) else CUT_SHORT
+        self._go_on(after._replace(restore=None, ended=None, corrected=False), iteration - 1)
 
     def cut_short(self, iteration: int) -> None:
         """End the search, since the run is: with the best trial so far, or the start and the rate given."""
@@ -283,7 +296,7 @@ class CalibrateThenAnneal:
 
     def decide(self, iteration: int, given: float) -> Decision:
         """Say what the scale is, and which points to keep and to go back to."""
-        if given > 0.0 and (self._given is None or self._phase is not None):  # later it is not the peak of a schedule
+        if given > 0.0:
             self._now = given
             self._given = self._given or given
         phase = None if self._phase is None else self._heed_limits(self._phase, iteration)
@@ -369,6 +382,11 @@ class CalibrateThenAnneal:
             trial = phase.settings.trial if isinstance(phase, Trials) else trial
             settings = replace(phase.settings, total_steps=self.total_steps, trial=trial)
             self._phase = replace(phase, settings=settings)  # type: ignore[type-var] # - a dataclass
+
+
+def _first_phase(settings: Settings) -> Phase | None:
+    """What a search begins with; None where the run is too short for it."""
+    return Trials.begun(settings, 0.0, -math.inf, UNKNOWN, 0) if settings.around else Jump(settings)
 
 
 def _name_of(phase: Phase) -> str:

@@ -26,6 +26,10 @@ class Phase(Protocol):
         """Log rate of the coming step."""
 
     @property
+    def steps(self) -> int:
+        """Steps made since the search began."""
+
+    @property
     def factor(self) -> float:
         """What the rate of the coming step is multiplied by; 1 but in trials, which are annealed."""
 
