@@ -121,7 +121,6 @@ class Guard:
     def moved(self, params: Sequence[Tensor]) -> None:
         """A search has put another point back: it is the one to go on from."""
         self.stepped, self._before = False, UNSEEN
-        self._broken.forget()
         self._risen.moved()
         self._last.keep(params, self._model, self._optimizer)
 

@@ -53,8 +53,8 @@ SITUATIONS = [
     *(
         Situation(setup, kind)
         for setup in (
-            setups.NanLoss, setups.NanOften, setups.NanRandom, setups.NanRandomly, setups.NanInput, setups.EmptyBatch,
-            setups.InfGradient,
+            setups.NanLoss, setups.NanOften, setups.NanAtBorders, setups.NanRandom, setups.NanRandomly, setups.NanInput,
+            setups.EmptyBatch, setups.InfGradient,
         )
         for kind in _BOTH
     ),

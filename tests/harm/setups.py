@@ -183,6 +183,15 @@ class NanOften(NanLoss):
         return n % 10 in (3, 6, 7, 8)
 
 
+class NanAtBorders(NanLoss):
+    """The last batch of 20 and the first of the next 20 are not finite, as where data are not shuffled."""
+
+    shortest = 300
+
+    def bad(self, n: int) -> bool:
+        return n > 0 and n % 20 in (0, 19)
+
+
 class NanRandom(NanLoss):
     """One batch in ten is not finite, by chance."""
 
