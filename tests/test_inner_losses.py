@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from alpha_optim import AlphaGuided
-from alpha_optim.slopes.inner_losses import _without_dropout
+from alpha_optim.slopes.stand_ins import without_dropout
 from tests.parity import QUANTITIES
 from tests.reference.losses_of_samples import observe
 from tests.reference.per_sample_loop import observe_run
@@ -233,7 +233,7 @@ def test_attention_without_dropout_is_the_same_attention(named):
     q, k, v = torch.randn(3, 2, 4, 8, generator=torch.Generator().manual_seed(0))
     args = (q, k, v) if named else (q, k, v, None, 0.5)
     kwargs = {"is_causal": True} | ({"dropout_p": 0.5} if named else {})
-    args, kwargs = _without_dropout(F.scaled_dot_product_attention, args, kwargs)
+    args, kwargs = without_dropout(F.scaled_dot_product_attention, args, kwargs)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.equal(F.scaled_dot_product_attention(*args, **kwargs), expected)
 

@@ -115,6 +115,17 @@ class Normalised(nn.Module):
         return self.above(self.dropout(torch.tanh(h + shift)))
 
 
+class Bags(nn.Module):
+    """A bag of words; texts of unlike lengths lie one after the other, or side by side."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.embed, self.head = nn.EmbeddingBag(V, 8, mode=mode, padding_idx=0), nn.Linear(8, 3)
+
+    def forward(self, x, offsets=None):
+        return self.head(torch.tanh(self.embed(x, offsets)))
+
+
 class Recurrent(nn.Module):
     """A language model that may be fed time first and carries its state over."""
 
@@ -354,6 +365,21 @@ def normalised(norm):
     return lambda: nn.Sequential(norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 3))
 
 
+def bags(generator, dtype):
+    return torch.randint(0, V, (N, T), generator=generator), torch.randint(0, 3, (N,), generator=generator)
+
+
+def texts(generator, dtype):
+    lengths = torch.randint(1, T, (N,), generator=generator)
+    words = torch.randint(0, V, (int(lengths.sum()),), generator=generator)
+    return words, lengths.cumsum(0) - lengths, torch.randint(0, 3, (N,), generator=generator)
+
+
+def texts_loop(optimizer, model, loss_fn, batch):
+    words, offsets, y = batch
+    loss_fn(model(words, offsets), y).backward()
+
+
 def padded(generator, dtype):
     return tokens(generator, dtype, padded=True)
 
@@ -380,6 +406,11 @@ CASES = {
     "checkpointed, reentrant": Case(lambda: Checkpointed(True), vectors, vector_loop, None, CROSS),
     "a part without gradients": Case(Normalised, vectors, vector_loop, classes, CROSS),
     "a part without gradients, dropout": Case(lambda: Normalised(0.3), vectors, vector_loop, classes, CROSS),
+    "bags of words": Case(lambda: Bags("mean"), bags, vector_loop, classes, CROSS),
+    "bags of words, one after the other": Case(
+        lambda: Bags("sum"), texts, texts_loop,
+        lambda m, b: F.cross_entropy(m(b[0], b[1]), b[2], reduction="none"), CROSS,
+    ),
     "gpt, mask as buffer": Case(lambda: GPT(mask=True), tokens, flattened, language, CROSS),
     "gpt, 24 samples": Case(GPT, lambda g, d: tokens(g, d, 24), flattened, language, CROSS, samples=24),
     "lstm": Case(lambda: Recurrent(nn.LSTM), tokens, flattened, language, CROSS),

@@ -2,7 +2,7 @@
 
 Losses of single rows come from the calls of torch's loss functions inside a model that returns its loss; how much each
 of several counts, and each of losses that were not reduced, from the derivative of that loss. In blocks of
-`torch.no_grad` forward mode stops, dropout can be switched off, and rows of padding stay where they are.
+`torch.no_grad` forward mode stops, and some calls have stand-ins.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from alpha_optim.observe.inner_products import at_least_float32
 from alpha_optim.observe.losses import Rows, total_weight
 from alpha_optim.observe.numbers import read
+from alpha_optim.slopes.stand_ins import STAND_INS, without_dropout
 
 _CLASSES = (F.cross_entropy, F.nll_loss)
 _NAMES: dict[Any, tuple[str, ...]] = {
@@ -45,18 +46,6 @@ _LOSSES: dict[Callable[..., Any], None] = dict.fromkeys(
         F.hinge_embedding_loss,
     )
 )
-_RANDOM_DROPOUT = {
-    F.dropout: "training",
-    F.dropout1d: "training",
-    F.dropout2d: "training",
-    F.dropout3d: "training",
-    F.alpha_dropout: "training",
-    F.feature_alpha_dropout: "training",
-    torch.dropout: "train",
-    torch.feature_dropout: "train",
-    torch.alpha_dropout: "train",
-    torch.feature_alpha_dropout: "train",
-}
 
 
 @dataclass(frozen=True)
@@ -118,12 +107,10 @@ class SeesLosses(TorchFunctionMode):
         """Look at one call of torch."""
         kwargs = kwargs or {}
         if self._without_dropout:
-            args, kwargs = _without_dropout(func, args, kwargs)
-        output = func(*args, **kwargs)
+            args, kwargs = without_dropout(func, args, kwargs)
+        output = STAND_INS.get(func, func)(*args, **kwargs)
         if func is torch._C._set_grad_enabled:
             torch._C._set_fwd_grad_enabled(self._differentiates and torch.is_grad_enabled())
-        if func is F.embedding:
-            output = _with_padding_at_rest(output, *args, **kwargs)
         if isinstance(output, Tensor) and output.dtype in (torch.float16, torch.bfloat16):
             self.half = True
         if func in _LOSSES and isinstance(output, Tensor) and _differentiable(output):
@@ -214,29 +201,3 @@ def _seen(func: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> Inner
 def _differentiable(output: Tensor) -> bool:
     """Whether a derivative goes through it, forward or backward."""
     return torch.is_grad_enabled() and (output.requires_grad or forward_ad.unpack_dual(output).tangent is not None)
-
-
-def _with_padding_at_rest(
-    output: Tensor, tokens: Tensor, weight: Tensor, padding_idx: int | None = None, *_args: Any, **_kwargs: Any
-) -> Tensor:
-    """An embedding whose row of padding gets no gradient, whatever moves it."""
-    if padding_idx is None:
-        return output
-    at_rest = forward_ad.unpack_dual(weight).primal.detach()
-    row = padding_idx % len(at_rest)
-    return torch.where(torch.eq(tokens, row).unsqueeze(-1), at_rest[row], output)
-
-
-def _without_dropout(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    if func is F.scaled_dot_product_attention:
-        if len(args) > 4:
-            args = (*args[:4], 0.0, *args[5:])
-        elif "dropout_p" in kwargs:
-            kwargs = {**kwargs, "dropout_p": 0.0}
-    elif func in _RANDOM_DROPOUT:
-        name = _RANDOM_DROPOUT[func]
-        if len(args) > 2:
-            args = (*args[:2], False, *args[3:])
-        else:
-            kwargs = {**kwargs, name: False}
-    return args, kwargs
