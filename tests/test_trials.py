@@ -573,3 +573,17 @@ def test_weights_that_are_loaded_while_a_rate_is_searched_are_not_lost(kind, at)
         assert scheduler.policy.calibrated
     else:
         assert len(told) == len(anew) == (kind == "loaded")
+
+
+def test_going_back_to_a_checkpoint_during_a_search_is_no_edit():
+    data = list(batches(120))
+    run = search_run()
+    train(*run, data[:30])
+    states = copy.deepcopy([part.state_dict() for part in (run[0], run[2], run[3])])
+    train(*run, data[30:])
+    ends = [copy.deepcopy(run[0].state_dict())]
+    for part, state in zip((run[0], run[2], run[3]), states, strict=True):
+        part.load_state_dict(state)
+    train(*run, data[30:])
+    assert equal_states(run[0].state_dict(), ends[0])
+    assert not any("somebody has changed" in text for _, text in run[3].policy.story)

@@ -138,13 +138,16 @@ class Search:
             "points": {place: point.state_dict() for place, point in whole.items()},
             "begin": self._begin,
             "best": to_plain(self._best),
+            "edited": self._edited,
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Take over a state; a point that does not fit is left out."""
         self.forget()
+        self._left, self._edited = None, False  # what is loaded is no edit
         if state is None:
             return
+        self._edited = bool(state.get("edited", False))
         for place, saved in state["points"].items():
             point = Point(on_host=True, whole=True)
             if point.load_state_dict(saved, parameters_of(self._optimizer), self._model, self._optimizer):
