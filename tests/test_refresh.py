@@ -3,13 +3,19 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from alpha_optim.measure.refresh import LONGEST, SHARE, Variances, interval
+from alpha_optim.observe.backward_passes import loss_weight
+from alpha_optim.slopes.base import scattered_as_all
 from alpha_optim.slopes.layerwise import LayerwiseBackend
+
+SIZES = [(2000, 1.0), (100, 1.0), (50, 0.0)]
+"""Samples of micro-batches, and the factor with which each is sent backward."""
 
 
 @pytest.mark.parametrize("cost", [0.001, 0.01, 0.5, 2.6, 4.9])
@@ -129,3 +135,19 @@ def test_who_measures_says_when_it_is_checked(layer, checked, monkeypatch):
     monkeypatch.setattr(backend._check, "due", lambda: checked == of_rules)
     monkeypatch.setattr(backend._forward, "check_due", lambda: checked != of_rules)
     assert backend.check_due() == checked
+
+
+def test_some_samples_of_unequal_micro_batches_scatter_as_all_do():
+    """The few that are looked at come from the first; a third, in which no target counts, weighs nothing."""
+    torch.manual_seed(0)
+    entries = [SimpleNamespace(samples=n, gamma=torch.tensor(g), again=False, calls=()) for n, g in SIZES]
+    weights = [float(loss_weight(entry, entries)) for entry in entries]
+    raw = [torch.randn(n, dtype=torch.float64) + 0.5 for n, _ in SIZES]
+    every = torch.cat([numbers * weight for numbers, weight in zip(raw, weights, strict=True)])
+    found = scattered_as_all([raw[0] * weights[0]], entries[:1], entries)
+    assert len(found) == SIZES[0][0]
+    assert float(found.mean()) == pytest.approx(float(every.mean()), abs=0.15)
+    assert float(found.var()) == pytest.approx(float(every.var()), rel=0.2)
+    assert float((raw[0] * weights[0]).var()) < 0.1 * float(every.var())
+    alone = scattered_as_all([raw[2] * 0.0], entries[2:], entries)
+    assert torch.equal(alone, torch.zeros(SIZES[2][0], dtype=torch.float64))

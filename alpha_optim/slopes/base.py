@@ -24,6 +24,7 @@ from alpha_optim.observe.backward_passes import (
     total_samples,
 )
 from alpha_optim.observe.gradients import LossGradients
+from alpha_optim.observe.numbers import read
 from alpha_optim.observe.step_direction import Direction
 
 SAMPLES = 16
@@ -118,17 +119,22 @@ def scattered_as_all(parts: Sequence[Tensor], taken: Sequence[BackwardPass], pas
     together = torch.cat([part.to(parts[0].device) for part in parts])
     if len(passes) == 1 or len(together) < 2 or shares_of_one_mean(passes):
         return together
-    weights = [torch.as_tensor(loss_weight(entry, passes), device=together.device) for entry in passes]
+    weights = read([loss_weight(entry, passes) for entry in passes])
     counts, own = total_samples(passes), dict(zip(map(id, passes), weights, strict=True))
     first, second = (
-        sum(weight**power * ((entry.samples or 0) / counts) for weight, entry in zip(weights, passes, strict=True))
+        sum(weight**power * (entry.samples or 0) / counts for weight, entry in zip(weights, passes, strict=True))
         for power in (1, 2)
     )
-    plain = torch.cat([part.to(together.device) / own[id(entry)] for part, entry in zip(parts, taken, strict=True)])
+    # Where no target counts a sample weighs nothing, and tells nothing.
+    known = [part / own[id(entry)] for part, entry in zip(parts, taken, strict=True) if own[id(entry)] != 0.0]
+    plain = torch.cat([part.to(together.device) for part in known]) if known else together
+    if len(plain) < 2:
+        return together
     mean, variance = plain.mean(), plain.var()
     wanted = second * (variance + mean * mean) - (first * mean) ** 2
     stretch = torch.where(variance > 0, wanted.clamp_min(0) / variance, 1.0).sqrt()
-    return first * mean + (plain - mean) * stretch
+    scattered: Tensor = first * mean + (plain - mean) * stretch
+    return scattered
 
 
 @dataclass(frozen=True)

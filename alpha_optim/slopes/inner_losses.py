@@ -185,7 +185,6 @@ def _seen(func: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> Inner
     if values.dim() == 0 or output.dim() > 0:
         return None
     values = at_least_float32(values)
-    divided: Tensor | float | None = 1.0
     total: Tensor | float | None = float(values.numel())
     if func in _CLASSES:
         # Transformers sums and divides by the number of targets itself: the mean over targets is the loss.
@@ -195,7 +194,7 @@ def _seen(func: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> Inner
         total = None  # of elements, where the total is not known: then samples are what they are
     elif reduction == "batchmean":
         total = float(values.shape[0])
-    return InnerLoss(output, total if reduction == "sum" else divided, Rows(values, total))
+    return InnerLoss(output, total if reduction == "sum" else 1.0, Rows(values, total))
 
 
 def _differentiable(output: Tensor) -> bool:
