@@ -200,7 +200,7 @@ class Ranks:
         """
         count, self._exchanges = self._exchanges, self._exchanges + 1
         # At 0, 1, 2, 3, 4, 5, 8, 9, 16, 17, ...: models that are averaged now and then are equal right after that.
-        if self.sharded or (count & (count - 1) and (count - 1) & (count - 2)):
+        if self.sharded or all(number & (number - 1) for number in (count, count - 1)):
             return None
         total = sum(float(param.detach().double().abs().sum()) for param in params)
         seen = self.gather((total, sum(param.numel() for param in params)))

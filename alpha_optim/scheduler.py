@@ -157,7 +157,7 @@ class AlphaScheduler(LRScheduler):
             LOG.warning(
                 "Rprop takes its learning rate as the first size of its steps and then ignores it, so none is searched."
             )
-            self._end_search(base.give_up)
+            self._interrupt_search(base.give_up)
 
     @property
     def _session(self) -> Session:
@@ -229,7 +229,7 @@ class AlphaScheduler(LRScheduler):
         elif self._too_sparse(optimizer):
             self._news.skip_to(optimizer.iteration)
             if self._sparse >= PATIENT:
-                self._end_search(base.give_up)
+                self._interrupt_search(base.give_up)
         else:
             lag = 2 + LAG if waits(optimizer) else 0
             guard = session.supervision.guard
@@ -259,7 +259,7 @@ class AlphaScheduler(LRScheduler):
                 finite is looked at.
         """
         self._session.finish(None if loss is None else float(loss))
-        self._end_search(base.cut_short)
+        self._interrupt_search(base.cut_short)
 
     def cool_down(self, steps: int) -> None:
         """Anneal the rates linearly to 0 over the coming steps, whatever the policy says; for runs without a horizon.
@@ -278,7 +278,7 @@ class AlphaScheduler(LRScheduler):
         self._take_over_foreign_rates()
         if self._cut is not None:
             self._once.say("cool_down() changes nothing: the rates are the training loop's, which writes them itself.")
-        self._end_search(base.cut_short)
+        self._interrupt_search(base.cut_short)
         left = 1.0 if self._cooling is None else self._cooling.left(self._session.progress)
         if left > 0.0:
             self.scale *= left
@@ -287,7 +287,7 @@ class AlphaScheduler(LRScheduler):
 
     def _decide(self, iteration: int) -> None:
         """Ask a policy that searches for the scale, and for what is to be done with the points it keeps."""
-        session, rates = self._session, self._rates.scheduled if self.schedule is None else self._rates.peaks
+        session, rates = self._session, self._peaks()
         given = rates[0] or max(rates)
         if max(rates) > 0.0:
             base.tell_limit(self.policy, self.max_lr / max(rates))
@@ -396,12 +396,12 @@ class AlphaScheduler(LRScheduler):
             self._sparse = max(1, self._sparse)
             self._write()
 
-    def _end_search(self, tell: Callable[[base.Policy, int], None]) -> None:
-        """End a search that is under way.
+    def _interrupt_search(self, tell: Callable[[base.Policy, int], None]) -> None:
+        """Tell a policy whose search is under way that it cannot go on as it did, and do what it decides.
 
         Args:
             tell: Tells the policy: `base.give_up`, to go back to the rates given; `base.cut_short`, to use what was
-                found so far.
+                found so far; `base.start_over`, to begin anew from other parameters.
         """
         if self._decision.searching and self._cut is None:
             self._take_over_foreign_rates()
@@ -412,7 +412,7 @@ class AlphaScheduler(LRScheduler):
 
     def _meets_another_network(self) -> None:
         """Two networks that play against each other have no rate at which the loss falls fastest."""
-        self._end_search(base.give_up)
+        self._interrupt_search(base.give_up)
         self._once.say(
             f"the network of {type(self._session.optimizer).__name__} and another one are trained apart, and backward "
             "passes of one go through the other (a GAN?). A loss that another network pushes up tells nothing about "
@@ -424,10 +424,7 @@ class AlphaScheduler(LRScheduler):
         """The points of a search are none to go back to once somebody has changed the parameters."""
         if self._decision.searching and self._cut is None:
             self._session.search.forget()
-            base.start_over(self.policy, self._session.iteration)
-            self._decide(self._session.iteration)
-            self._tell_session()
-            self._write()
+            self._interrupt_search(base.start_over)
             self._once.say(
                 "the parameters were changed while the learning rate is searched (weights were loaded?), so the search "
                 "begins anew from there, or ends if much was spent on it already. Load weights before training begins."
@@ -436,7 +433,7 @@ class AlphaScheduler(LRScheduler):
     def _group_comes(self) -> None:
         """A search ends before a param group is added: no point without its parameters can be gone back to."""
         if self._decision.searching and self._cut is None and self._session.iteration:
-            self._end_search(base.cut_short)
+            self._interrupt_search(base.cut_short)
             self._once.say(
                 "a param group is added while the learning rate is searched, so the search ends: with the best trial "
                 "so far or, if there is none, where it began, at half of what its climb found or at the rates given. "
@@ -460,9 +457,13 @@ class AlphaScheduler(LRScheduler):
 
     # ---------------------------------------------------------------- writing
 
+    def _peaks(self) -> list[float]:
+        """The rates that the scale is a multiple of: those of a schedule at its peak."""
+        return self._rates.scheduled if self.schedule is None else self._rates.peaks
+
     def _base_rates(self) -> list[float]:
         """What scale and envelope multiply: the scheduled rates, or their peaks while those are searched."""
-        return self._rates.peaks if self.schedule is not None and self._decision.searching else self._rates.scheduled
+        return self._peaks() if self._decision.searching else self._rates.scheduled
 
     def _write(self) -> None:
         if self._cut is None:
@@ -499,7 +500,7 @@ class AlphaScheduler(LRScheduler):
 
     def _within_bounds(self, scale: float) -> float:
         """The scale, which must not wind up against the bounds; those of a schedule's own curve cut only that."""
-        peak = max(self._rates.scheduled if self.schedule is None else self._rates.peaks)
+        peak = max(self._peaks())
         if peak <= 0.0:
             return scale
         lowest, highest = min(1.0, self.min_lr / peak), self.max_lr / peak
@@ -631,7 +632,7 @@ class _Listener:
         """Tell the scheduler, whose search is over."""
         scheduler = self._scheduler()
         if scheduler is not None:
-            scheduler._end_search(base.cut_short)
+            scheduler._interrupt_search(base.cut_short)
 
     def meets_another_network(self) -> None:
         """Tell the scheduler."""

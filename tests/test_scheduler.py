@@ -137,23 +137,16 @@ def test_groups_keep_their_ratio_also_at_the_bounds():
     assert min(a for a, _ in rates) == pytest.approx(0.01)
 
 
-def test_the_scale_does_not_wind_up_against_the_upper_bound():
+@pytest.mark.parametrize(
+    ("first", "then", "bound", "held"), [(2.0, 0.5, {"max_lr": 0.2}, 0.2), (0.5, 2.0, {"min_lr": 0.05}, 0.05)]
+)
+def test_the_scale_does_not_wind_up_against_a_bound(first, then, bound, held):
     model, base = make()
     loss_fn = nn.CrossEntropyLoss()
     guided = AlphaGuided(base, model, loss_fn)
-    scheduler = AlphaScheduler(guided, lambda m: 2.0 if m.iteration < 20 else 0.5, max_lr=0.2, guard=False)
+    scheduler = AlphaScheduler(guided, lambda m: first if m.iteration < 20 else then, **bound, guard=False)
     rates = train(model, loss_fn, guided, scheduler, batches(23))
-    assert rates[20][0] == pytest.approx(0.2)
-    assert rates[21][0] == pytest.approx(0.1)
-
-
-def test_the_scale_does_not_wind_down_against_the_lower_bound():
-    model, base = make()
-    loss_fn = nn.CrossEntropyLoss()
-    guided = AlphaGuided(base, model, loss_fn)
-    scheduler = AlphaScheduler(guided, lambda m: 0.5 if m.iteration < 20 else 2.0, min_lr=0.05, guard=False)
-    rates = train(model, loss_fn, guided, scheduler, batches(23))
-    assert rates[20][0] == pytest.approx(0.05)
+    assert rates[20][0] == pytest.approx(held)
     assert rates[21][0] == pytest.approx(0.1)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -274,7 +274,8 @@ class Together:
             return known
         apart = float(sums.loss) / sums.samples - centre  # of the mean of all samples
         if count == sums.samples:
-            return self._variance(replace(sums.losses, total=count * apart), self, self._unit, known)
+            every = replace(sums.losses, total=count * apart, stand_for=sums.samples)
+            return self._variance(every, self._unit, known)
         # Of some samples only, about the mean of all.
         value = float(sums.losses.squares) / sums.samples - apart * apart
         return self._unit**2 * (0.0 if value < 0.0 else value)
@@ -289,16 +290,14 @@ class Together:
         """
         if self.sums.slopes_unseen:
             return None
-        return self._variance(self._slopes(role), at, at._unit, known)
+        return self._variance(self._slopes(role, at), at._unit, known)
 
-    def _slopes(self, role: str) -> Scatter:
-        return self.sums.end if role == "end" else self.sums.start
+    def _slopes(self, role: str, at: Together) -> Scatter:
+        return replace(self.sums.end if role == "end" else self.sums.start, stand_for=at.sums.samples)
 
-    def _variance(self, scatter: Scatter, at: Together, unit: float, known: float | None) -> float | None:
+    def _variance(self, scatter: Scatter, unit: float, known: float | None) -> float | None:
         share = 1.0 / self._batches  # samples that several ranks are fed count once
-        once = Scatter(
-            scatter.count * share, float(scatter.total) * share, float(scatter.squares) * share, at.sums.samples * share
-        )
+        once = Scatter(*(float(getattr(scatter, field.name)) * share for field in fields(scatter)))
         return known if once.count < 2 else unit * unit * once.variance()
 
     def adds_up(self, role: str, at: Together, length: float, tolerance: float) -> bool | None:
@@ -313,7 +312,7 @@ class Together:
             length: |d|.
             tolerance: How far apart they may be, relative to the slopes of samples.
         """
-        scatter = replace(self._slopes(role), stand_for=at.sums.samples)
+        scatter = self._slopes(role, at)
         product = float(self.sums.end_product if role == "end" else self.sums.start_product)
         left_out = at.sums.samples - scatter.count
         compared = 0 <= left_out <= (self._size if role == "end" else 0)
@@ -333,7 +332,7 @@ class Together:
         sums = self.sums
         seen = self.loss is not None and sums.samples > 0
         # That of the start was taken of the batch before, which is about as large.
-        end, start = (replace(scatter, stand_for=sums.samples) for scatter in (sums.end, sums.start))
+        end, start = self._slopes("end", self), self._slopes("start", self)
         found = Centres(
             float(sums.loss) / sums.samples if seen else before.loss,
             end.mean(self.centres.end) if sums.end.count and sums.samples else before.end,

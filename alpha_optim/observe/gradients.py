@@ -160,14 +160,15 @@ class Gradients:
 
     def not_finite(self) -> bool:
         """Whether a gradient seen in this iteration was not finite as the backward pass left it."""
-        unwritten = all(seen.gradient._version == seen.version for seen in self._seen)
-        if not self._seen or (not unwritten and self._left is None):
+        left, gradients = self._left, [seen.gradient for seen in self._seen]
+        if not gradients:
             return False
-        # What was written (clipping, say) makes no number finite that was not, but zeros do.
-        known = None if unwritten or self._left is None else self._left.norms
-        found = [_norms([seen.gradient for seen in self._seen]) if known is None else known]
-        if not unwritten and self._left is not None:
-            found.append(self._left.elements)
+        if all(seen.gradient._version == seen.version for seen in self._seen):
+            found = [_norms(gradients)]
+        elif left is None:
+            return False
+        else:  # what was written (clipping, say) makes no number finite that was not, but zeros do
+            found = [left.elements, _norms(gradients) if left.norms is None else left.norms]
         return not all(bool(torch.isfinite(numbers).all()) for numbers in found)
 
     @property

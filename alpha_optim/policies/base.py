@@ -109,6 +109,21 @@ def name_of(policy: Any) -> str:
     return str(getattr(policy, "__name__", type(policy).__name__))
 
 
+def check_policy(policy: Any) -> None:
+    """Refuse what is no policy, a class of policies too.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if isinstance(policy, type):
+        name = policy.__name__
+        raise TypeError(
+            f"a policy must be callable (measurement -> factor), got the class {name}; give an instance, {name}(...)"
+        )
+    if not callable(policy):
+        raise TypeError(f"a policy must be callable (measurement -> factor), got {type(policy).__name__}")
+
+
 def whole(name: str, value: Any, least: int) -> int:
     """An argument that has to be a whole number, of NumPy's too.
 

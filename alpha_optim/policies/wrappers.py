@@ -20,9 +20,7 @@ class _Around:
         Raises:
             TypeError: If it is not callable.
         """
-        if not callable(policy) or isinstance(policy, type):
-            name = type(policy).__name__ if not isinstance(policy, type) else f"the class {policy.__name__}"
-            raise TypeError(f"a policy must be callable (measurement -> factor), got {name}; give an instance")
+        base.check_policy(policy)
         self.policy: base.Policy = policy
 
     def envelope(self, iteration: int) -> float:

@@ -29,28 +29,19 @@ from alpha_optim.slopes.in_pass import InPass
 from alpha_optim.slopes.individual import backpack_rules
 from alpha_optim.slopes.layers import LayerCall
 from alpha_optim.slopes.recorder import BySample, add_to, by_sample
-from alpha_optim.slopes.verification import Verification
+from alpha_optim.slopes.verification import Verification, Verified
 
 
-class BackpackBackend(InPass):
+class BackpackBackend(InPass, Verified):
     """Projects onto the gradient and onto the previous step while the backward pass runs."""
 
     name = "backpack"
 
     def __init__(self, model: nn.Module, names: Names, sample_dim: int, sampled: bool) -> None:
         """Prepare; see `SampleRecorder` for the arguments."""
-        super().__init__(model, names, sampled)
+        InPass.__init__(self, model, names, sampled)
+        Verified.__init__(self, Verification(model, sample_dim))
         self._sampled = sampled
-        self._check = Verification(model, sample_dim)
-
-    @property
-    def records(self) -> bool:
-        """Whether calls of the model are to be kept for a repetition."""
-        return self._check.due()
-
-    def check_due(self) -> bool:
-        """Whether losses are to be followed back to the model's outputs in the coming iteration."""
-        return self._check.due()
 
     def cost(self, samples: int) -> float:
         """See `Backend`."""
@@ -111,10 +102,7 @@ class BackpackBackend(InPass):
 
         # What made the step is the gradient times what happened to it since the backward pass.
         slopes = self._combine(self._at_start, lambda values, key: values * rates[key] * factor)
-        slopes, reason = self._check.checked(self._recorder.passes, self._params, direction, expected, slopes)
-        if reason is not None:
-            self.unaccounted.add(ALL, reason)
-        return slopes
+        return self._verified(self._recorder.passes, self._params, direction, expected, slopes)
 
     def _combine(self, store: BySample, scaled: Callable[[Tensor, int], Tensor]) -> SampleSlopes | None:
         by_parameter = {
@@ -123,14 +111,6 @@ class BackpackBackend(InPass):
         return self._recorder.combine(
             lambda entry: None if self._missing(entry) else list(by_parameter.get(entry, {}).values())
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was learned about the model."""
-        return self._check.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was learned."""
-        self._check.load_state_dict(state)
 
     def _missing(self, entry: BackwardPass) -> bool:
         """Whether a parameter has no projections, or was not watched (unfrozen after the step)."""

@@ -105,7 +105,7 @@ class SampleSlopes:
 
 
 def scattered_as_all(parts: Sequence[Tensor], taken: Sequence[BackwardPass], passes: Sequence[BackwardPass]) -> Tensor:
-    """Slopes of samples, or losses, of some of an iteration's passes, scattered as those of all samples are ``[n]``.
+    """Slopes of samples, or losses, of an iteration's passes, scattered as those of all samples are ``[n]``.
 
     Samples of small micro-batches weigh more than those of large ones, and the few that are looked at come from the
     first of them. A weight w and a number u that do not know of each other have a product of variance
@@ -117,7 +117,7 @@ def scattered_as_all(parts: Sequence[Tensor], taken: Sequence[BackwardPass], pas
         passes: All passes.
     """
     together = torch.cat([part.to(parts[0].device) for part in parts])
-    if len(passes) == 1 or len(together) < 2 or shares_of_one_mean(passes):
+    if len(passes) == 1 or len(together) == total_samples(passes) or shares_of_one_mean(passes):
         return together
     weights = read([loss_weight(entry, passes) for entry in passes])
     counts, own = total_samples(passes), dict(zip(map(id, passes), weights, strict=True))

@@ -7,21 +7,20 @@ watched; afterwards only the direction and numbers per sample).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses
 from alpha_optim.observe.gradients import LossGradients
 from alpha_optim.observe.step_direction import Change, Direction
-from alpha_optim.slopes.base import ALL, Expected, Names, SampleSlopes, Silent, in_pass_cost
+from alpha_optim.slopes.base import Expected, Names, SampleSlopes, in_pass_cost
 from alpha_optim.slopes.individual import NEEDS_OUTPUT, individual_gradients
 from alpha_optim.slopes.layers import KnownLayers, LayerCall, layers_of
 from alpha_optim.slopes.recorder import SampleRecorder, add_to, project
-from alpha_optim.slopes.verification import Verification
+from alpha_optim.slopes.verification import Verification, Verified
 
 
-class CachedBackend(Silent):
+class CachedBackend(Verified):
     """Caches the individual gradients of the iteration."""
 
     name = "cached"
@@ -34,16 +33,7 @@ class CachedBackend(Silent):
         self._gradients: dict[BackwardPass, dict[int, Tensor]] = {}
         self._params: Sequence[Tensor] = ()
         self.unaccounted = self._recorder.unaccounted
-        self._check = Verification(model, sample_dim)
-
-    @property
-    def records(self) -> bool:  # type: ignore[override] # - of the others it is a constant
-        """Whether calls of the model are to be kept for a repetition."""
-        return self._check.due()
-
-    def check_due(self) -> bool:
-        """Whether losses are to be followed back to the model's outputs in the coming iteration."""
-        return self._check.due()
+        super().__init__(Verification(model, sample_dim))
 
     def cost(self, samples: int) -> float:
         """See `Backend`; there is no hurry for a reference."""
@@ -73,18 +63,7 @@ class CachedBackend(Silent):
     def start_slopes(self, direction: Direction, gradients: LossGradients, expected: Expected) -> SampleSlopes | None:
         """Reduce the cached gradients along the step just made."""
         slopes = self._reduce(direction.change())
-        slopes, reason = self._check.checked(self._recorder.passes, self._params, direction, expected, slopes)
-        if reason is not None:
-            self.unaccounted.add(ALL, reason)
-        return slopes
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was learned about the model."""
-        return self._check.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was learned; versions before checked nothing."""
-        self._check.load_state_dict(state or self._check.state_dict())
+        return self._verified(self._recorder.passes, self._params, direction, expected, slopes)
 
     def mute(self) -> None:
         """Remove every hook; what was collected stays."""

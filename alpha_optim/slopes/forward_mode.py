@@ -214,17 +214,10 @@ class ForwardMode(Remembers):
             weight = loss_weight(entry, passes)
             losses.append(None if part.losses is None else part.losses.double() * weight)
             taken.append(entry)
-        complete = sum(map(len, parts)) == total
-
-        def put(numbers: Sequence[Tensor]) -> Tensor:
-            together = [number.to(parts[0].device) for number in numbers]
-            return torch.cat(together) if complete else scattered_as_all(together, taken, passes)
-
-        together = put(parts)
         single = [loss for loss in losses if loss is not None]
-        known = put(single) if single and len(single) == len(losses) else None
+        known = scattered_as_all(single, taken, passes) if single and len(single) == len(losses) else None
         others = self._draws_others if self._signature is not None else self._may_draw_others(groups)
-        return SampleSlopes(together, complete, known, not others)
+        return SampleSlopes(scattered_as_all(parts, taken, passes), sum(map(len, parts)) == total, known, not others)
 
     def _checked(
         self, passes: Sequence[BackwardPass], groups: Sequence[Calls], line: Line, expected: Expected

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from alpha_optim.observe.backward_passes import BackwardPass, BackwardPasses
 from alpha_optim.observe.step_direction import Change, Direction
-from alpha_optim.slopes.base import ALL, Names
+from alpha_optim.slopes.base import Names
 from alpha_optim.slopes.layers import KnownLayers, LayerCall, layers_of
 from alpha_optim.slopes.recorder import SampleRecorder
 
@@ -37,10 +37,6 @@ class InPass(ABC):
         change = None if end_of is None else end_of.change()
         self._end_of = None if change is None or len(change.bases) != len(params) else change
         self._recorder.begin(passes, self._layers.of(params), self._called)
-
-    def doubted(self, reason: str) -> None:
-        """Say so of all parameters."""
-        self.unaccounted.add(ALL, reason)
 
     def mute(self) -> None:
         """Remove every hook; what was collected stays."""

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from alpha_optim.observe.inner_products import at_least_float32
 from alpha_optim.observe.losses import Rows, total_weight
-from alpha_optim.observe.numbers import read
+from alpha_optim.observe.numbers import Truth, read
 from alpha_optim.slopes.stand_ins import STAND_INS, without_dropout
 
 _CLASSES = (F.cross_entropy, F.nll_loss)
@@ -63,10 +63,10 @@ class InnerLoss:
     rows: Rows
 
     @property
-    def even(self) -> bool:
+    def even(self) -> Truth:
         """Whether every row counts."""
         total = self.rows.total
-        return not isinstance(total, Tensor) or bool(read([total == self.rows.values.numel()])[0])
+        return total == self.rows.values.numel() if isinstance(total, Tensor) else True
 
     def weighted(self, weight: Tensor) -> InnerLoss:
         """The mean of losses that were not reduced and count for ``weight`` ``[R, ...]``."""
@@ -156,13 +156,16 @@ class SeesLosses(TorchFunctionMode):
             if gradient is None:
                 continue
             weight = at_least_float32(forward_ad.unpack_dual(gradient).primal.detach())
-            divided = samples if call.divided is None else call.divided
-            share = weight.sum() if call.output.dim() > 0 else weight * divided
-            if read([share])[0] == 0.0:
+            even: Truth
+            if weight.dim() > 0:
+                term, share, even = call.weighted(weight), weight.sum(), (weight == weight.flatten()[0]).all()
+            else:
+                term, share, even = call, weight * (samples if call.divided is None else call.divided), call.even
+            counts, even = read([share, even])
+            if counts == 0.0:
                 continue
-            calls.append(call.weighted(weight) if call.output.dim() > 0 else call)
-            shares.append(read([share])[0])
-            even = call.even if call.output.dim() == 0 else bool(read([(weight == weight.view(-1)[0]).all()])[0])
+            calls.append(term)
+            shares.append(counts)
             uneven = uneven or not even
         self.uneven = uneven and len(calls) > 1
         return calls, [share / shares[0] for share in shares]

@@ -102,8 +102,8 @@ class LayerwiseBackend:
         if self._by_rules:
             slopes = self._from_rules(self._rules.start_slopes(direction.change()))
             assert self._passes is not None
-            slopes, reason = self._check.checked(self._passes, self._params, direction, expected, slopes)
-            if reason is None:
+            slopes = self._check.checked(self._passes, self._params, direction, expected, slopes)
+            if self._check.objection is None:
                 return slopes
             self._by_rules = False  # the model as a whole may do better
             self._rules.close()

@@ -161,9 +161,8 @@ class SampleRecorder:
                 taken.append(entry)
         if not parts:
             return None
-        if sum(map(len, parts)) == self.total_samples():
-            return SampleSlopes(torch.cat(parts), complete=True)
-        return SampleSlopes(scattered_as_all(parts, taken, self.passes.reached), complete=False)
+        values = scattered_as_all(parts, taken, self.passes.reached)
+        return SampleSlopes(values, complete=sum(map(len, parts)) == self.total_samples())
 
     def _called(self, call: LayerCall) -> None:
         assert self._sink is not None

@@ -8,6 +8,7 @@ is differentiated as a whole, with all samples, and both are compared.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from alpha_optim.observe.backward_passes import BackwardPasses
 from alpha_optim.observe.model_calls import innermost
 from alpha_optim.observe.numbers import read
 from alpha_optim.observe.step_direction import Direction
-from alpha_optim.slopes.base import INTERACT, OTHER_TERMS, Expected, SampleSlopes
+from alpha_optim.slopes.base import ALL, INTERACT, OTHER_TERMS, Expected, SampleSlopes, Unaccounted
 from alpha_optim.slopes.derivative import Line
 from alpha_optim.slopes.forward_mode import ForwardMode, mixes_samples
 
@@ -58,7 +59,7 @@ class Verification(Remembers):
         direction: Direction,
         expected: Expected,
         slopes: SampleSlopes | None,
-    ) -> tuple[SampleSlopes | None, str | None]:
+    ) -> SampleSlopes | None:
         """Look at the slopes of samples at the start of a step.
 
         Args:
@@ -69,20 +70,16 @@ class Verification(Remembers):
             slopes: What the rules of layers gave.
 
         Returns:
-            The slopes to go on with, and what is wrong with them; None if nothing is, or it is not known. Those of all
-            samples where they have to add up to what only all ranks together know.
+            The slopes to go on with, None where there is an objection. Those of all samples where they have to add up
+            to what only all ranks together know.
         """
         due = self.due()
         self._count += 1
-        if not due and self.objection is not None:
-            return None, self.objection
-        if not due or slopes is None or not passes.forwards:  # layers may be called one by one, or inside a checkpoint
-            return slopes, None
-        line = Line.along(self._forward.names, params, direction.start(), direction.change().tensors())
-        if not line.point:
-            return slopes, None
-        slopes, self.objection = self._compared(passes, line, expected, slopes)
-        return slopes, self.objection
+        if due and slopes is not None and passes.forwards:  # layers may be called one by one, or inside a checkpoint
+            line = Line.along(self._forward.names, params, direction.start(), direction.change().tensors())
+            if line.point:
+                slopes, self.objection = self._compared(passes, line, expected, slopes)
+        return slopes if self.objection is None else None
 
     def _compared(
         self, passes: BackwardPasses, line: Line, expected: Expected, slopes: SampleSlopes
@@ -107,3 +104,49 @@ class Verification(Remembers):
         limit = (TOLERANCE_HALF if self._forward.half else TOLERANCE) * size
         apart = (all_of_them - slopes.values.to(all_of_them.device)).abs().max() > limit
         return not read([apart])[0]
+
+
+class Verified:
+    """The part of a backend whose slopes of samples are checked now and then."""
+
+    unaccounted: Unaccounted
+
+    def __init__(self, check: Verification) -> None:
+        """Take what checks them."""
+        self._check = check
+
+    @property
+    def records(self) -> bool:
+        """Whether calls of the model are to be kept for a repetition."""
+        return self._check.due()
+
+    def check_due(self) -> bool:
+        """Whether losses are to be followed back to the model's outputs in the coming iteration."""
+        return self._check.due()
+
+    def doubted(self, reason: str) -> None:
+        """Say so of all parameters."""
+        self.unaccounted.add(ALL, reason)
+
+    def _verified(
+        self,
+        passes: BackwardPasses,
+        params: Sequence[Tensor],
+        direction: Direction,
+        expected: Expected,
+        slopes: SampleSlopes | None,
+    ) -> SampleSlopes | None:
+        """The slopes of samples at the start of a step unless there is an objection; see `Verification.checked`."""
+        slopes = self._check.checked(passes, params, direction, expected, slopes)
+        if self._check.objection is not None:
+            self.unaccounted.add(ALL, self._check.objection)
+        return slopes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learned about the model."""
+        return self._check.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was learned; a backend that was not checked in versions before has learned nothing."""
+        if state:
+            self._check.load_state_dict(state)

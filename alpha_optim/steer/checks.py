@@ -12,6 +12,7 @@ from zlib import crc32
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from alpha_optim.policies.base import check_policy
 from alpha_optim.steer.rates import peak_of
 
 
@@ -29,9 +30,8 @@ def check_scheduling(
             "give either a policy or total_steps (which chooses CalibrateThenAnneal), not both; "
             "a policy that needs the horizon takes it itself, e.g. CalibrateThenAnneal(total_steps)"
         )
-    if policy is not None and (not callable(policy) or isinstance(policy, type)):
-        instance = f"; give an instance, {policy.__name__}(...)" if isinstance(policy, type) else ""
-        raise TypeError(f"policy must be callable (measurement -> factor), got {policy!r}{instance}")
+    if policy is not None:
+        check_policy(policy)
     if schedule is not None and not isinstance(schedule, (LRScheduler, ReduceLROnPlateau)):
         raise TypeError(f"schedule must be a torch learning rate scheduler, got {type(schedule).__name__}")
     if schedule is not None and schedule.optimizer not in (optimizer, optimizer.optimizer):

@@ -59,12 +59,17 @@ class Search:
             self.forget()
             self._edited = False
 
-    def step_made(self) -> None:
-        """The optimizer has made a step: note where the parameters are."""
+    def step_made(self, elements: Tensor | None = None) -> None:
+        """The optimizer has made a step: note where the parameters are.
+
+        Args:
+            elements: Some elements of them, if somebody has just looked.
+        """
         self._left = None
         if self.under_way and not self._edited:
             params = parameters_of(self._optimizer)
-            self._left = (list(map(id, params)), versions_of(params), self._elements.of(params))
+            elements = self._elements.of(params) if elements is None else elements
+            self._left = (list(map(id, params)), versions_of(params), elements)
 
     def was_edited(self) -> bool:
         """Whether somebody has changed the parameters since the last step (weights that were loaded, say).

@@ -558,7 +558,7 @@ class Session:
         if iteration.gradients.added_to_old and same_tensors(parameters_of(self.optimizer), iteration.params):
             self.reminders.not_cleared()
         self.supervision.step_made(self.iteration)
-        self.search.step_made()
+        self.search.step_made(None if pairing.pending is None else pairing.pending.elements)
         if self.supervision.guard is not None:
             self.supervision.guard.step_made(parameters_of(self.optimizer))
         self.begin()

@@ -71,6 +71,15 @@ def of_rank(step, rank, size, **kwargs):
     return x[rank::size], y[rank::size]
 
 
+def iterate(guided, net, loss_fn, x, y, scheduler=None):
+    """One iteration of the textbook loop."""
+    guided.zero_grad()
+    loss_fn(net(x), y).backward()
+    guided.step()
+    if scheduler is not None:
+        scheduler.step()
+
+
 NUMBERS = (
     "alpha", "alpha_std", "step_length", "loss_start", "loss_end", "slope_start", "slope_end", "loss_variance_start",
     "loss_variance_end", "slope_variance_start", "slope_variance_end", "samples_start", "samples_end",
@@ -249,10 +258,7 @@ def one_bad_batch(rank, size):
     scheduler = AlphaScheduler(guided, Hold())
     for step in range(9):
         x, y = of_rank(step, rank, size, total=16)
-        guided.zero_grad()
-        loss_fn(net(x * math.nan if step == 4 else x), y).backward()
-        guided.step()
-        scheduler.step()
+        iterate(guided, net, loss_fn, x * math.nan if step == 4 else x, y, scheduler)
     return record(guided)
 
 
@@ -275,9 +281,7 @@ def steps_that_wait(rank, size):
     with mock.patch.object(Sum, "__init__", noted), mock.patch.object(Sum, "read", reads):
         for step in range(40):
             x, y = of_rank(step, rank, size)
-            guided.zero_grad()
-            loss_fn(net(x), y).backward()
-            guided.step()
+            iterate(guided, net, loss_fn, x, y)
     return waiting
 
 
@@ -291,10 +295,7 @@ def uneven_threads(rank, size):
     scheduler = AlphaScheduler(guided)
     for step in range(12):
         x, _ = of_rank(step, rank, size, dtype=torch.float32)
-        guided.zero_grad()
-        loss_fn(net(x), x[:, :3]).backward()
-        guided.step()
-        scheduler.step()
+        iterate(guided, net, loss_fn, x, x[:, :3], scheduler)
     torch.set_num_threads(1)
     return record(guided)
 
@@ -357,10 +358,8 @@ def apart_later(rank, size):
     guided = AlphaGuided(OPTIMIZERS["sgd"](model.parameters()), net, loss_fn)
     for step in range(30):
         x, y = of_rank(step, rank, size)
-        guided.zero_grad()
         with contextlib.nullcontext() if step < 10 else net.no_sync():
-            loss_fn(net(x), y).backward()
-        guided.step()
+            iterate(guided, net, loss_fn, x, y)
     return len(record(guided)), guided.alpha_history.dropped
 
 
@@ -372,10 +371,7 @@ def averaged_now_and_then(rank, size, period):
     try:
         for step in range(3 * period):
             x, y = of_rank(step, rank, size)
-            guided.zero_grad()
-            loss_fn(model(x), y).backward()
-            guided.step()
-            scheduler.step()
+            iterate(guided, model, loss_fn, x, y, scheduler)
             if (step + 1) % period == 0:
                 with torch.no_grad():
                     for param in model.parameters():
@@ -401,11 +397,7 @@ def loaded_on_one_rank(rank, size):
             try:
                 for step in range(4):
                     x, y = of_rank(step, rank, size)
-                    guided.zero_grad()
-                    loss_fn(net(x), y).backward()
-                    guided.step()
-                    if scheduler is not None:
-                        scheduler.step()
+                    iterate(guided, net, loss_fn, x, y, scheduler)
             except RuntimeError as error:
                 errors.append(str(error))
             state = guided.state_dict()

@@ -63,7 +63,7 @@ class CalibrateThenAnneal:
         for name, flag in (("anneal", anneal), ("around", around)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be True or False, got {flag!r}")
-        if trial_steps is not None and not 10 <= trial_steps <= max(10, total_steps // 4):
+        if trial_steps is not None and trial_steps > max(10, total_steps // 4):
             raise ValueError(
                 f"trial_steps must be at least 10 and at most a quarter of total_steps={total_steps}, got {trial_steps}"
             )
